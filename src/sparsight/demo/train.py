@@ -1,0 +1,220 @@
+"""Train a demo model from scratch, in three stages, on nothing but digit scenes.
+
+    python -m sparsight.demo.train instructblip|llava OUT [--seed 0] [--threads 2]
+
+1. **see**: the vision tower learns to name the digit and the colour under each patch, through a linear head that is
+   then thrown away. Trained end to end from the start, a model of this size never begins to look.
+2. **answer**: the tower is frozen; connector and language model learn to answer and to describe.
+3. **polish**: everything together, at a low rate.
+
+The model is saved after every stage, in float16 as it ships; `--start STAGE` goes on from what lies in OUT.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sparsight.demo.build import PATCH, build
+from sparsight.demo.feed import batch, captions, check, pixels, pool, questions
+from sparsight.demo.scenes import CELL, NAMES, SIZE, Drawing
+from sparsight.demo.score import load, samples, score
+
+STAGES = ("see", "answer", "polish")
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast each stage goes: steps, scenes a step, learning rate; and how many scenes are drawn."""
+
+    see: int = 5000
+    answer: int = 1500
+    polish: int = 600
+    see_size: int = 64
+    answer_size: tuple[int, int] = (80, 16)  # questions, captions
+    rates: tuple[float, float, float] = (1e-3, 2e-3, 3e-4)
+    pool: int = 30_000
+
+
+@dataclass
+class Log:
+    """A training curve as it goes to `training.json`."""
+
+    start: float = field(default_factory=time.perf_counter)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self, stage: str, **facts: Any) -> None:
+        """Open a stage."""
+        self.start = time.perf_counter()
+        self.stages.append({"stage": stage, **facts, "curve": []})
+
+    def note(self, step: int, **numbers: float) -> None:
+        """Add a point to the curve of the open stage, and show it."""
+        seconds = round(time.perf_counter() - self.start, 1)
+        point = {"step": step, "seconds": seconds} | {name: round(value, 4) for name, value in numbers.items()}
+        self.stages[-1]["curve"].append(point)
+        print(self.stages[-1]["stage"], json.dumps(point), flush=True)
+
+    def end(self, **results: Any) -> None:
+        """Close the open stage with its time and its results."""
+        self.stages[-1] |= {"seconds": round(time.perf_counter() - self.start, 1), **results}
+        print(self.stages[-1]["stage"], "done", json.dumps(results), flush=True)
+
+
+def fit(
+    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], steps: int, rate: float, decay: float, log: Log
+) -> None:
+    """Minimize `loss` in place: AdamW, a short warm-up, then half a cosine down to nothing."""
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
+    warm = min(100, steps // 10 + 1)
+    recent: list[float] = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        recent.append(value.item())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            log.note(step + 1, loss=sum(recent) / len(recent))
+            recent.clear()
+
+
+def tower(model: Any) -> nn.Module:
+    """The vision tower of a demo model."""
+    return model.vision_model if hasattr(model, "vision_model") else model.model.vision_tower
+
+
+def patch_cells() -> Tensor:
+    """The cell (0 to 3) under each patch, in reading order."""
+    side = torch.arange(SIZE // PATCH) * PATCH // CELL
+    return (2 * side[:, None] + side[None, :]).flatten()
+
+
+def read(model: Any, head: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Name the digit (n, patches, 11) and the colour (n, patches, 7) under each patch; the last class is nothing."""
+    logits = head(tower(model)(images).last_hidden_state[:, 1:])
+    return logits[..., :11], logits[..., 11:]
+
+
+def see(model: Any, course: Course, seed: int, log: Log) -> None:
+    """Teach the vision tower, in place, to tell digit and colour under each patch."""
+    scenes, cells = pool(course.pool, seed, crowd=True), patch_cells()
+    rng = np.random.default_rng([seed, 1])
+    width = tower(model).config.hidden_size
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 11 + len(NAMES) + 1))
+
+    def loss() -> Tensor:
+        index = rng.integers(len(scenes.values), size=course.see_size)
+        values, colors = targets(scenes, index)
+        digit, color = read(model, head, pixels(scenes.pixels[index]))
+        return cross_entropy(digit.flatten(0, 1), values[:, cells].flatten(), label_smoothing=0.05) + cross_entropy(
+            color.flatten(0, 1), colors[:, cells].flatten(), label_smoothing=0.05
+        )
+
+    fit([*tower(model).parameters(), *head.parameters()], loss, course.see, course.rates[0], 0.05, log)
+    log.end(**legible(model, head))
+
+
+def targets(drawing: Drawing, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Classes of digit and colour per cell (n, 4); the last class is nothing."""
+    values, colors = torch.from_numpy(drawing.values[index]), torch.from_numpy(drawing.colors[index])
+    return values % 11, colors % (len(NAMES) + 1)
+
+
+@torch.no_grad()
+def legible(model: Any, head: nn.Module) -> dict[str, float]:
+    """How often the tower reads held-out digits and colours rightly, averaging over the patches of a cell."""
+    from sparsight.demo.scenes import draw
+
+    drawing = draw("test", 1000, np.random.default_rng(0), augment=False, crowd=True)
+    values, colors = targets(drawing, np.arange(1000))
+    digit, color = read(model, head, pixels(drawing.pixels))
+    average = torch.nn.functional.one_hot(patch_cells()).float()
+    found = values != 10
+    right = (torch.einsum("npk,pc->nck", digit.softmax(-1), average).argmax(-1) == values)[found]
+    painted = (torch.einsum("npk,pc->nck", color.softmax(-1), average).argmax(-1) == colors)[found]
+    return {"held_out_digits": round(right.float().mean().item(), 4), "colors": round(painted.float().mean().item(), 4)}
+
+
+def answer(model: Any, processor: Any, course: Course, stage: str, seed: int, log: Log) -> None:
+    """Teach the model, in place, to answer and to describe; stage "answer" leaves the vision tower as it is."""
+    scenes = pool(course.pool, seed, crowd=False)
+    check(processor, scenes)
+    rng = np.random.default_rng([seed, 2 + STAGES.index(stage)])
+    for parameter in tower(model).parameters():
+        parameter.requires_grad_(stage != "answer")
+
+    def loss() -> Tensor:
+        total = torch.zeros(())
+        for sampler, size in zip((questions, captions), course.answer_size, strict=True):
+            index, prompts, answers = sampler(scenes, size, rng)
+            total = total + model(**batch(processor, pixels(scenes.pixels[index]), prompts, answers)).loss
+        return total
+
+    number = STAGES.index(stage)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fit(trained, loss, getattr(course, stage), course.rates[number], 0.01, log)
+    log.end(held_out=score(model, processor, samples(400, 100, seed=1)))
+
+
+def save(model: Any, processor: Any, folder: Path, log: Log, **facts: Any) -> None:
+    """Write what `from_pretrained` needs, in float16, and the training log."""
+    model.half().save_pretrained(folder)
+    model.float()
+    processor.save_pretrained(folder)
+    record = {**facts, "stages": log.stages}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def train(kind: str, folder: Path, seed: int = 0, course: Course | None = None, start: str = "see") -> None:
+    """Train a demo model of one kind and save it; `start` goes on from the folder with a later stage."""
+    course = course or Course()
+    torch.manual_seed(seed)
+    log = Log()
+    model, processor = build(kind)
+    if start != "see":
+        model, processor = load(folder)
+        log.stages = json.loads((folder / "training.json").read_text(encoding="utf-8"))["stages"]
+        log.stages = log.stages[: STAGES.index(start)]
+    model.train()
+    for stage in STAGES[STAGES.index(start) :]:
+        log.begin(stage, steps=getattr(course, stage), rate=course.rates[STAGES.index(stage)])
+        if stage == "see":
+            see(model, course, seed, log)
+        else:
+            answer(model, processor, course, stage, seed, log)
+        model.train().requires_grad_(True)
+        save(model, processor, folder, log, kind=kind, seed=seed, torch=torch.__version__)
+
+
+def main() -> None:
+    """Parse, train."""
+    parser = argparse.ArgumentParser(prog="python -m sparsight.demo.train", description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=("instructblip", "llava"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--start", choices=STAGES, default="see", help="go on with this stage from what lies in OUT")
+    for stage in STAGES:
+        parser.add_argument(f"--{stage}", type=int, default=getattr(Course, stage), help=f"steps of stage {stage}")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    course = replace(Course(), **{stage: getattr(options, stage) for stage in STAGES})
+    train(options.kind, options.folder, options.seed, course, options.start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""The one error a person is meant to read."""
+
+
+class SparsightError(Exception):
+    """What was given, what is allowed and what to do, in one line.
+
+    The command line prints it and exits with code 2; nothing has been written by then.
+    """

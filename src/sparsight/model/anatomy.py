@@ -1,0 +1,196 @@
+"""What a model is made of: components, blocks in forward order, prunable layers, and what is left alone and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from sparsight.errors import SparsightError
+from sparsight.model.families import COMPONENTS, FAMILIES, Family
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable linear map, known by its module name."""
+
+    name: str
+    component: str
+    block: str
+    module: nn.Linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The (out, in) matrix itself, not a copy."""
+        return self.module.weight.data
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    def write(self, weight: torch.Tensor) -> None:
+        """Put `weight` (out, in) in place of the layer's values, in the layer's own dtype and storage."""
+        self.module.weight.data.copy_(weight)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit the engine walks through."""
+
+    name: str
+    component: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Parameters that are never pruned, and why."""
+
+    name: str
+    component: str
+    reason: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    family: Family
+    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+    parameters: int
+
+    def component(self, name: str) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.component == name)
+
+    def blocks_with(self, names: set[str]) -> tuple[Block, ...]:
+        """The blocks that hold any of the named layers, in forward order."""
+        wanted = {layer.block for layer in self.layers if layer.name in names}
+        return tuple(block for block in self.blocks if block.name in wanted)
+
+
+def anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
+    """Take `model` apart.
+
+    **Raises** `SparsightError` for a model type that the table does not know (naming the block lists found, ready for
+    `--family`), and for a path of `family` that the model does not have.
+    """
+    known = family or FAMILIES.get(model.config.model_type)
+    if known is None:
+        raise SparsightError(_unknown(model))
+    blocks = tuple(_blocks(model, known, strict=family is not None))
+    for component in ("vision", "language"):
+        if not any(block.component == component for block in blocks):
+            raise SparsightError(
+                f"no {component} blocks found at {', '.join(known.paths(component)) or 'any path'}; {_suggestion(model)}"
+            )
+    tied = _tied(model)
+    component_of = {id(m): block for block in blocks for m in block.module.modules()}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers: list[Layer] = []
+    skipped: list[Skipped] = []
+    seen: set[int] = set()
+    vectors = 0
+    for name, module in model.named_modules():
+        block = component_of.get(id(module))
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if parameter.dim() < 2:
+                vectors += parameter.numel()
+                continue
+            reason = _reason(name, module, parameter, block, known, tied, output)
+            if reason is None and block is not None:
+                layers.append(Layer(name, block.component, block.name, cast(nn.Linear, module)))
+            else:
+                full = ".".join(part for part in (name, key) if part)
+                skipped.append(Skipped(full, block.component if block else "", reason or "", parameter.numel()))
+    skipped.append(Skipped("norms and biases", "", "vectors, never pruned", vectors))
+    order = {block.name: i for i, block in enumerate(blocks)}
+    layers.sort(key=lambda layer: order[layer.block])
+    return Anatomy(known, blocks, tuple(layers), tuple(skipped), sum(p.numel() for p in model.parameters()))
+
+
+def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
+    for component in COMPONENTS:
+        for path in family.paths(component):
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                if strict:
+                    raise SparsightError(f"--family: the model has no module {path!r}; {_suggestion(model)}") from None
+                continue
+            if isinstance(module, nn.ModuleList):
+                for index, child in enumerate(module):
+                    yield Block(f"{path}.{index}", component, child)
+            else:
+                yield Block(path, component, module)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module owns."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _reason(
+    name: str,
+    module: nn.Module,
+    parameter: nn.Parameter,
+    block: Block | None,
+    family: Family,
+    tied: set[int],
+    output: nn.Module | None,
+) -> str | None:
+    """Why a matrix is not pruned; None if it is."""
+    shared = id(parameter) in tied
+    if output is not None and parameter is output._parameters.get("weight"):
+        return "output head" + (", tied to the embeddings" if shared else "")
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution (patch embedding)"
+    if not isinstance(module, nn.Linear):
+        return "fused experts, not prunable yet" if block and parameter.dim() == 3 else "bare parameter"
+    if block is None:
+        return "linear layer outside the blocks"
+    if shared:
+        return "weight tied to another module"
+    if any(name.endswith("." + ending) for ending in (*family.skip, "router")):
+        return "router"
+    return None
+
+
+def block_lists(model: nn.Module) -> dict[str, list[str]]:
+    """Every list of alike blocks with linear layers, sorted into components by the words in its path."""
+    found: dict[str, list[str]] = {"vision": [], "language": []}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(outer + ".") for group in found.values() for outer in group):
+            continue
+        alike = all(type(child) is type(module[0]) for child in module)
+        if alike and any(isinstance(m, nn.Linear) for m in module[0].modules()):
+            words = name.lower()
+            vision = any(word in words for word in ("vis", "image", "patch", "pixel"))
+            found["vision" if vision else "language"].append(name)
+    return found
+
+
+def _suggestion(model: nn.Module) -> str:
+    lists = block_lists(model)
+    ready = ",".join(f"{component}={'+'.join(paths)}" for component, paths in lists.items() if paths)
+    return f"block lists found: --family {ready}" if ready else "no list of blocks with linear layers was found in it"
+
+
+def _unknown(model: nn.Module) -> str:
+    kind = model.config.model_type
+    return f"model type {kind!r} is not in the table ({', '.join(FAMILIES)}); {_suggestion(model)}"

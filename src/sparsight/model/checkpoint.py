@@ -1,0 +1,167 @@
+"""Write a pruned model as an ordinary `save_pretrained` folder, and the record beside it; all of it or nothing.
+
+Beside the weights lie `recipe.yaml` (every setting, resolved), `sparsity.json` (per layer: component, pattern, asked, got,
+hashes), `metrics.json` (what was measured) and a model card. `config.json` never gets a `sparsity_config`: vLLM refuses
+to load such a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sparsight.errors import SparsightError
+from sparsight.model.anatomy import Anatomy, anatomy
+from sparsight.model.card import model_card
+from sparsight.model.families import Family
+from sparsight.model.masks import mask_hash, weight_hash
+from sparsight.plan.pattern import Pattern
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written beside the weights."""
+
+    sparsity: dict[str, Any]
+    metrics: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+@torch.no_grad()
+def sparsity_record(
+    anatomy: Anatomy, plan: Mapping[str, Pattern], *, base_model: str, method: str, mask_only: bool
+) -> dict[str, Any]:
+    """Count every zero of every layer and hash the masks: the content of `sparsity.json`."""
+    layers = {}
+    for layer in anatomy.layers:
+        W = layer.weight
+        zeros = int((W == 0).sum())
+        if layer.name not in plan:
+            continue
+        layers[layer.name] = {
+            "component": layer.component,
+            "block": layer.block,
+            "shape": list(layer.shape),
+            "dtype": str(W.dtype).removeprefix("torch."),
+            "pattern": str(plan[layer.name]),
+            "asked": plan[layer.name].zeros(layer.shape) / W.numel(),
+            "got": zeros / W.numel(),
+            "zeros": zeros,
+            "mask": mask_hash(W),
+            "weight": weight_hash(W),
+        }
+    return {
+        "format": FORMAT,
+        "base_model": base_model,
+        "method": method,
+        "mask_only": mask_only,
+        "family": str(anatomy.family),
+        "parameters": anatomy.parameters,
+        "layers": layers,
+    }
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """Read `sparsity.json`; None if the folder has none."""
+    path = Path(folder) / "sparsity.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] != FORMAT:
+            raise SparsightError(f"{path}: format {record['format']} is not {FORMAT}; use the version that wrote it")
+        return {**record, "layers": dict(record["layers"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SparsightError(f"{path}: is damaged ({error}); write the folder again") from error
+
+
+def read_metrics(folder: str | Path) -> dict[str, Any]:
+    """Read `metrics.json`; empty if there is none."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_plan(record: Mapping[str, Any]) -> dict[str, Pattern]:
+    """The plan that a `sparsity.json` was written from."""
+    return {name: _pattern(entry["pattern"]) for name, entry in record["layers"].items()}
+
+
+def _pattern(text: str) -> Pattern:
+    kind, _, sparsity = text.partition(" ")
+    return Pattern.parse(kind, float(sparsity or 0.5))
+
+
+def read_anatomy(model: Any, record: Mapping[str, Any] | None) -> Anatomy:
+    """Take a saved model apart with the family it was pruned with."""
+    return anatomy(model, Family.parse(record["family"]) if record else None)
+
+
+def check_output(folder: str | Path, overwrite: bool = False) -> Path:
+    """Refuse an output folder that would lose something; touch nothing."""
+    out = Path(folder)
+    if out.is_file():
+        raise SparsightError(f"{out}: is a file; give a folder to write to")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add --overwrite")
+        if not (out / "config.json").is_file():
+            raise SparsightError(f"{out}: is not a model folder, so --overwrite does not delete it; choose another")
+    return out
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to write into that takes the place of `folder` once the block ends without an error.
+
+    On any error, a full disk among them, it is deleted and `folder` is as it was.
+    """
+    out = check_output(folder, overwrite)
+    new_parents = [p for p in out.parents if not p.exists()]
+    beside = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        yield beside
+        beside.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            out.rename(old / "folder")
+            beside.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            beside.rename(out)
+    except BaseException as error:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) or _is_io(error):
+            raise SparsightError(f"{out}: could not be written ({error}); nothing was left behind") from error
+        raise
+
+
+def _is_io(error: BaseException) -> bool:
+    """safetensors wraps a full disk into an error of its own."""
+    return type(error).__name__ == "SafetensorError" and "I/O" in str(error)
+
+
+def save(model: Any, processor: Any, record: Record, folder: Path) -> None:
+    """Write model, processor and record into `folder`, which is there and empty (see `atomic_folder`)."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "sparsity.json").write_text(json.dumps(record.sparsity, indent=1) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(record.metrics, indent=1) + "\n")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(record.recipe, sort_keys=False))
+    (folder / "README.md").write_text(model_card(record.sparsity, record.metrics, record.recipe))

@@ -1,0 +1,42 @@
+"""A mask in one bit per weight, and the hashes that prove it survived.
+
+On disk "pruned" means `weight == 0`, so a mask is always read from the zeros themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a boolean mask of any shape into uint8, eight entries a byte, lowest bit first; flat, padded with zeros."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
+    return (flat.view(-1, 8) * _BITS.to(mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
+    """Undo `pack`: a boolean tensor of `shape`."""
+    count = 1
+    for size in shape:
+        count *= size
+    bits = (packed.unsqueeze(1) & _BITS.to(packed.device)) != 0
+    return bits.view(-1)[:count].view(shape)
+
+
+def mask_hash(weight: torch.Tensor) -> str:
+    """Hash where a weight is not zero."""
+    return _hash(pack(weight != 0))
+
+
+def weight_hash(weight: torch.Tensor) -> str:
+    """Hash a weight's bytes."""
+    return _hash(weight.detach().contiguous().reshape(-1).view(torch.uint8))
+
+
+def _hash(data: torch.Tensor) -> str:
+    return hashlib.blake2b(data.cpu().numpy().tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,17 @@
+"""Wanda: S_ij = |W_ij| * ||x_j||_2 (Sun et al., arXiv 2306.11695; code locuslab/wanda).
+
+Ours differs in three places: the count is exact where scores tie, padding is not in the norms, and the score is
+float32 whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsight.plan.pattern import Pattern
+from sparsight.prune.moments import Moments
+
+
+def wanda(W: torch.Tensor, moments: Moments, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
+    score = W.abs().float() * moments.norm  # (out, in) * (in,)
+    return W.masked_fill(~pattern.keep(score), 0)
