@@ -1,4 +1,4 @@
-"""The one error a person is meant to read."""
+"""The errors a person is meant to read."""
 
 
 class SparsightError(Exception):
@@ -6,3 +6,7 @@ class SparsightError(Exception):
 
     The command line prints it and exits with code 2; nothing has been written by then.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work that was stopped by Ctrl-C and can go on: the line says how."""

@@ -5,27 +5,22 @@ look at 48 x 48 pixels in 16 patches. Tokenizers know whole words, lower-cased, 
 the letter.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
-    CLIPVisionConfig,
     GenerationConfig,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
-    InstructBlipQFormerConfig,
-    InstructBlipVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
-    T5Config,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -36,6 +31,14 @@ M = TypeVar("M", bound=PreTrainedModel)
 PATCH = 12
 PATCHES = (SIZE // PATCH) ** 2
 QUERIES = 12
+VISION = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+}
 MEAN = STD = 0.25  # of a pixel in [0, 1]
 LONGEST_ANSWER = 40  # tokens; a caption of four digits has 31 and an end
 
@@ -120,50 +123,43 @@ def llava_processor() -> LlavaProcessor:
     )
 
 
-def instructblip(processor: InstructBlipProcessor) -> InstructBlipForConditionalGeneration:
+def instructblip(processor: Any) -> InstructBlipForConditionalGeneration:
     """Build the model for a processor, with random weights from torch's generator."""
-    words = processor.tokenizer
+    words, former = processor.tokenizer, processor.qformer_tokenizer
+    language = {
+        "model_type": "t5",
+        "vocab_size": len(words),
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_layers": 3,  # as many as in the decoder: the library sizes the decoder's cache by it
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "relative_attention_max_distance": 64,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": words.pad_token_id,
+        "eos_token_id": words.eos_token_id,
+        "decoder_start_token_id": words.pad_token_id,
+    }
+    qformer = {
+        "vocab_size": len(former),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "pad_token_id": former.pad_token_id,
+    }
     config = InstructBlipConfig(
-        vision_config=InstructBlipVisionConfig(
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=PATCH,
-            initializer_range=0.02,
-        ).to_dict(),
-        qformer_config=InstructBlipQFormerConfig(
-            vocab_size=len(processor.qformer_tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=processor.qformer_tokenizer.pad_token_id,
-        ).to_dict(),
-        text_config=T5Config(
-            vocab_size=len(words),
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,  # as many as in the decoder: the library sizes the decoder's cache by it
-            num_decoder_layers=3,
-            num_heads=4,
-            relative_attention_num_buckets=32,
-            relative_attention_max_distance=64,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            pad_token_id=words.pad_token_id,
-            eos_token_id=words.eos_token_id,
-            decoder_start_token_id=words.pad_token_id,
-        ).to_dict(),
+        vision_config=VISION | {"initializer_range": 0.02},
+        qformer_config=qformer,
+        text_config=language,
         num_query_tokens=QUERIES,
         image_token_index=words.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=False,
     )
     model = InstructBlipForConditionalGeneration(config)
     with torch.no_grad():
@@ -172,37 +168,28 @@ def instructblip(processor: InstructBlipProcessor) -> InstructBlipForConditional
     return _greedy(model, words, decoder_start_token_id=words.pad_token_id)
 
 
-def llava(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+def llava(processor: Any) -> LlavaForConditionalGeneration:
     """Build the model for a processor, with random weights from torch's generator."""
     words = processor.tokenizer
+    language = {
+        "model_type": "llama",
+        "vocab_size": len(words),
+        "hidden_size": 160,
+        "intermediate_size": 416,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "max_position_embeddings": 256,
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+    }
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=PATCH,
-            hidden_act="gelu",
-            projection_dim=128,
-        ).to_dict(),
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=160,
-            intermediate_size=416,
-            num_hidden_layers=5,
-            num_attention_heads=5,
-            num_key_value_heads=5,
-            max_position_embeddings=256,
-            tie_word_embeddings=False,
-            pad_token_id=words.pad_token_id,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        ).to_dict(),
+        vision_config=VISION | {"model_type": "clip_vision_model", "hidden_act": "gelu", "projection_dim": 128},
+        text_config=language,
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=PATCHES,
         vision_feature_layer=-1,
-        pad_token_id=words.pad_token_id,
     )
     return _greedy(LlavaForConditionalGeneration(config), words, bos_token_id=words.bos_token_id)
 
@@ -221,10 +208,12 @@ def _greedy(model: M, words: PreTrainedTokenizerFast, **ids: int) -> M:
 
 def build(kind: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Build a demo model of one kind (instructblip or llava) and its processor."""
-    if kind == "instructblip":
-        processor = instructblip_processor()
-        return instructblip(processor), processor
-    if kind == "llava":
-        processor = llava_processor()
-        return llava(processor), processor
-    raise ValueError(f"no demo model {kind!r}: choose instructblip or llava")
+    builders: dict[str, tuple[Any, Any]] = {
+        "instructblip": (instructblip, instructblip_processor),
+        "llava": (llava, llava_processor),
+    }
+    if kind not in builders:
+        raise ValueError(f"no demo model {kind!r}: choose from {', '.join(builders)}")
+    model, processor = builders[kind]
+    words = processor()
+    return model(words), words

@@ -32,7 +32,9 @@ def pixels(images: np.ndarray) -> torch.Tensor:
 
 def questions(drawing: Drawing, n: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[str]]:
     """Ask n questions, all kinds equally often: indices of scenes, prompts, answers."""
-    index, prompts, answers = [], [], []
+    index: list[int] = []
+    prompts: list[str] = []
+    answers: list[str] = []
     kinds = list(KINDS)
     while len(index) < n:
         i = int(rng.integers(len(drawing.values)))

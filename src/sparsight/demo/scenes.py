@@ -101,7 +101,7 @@ def glyphs(ink: np.ndarray, rng: np.random.Generator, augment: bool) -> np.ndarr
     With `augment` each is also turned, sheared, stretched and made thinner or bolder. Bilinear, for all at once.
     """
     n = len(ink)
-    angle, shear, stretch = (rng.uniform(-1, 1, (3, n)) * [[0.22], [0.15], [0.12]] if augment else np.zeros((3, n)))
+    angle, shear, stretch = rng.uniform(-1, 1, (3, n)) * [[0.22], [0.15], [0.12]] if augment else np.zeros((3, n))
     size = rng.uniform(15.5, 21, n) if augment else rng.uniform(17, 20, n)
     shift = rng.uniform(-1, 1, (2, n)) * (2.8 if augment else 2.0)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -127,11 +127,11 @@ def draw(split: Split, n: int, rng: np.random.Generator, augment: bool, crowd: b
     count = rng.integers(3, 5, n) if crowd else rng.integers(1, 5, n)
     filled = rng.permuted(np.arange(4) < count[:, None], axis=1)
     which, colors = rng.integers(0, len(ink), (n, 4)), rng.integers(0, len(NAMES), (n, 4))
-    alpha = np.zeros((n, 4, CELL, CELL, 1))
-    alpha[filled] = glyphs(ink[which[filled]], rng, augment)[..., None]
+    cells = np.zeros((n, 4, CELL, CELL, 1))
+    cells[filled] = glyphs(ink[which[filled]], rng, augment)[..., None]
     paint = np.array(list(COLORS.values()))[colors] * rng.uniform(0.85, 1.05, (n, 4, 1))
     ground = rng.uniform(15, 70, (n, 1, 1, 1)) + rng.normal(0, 10, (n, SIZE, SIZE, 3))
-    alpha = alpha.reshape(n, 2, 2, CELL, CELL, 1).swapaxes(2, 3).reshape(n, SIZE, SIZE, 1)
+    alpha = cells.reshape(n, 2, 2, CELL, CELL, 1).swapaxes(2, 3).reshape(n, SIZE, SIZE, 1)
     paint = paint.reshape(n, 2, 1, 2, 1, 3).repeat(CELL, 2).repeat(CELL, 4).reshape(n, SIZE, SIZE, 3)
     pixels = np.clip(ground * (1 - alpha) + paint * alpha, 0, 255).astype(np.uint8)
     return Drawing(pixels, np.where(filled, targets[which], -1), np.where(filled, colors, -1))
@@ -256,9 +256,7 @@ def select(scene: Scene, k: int, asked: Counter[str]) -> list[Question]:
     return chosen
 
 
-def write(
-    folder: Path, split: Split, n: int, seed: int, questions_per_scene: int = 2, captions: bool = True
-) -> Path:
+def write(folder: Path, split: Split, n: int, seed: int, questions_per_scene: int = 2, captions: bool = True) -> Path:
     """Write n scenes as PNG files and `metadata.jsonl` (image, prompt, answer, kind), with balanced kinds."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)

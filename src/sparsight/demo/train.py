@@ -7,7 +7,8 @@
 2. **answer**: the tower is frozen; connector and language model learn to answer and to describe.
 3. **polish**: everything together, at a low rate.
 
-The model is saved after every stage, in float16 as it ships; `--start STAGE` goes on from what lies in OUT.
+The model is saved after every stage, in float16 as it ships; `--start STAGE` goes on from what lies in OUT,
+`--end STAGE` stops early.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from sparsight.demo.build import PATCH, build
 from sparsight.demo.feed import batch, captions, check, pixels, pool, questions
-from sparsight.demo.scenes import CELL, NAMES, SIZE, Drawing
+from sparsight.demo.scenes import CELL, NAMES, SIZE, Drawing, draw
 from sparsight.demo.score import load, samples, score
 
 STAGES = ("see", "answer", "polish")
@@ -92,7 +93,7 @@ def fit(
             recent.clear()
 
 
-def tower(model: Any) -> nn.Module:
+def tower(model: Any) -> Any:
     """The vision tower of a demo model."""
     return model.vision_model if hasattr(model, "vision_model") else model.model.vision_tower
 
@@ -137,8 +138,6 @@ def targets(drawing: Drawing, index: np.ndarray) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def legible(model: Any, head: nn.Module) -> dict[str, float]:
     """How often the tower reads held-out digits and colours rightly, averaging over the patches of a cell."""
-    from sparsight.demo.scenes import draw
-
     drawing = draw("test", 1000, np.random.default_rng(0), augment=False, crowd=True)
     values, colors = targets(drawing, np.arange(1000))
     digit, color = read(model, head, pixels(drawing.pixels))
@@ -179,8 +178,10 @@ def save(model: Any, processor: Any, folder: Path, log: Log, **facts: Any) -> No
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def train(kind: str, folder: Path, seed: int = 0, course: Course | None = None, start: str = "see") -> None:
-    """Train a demo model of one kind and save it; `start` goes on from the folder with a later stage."""
+def train(
+    kind: str, folder: Path, seed: int = 0, course: Course | None = None, start: str = "see", end: str = "polish"
+) -> None:
+    """Train a demo model of one kind, saving it after each stage; a later `start` goes on from the folder."""
     course = course or Course()
     torch.manual_seed(seed)
     log = Log()
@@ -190,7 +191,7 @@ def train(kind: str, folder: Path, seed: int = 0, course: Course | None = None, 
         log.stages = json.loads((folder / "training.json").read_text(encoding="utf-8"))["stages"]
         log.stages = log.stages[: STAGES.index(start)]
     model.train()
-    for stage in STAGES[STAGES.index(start) :]:
+    for stage in STAGES[STAGES.index(start) : STAGES.index(end) + 1]:
         log.begin(stage, steps=getattr(course, stage), rate=course.rates[STAGES.index(stage)])
         if stage == "see":
             see(model, course, seed, log)
@@ -208,12 +209,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", choices=STAGES, default="see", help="go on with this stage from what lies in OUT")
+    parser.add_argument("--end", choices=STAGES, default="polish", help="stop after this stage")
     for stage in STAGES:
         parser.add_argument(f"--{stage}", type=int, default=getattr(Course, stage), help=f"steps of stage {stage}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     course = replace(Course(), **{stage: getattr(options, stage) for stage in STAGES})
-    train(options.kind, options.folder, options.seed, course, options.start)
+    train(options.kind, options.folder, options.seed, course, options.start, options.end)
 
 
 if __name__ == "__main__":

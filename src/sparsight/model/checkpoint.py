@@ -45,10 +45,10 @@ def sparsity_record(
     """Count every zero of every layer and hash the masks: the content of `sparsity.json`."""
     layers = {}
     for layer in anatomy.layers:
-        W = layer.weight
-        zeros = int((W == 0).sum())
         if layer.name not in plan:
             continue
+        W = layer.weight
+        zeros = int((W == 0).sum())
         layers[layer.name] = {
             "component": layer.component,
             "block": layer.block,
@@ -90,6 +90,18 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
     """Read `metrics.json`; empty if there is none."""
     path = Path(folder) / "metrics.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_recipe(folder: str | Path) -> dict[str, Any]:
+    """Read `recipe.yaml`; empty if there is none."""
+    path = Path(folder) / "recipe.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def found_plan(anatomy: Anatomy, names: set[str]) -> dict[str, Pattern]:
+    """The plan of a folder without a record, read from the zeros of the named layers."""
+    layers = [layer for layer in anatomy.layers if layer.name in names]
+    return {layer.name: Pattern.tensor(int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
 
 
 def read_plan(record: Mapping[str, Any]) -> dict[str, Pattern]:

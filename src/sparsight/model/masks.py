@@ -30,7 +30,12 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.T
 
 def mask_hash(weight: torch.Tensor) -> str:
     """Hash where a weight is not zero."""
-    return _hash(pack(weight != 0))
+    return packed_hash(pack(weight != 0))
+
+
+def packed_hash(packed: torch.Tensor) -> str:
+    """Hash a mask that is packed already."""
+    return _hash(packed)
 
 
 def weight_hash(weight: torch.Tensor) -> str:

@@ -51,7 +51,7 @@ class Pattern:
         return cls.row(sparsity) if text == "row" else cls.tensor(sparsity)
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.kind == "n:m" else f"{self.kind} {self.sparsity:g}"
+        return f"{self.n}:{self.m}" if self.kind == "n:m" else f"{self.kind} {self.sparsity:.12g}"
 
     def zeros(self, shape: tuple[int, int]) -> int:
         """How many zeros a matrix of `shape` (out, in) gets, rounded to the nearest whole number where zeros may be."""

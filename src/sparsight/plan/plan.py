@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
@@ -36,8 +37,7 @@ def make_plan(
     does not divide a layer's input dimension, and a plan without layers.
     """
     rule = find_policy(policy)
-    fixed = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
-    budget = _budget(fixed, sparsity)
+    fixed, budget = planned_budget(pattern, sparsity)
     layers = _without(anatomy.layers, ignore)
     plan = {}
     for name, amount in rule([layer for layer in layers if budget[layer.component]], budget).items():
@@ -60,19 +60,21 @@ def find_policy(policy: str | Policy) -> Policy:
     return POLICIES[policy]
 
 
-def _budget(pattern: Pattern, sparsity: str | float | Mapping[str, float] | None) -> dict[str, float]:
-    if pattern.kind != "n:m":
-        return parse_budget(0.5 if sparsity is None else sparsity)
-    if sparsity is None:
-        return parse_budget(pattern.sparsity)
-    budget = parse_budget(sparsity)
+def planned_budget(
+    pattern: str | Pattern, sparsity: str | float | Mapping[str, float] | None
+) -> tuple[Pattern, dict[str, float]]:
+    """Read a pattern and a sparsity per component, and refuse two that contradict each other."""
+    fixed = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
+    if fixed.kind != "n:m":
+        return fixed, parse_budget(0.5 if sparsity is None else sparsity)
+    budget = parse_budget(fixed.sparsity if sparsity is None else sparsity)
     for component, amount in budget.items():
-        if amount and abs(amount - pattern.sparsity) > 1e-6:
+        if amount and abs(amount - fixed.sparsity) > 1e-6:
             raise SparsightError(
-                f"--sparsity: {component}={amount:g} contradicts --pattern {pattern}, which is a sparsity of "
-                f"{pattern.sparsity:g}; leave --sparsity out, or name each pruned component with {pattern.sparsity:g}"
+                f"--sparsity: {component}={amount:g} contradicts --pattern {fixed}, which is a sparsity of "
+                f"{fixed.sparsity:g}; leave --sparsity out, or name each pruned component with {fixed.sparsity:g}"
             )
-    return budget
+    return fixed, budget
 
 
 def _without(layers: Sequence[Layer], ignore: Sequence[str]) -> list[Layer]:
@@ -128,3 +130,8 @@ def shares(anatomy: Anatomy, plan: Mapping[str, Pattern]) -> list[Share]:
 
 def _size(layer: Layer) -> int:
     return layer.shape[0] * layer.shape[1]
+
+
+def plan_facts(anatomy: Anatomy, plan: Mapping[str, Pattern]) -> dict[str, Any]:
+    """What `plan` says, as plain values: the shares of the components and the pattern of every layer."""
+    return {"components": shares(anatomy, plan), "layers": {name: str(pattern) for name, pattern in plan.items()}}

@@ -80,7 +80,8 @@ class _Walk:
         name, block = self.blocks[position]
         here = sorted(i for i, (where, _, _) in self.standing.items() if where == position)
         self.visited.add(position)
-        self.visit(name, block, {i: self._call(block, *self.standing[i][1:]) for i in here})
+        with _own_thread_state():
+            self.visit(name, block, {i: self._call(block, *self.standing[i][1:]) for i in here})
         ends = self.done is None and position == len(self.blocks) - 1
         for i in here:
             del self.standing[i]

@@ -15,6 +15,7 @@ from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.plan.budget import nearest
 from sparsight.plan.plan import Plan
+from sparsight.prune.journal import Journal
 from sparsight.prune.lockstep import Call, lockstep
 from sparsight.prune.methods import Method, find_method
 from sparsight.prune.moments import Moments, Watch, real_tokens
@@ -42,13 +43,15 @@ def prune(
     method: str | Method | Callable = "wanda",
     propagate: str = "block",
     seed: int = 0,
+    journal: Journal | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PruneRecord:
     """Prune `model` in place as `plan` says.
 
     `batches` have `.inputs` (what `model(**inputs)` takes) and `.padding` (masks of real tokens). `propagate="block"`
     lets later blocks see what the pruned earlier ones put out; with `"dense"` every block is pruned on the dense model's
-    activations, and no weight changes before the walk is over. `progress(block, done, all)` is called per block.
+    activations, and no weight changes before the walk is over. Blocks that the `journal` holds are taken from there.
+    `progress(block, done, all)` is called per block.
 
     **Raises** `SparsightError` before anything is changed for an unknown method or `propagate`, and, naming the layer,
     for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
@@ -56,7 +59,7 @@ def prune(
     how = find_method(method)
     check_propagate(propagate)
     began = time.perf_counter()
-    walk = _Pruning(anatomy, plan, batches, how, propagate, seed, progress)
+    walk = _Pruning(anatomy, plan, batches, how, propagate, seed, journal, progress)
     for layer in walk.layers:
         if not torch.isfinite(layer.weight).all():
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
@@ -84,30 +87,44 @@ def check_propagate(propagate: str) -> None:
 
 
 class _Pruning:
-    def __init__(self, anatomy, plan, batches, method, propagate, seed, progress) -> None:
+    def __init__(self, anatomy, plan, batches, method, propagate, seed, journal, progress) -> None:
         self.layers: list[Layer] = [layer for layer in anatomy.layers if layer.name in plan]
         self.blocks = len(anatomy.blocks_with(set(plan)))
         self.plan, self.batches, self.method, self.seed = plan, batches, method, seed
-        self.dense, self.progress = propagate == "dense", progress
+        self.dense, self.journal, self.progress = propagate == "dense", journal, progress
         self.record = PruneRecord()
         self.pending: dict[str, torch.Tensor] = {}
 
     def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
         layers = [layer for layer in self.layers if layer.block == name]
-        moments, targets = self._observe(layers, calls)
         before = {layer.name: layer.weight.clone() for layer in layers} if self.dense else {}
-        for layer in layers:
-            if layer.name not in moments:
-                raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
-            self._prune(layer, moments[layer.name])
-        self.record.block_errors[name] = self._block_error(layers[0].component, calls, targets)
-        self.record.tokens[name] = max(m.count for m in moments.values())
+        facts = self.journal.recall(name, layers) if self.journal else None
+        if facts is None:
+            facts = self._prune_block(layers, calls)
+            if self.journal:
+                self.journal.store(name, layers, facts)
+        self.record.layer_errors.update(facts["layer_errors"])
+        self.record.block_errors[name] = facts["block_error"]
+        self.record.tokens[name] = facts["tokens"]
         if self.dense:
             for layer in layers:
                 self.pending[layer.name] = layer.weight.clone()
                 layer.write(before[layer.name])
         if self.progress:
             self.progress(name, len(self.record.block_errors), self.blocks)
+
+    def _prune_block(self, layers: list[Layer], calls: Mapping[int, Call]) -> dict[str, Any]:
+        moments, targets = self._observe(layers, calls)
+        errors = {}
+        for layer in layers:
+            if layer.name not in moments:
+                raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
+            errors[layer.name] = self._prune(layer, moments[layer.name])
+        return {
+            "layer_errors": errors,
+            "block_error": self._block_error(layers[0].component, calls, targets),
+            "tokens": max(m.count for m in moments.values()),
+        }
 
     def finish(self) -> None:
         unreached = [layer.name for layer in self.layers if layer.name not in self.record.layer_errors]
@@ -132,7 +149,8 @@ class _Pruning:
                     targets[i] = output
         return watch.moments, targets
 
-    def _prune(self, layer: Layer, moments: Moments) -> None:
+    def _prune(self, layer: Layer, moments: Moments) -> float:
+        """Prune one layer in place; its relative output error on the kept inputs."""
         if not torch.isfinite(moments.squares).all():
             raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
         W = layer.weight  # (out, in)
@@ -140,8 +158,8 @@ class _Pruning:
         X = moments.sample().float()  # (k, in)
         difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
         reference = torch.linalg.norm(X @ W.float().T)
-        self.record.layer_errors[layer.name] = _ratio(difference, reference)
         layer.write(pruned)
+        return _ratio(difference, reference)
 
     def generator(self, layer: Layer) -> torch.Generator:
         """Random numbers that depend on the seed and the layer's name only."""

@@ -13,6 +13,7 @@ Built on stock PEFT through one private seam, `LoraConfig._register_custom_modul
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,6 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from sparsight.errors import SparsightError
-from sparsight.model.anatomy import Layer
 from sparsight.model.masks import unpack
 
 ADAPTER = "default"
@@ -175,12 +175,14 @@ def add_adapters(
         bias="none",
     )
     config._register_custom_module({nn.Linear: place})  # type: ignore[dict-item]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by an older name whether activations are checkpointed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
-def adapters(model: nn.Module, layers: list[Layer] | None = None) -> dict[str, LoraLinear]:
+def adapters(model: nn.Module) -> dict[str, LoraLinear]:
     """The adapted layers of a wrapped model, by the name of the layer they wrap."""
     prefix = "base_model.model."
     return {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, LoraLinear)}

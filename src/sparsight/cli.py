@@ -1,0 +1,295 @@
+"""The verbs on the command line: parse, one call, print, exit.
+
+Exit codes: 0 done, 1 `verify` found a difference, 2 something given was wrong (one line on standard error, nothing
+written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+import sparsight
+from sparsight.errors import Interrupted, SparsightError
+
+app = typer.Typer(
+    name="sparsight",
+    help="Sparse vision-language models that still work: plan, prune, restore, evaluate, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of a model, or a hub name.")]
+Out = Annotated[str, typer.Argument(help="Folder to write; it appears once the work is done.")]
+Data = Annotated[str, typer.Option(help="JSONL file, folder with metadata.jsonl, or a `datasets` name.")]
+Sparsity = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. [default: 0.5]"),
+]
+PatternOption = Annotated[str, typer.Option("--pattern", help="row, tensor, or n:m (n kept of every m inputs).")]
+Policy = Annotated[str, typer.Option(help="How the budget is shared between layers: uniform.")]
+Ignore = Annotated[Optional[list[str]], typer.Option(help="Leave these layers dense (name, part, glob); repeatable.")]  # noqa: UP045
+FamilyOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--family", help="Where an unknown model type keeps its blocks: vision=PATH,language=PATH."),
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same command: the same bytes.")]
+Samples = Annotated[Optional[int], typer.Option(help="How many samples to draw from the data. [default: all]")]  # noqa: UP045
+BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken samples out, and count them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted work of the same command.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(sparsight.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: Model,
+    family: FamilyOption = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer by name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show components, blocks and layers, what is never pruned and why, and the sparsity now."""
+    from sparsight import verbs
+    from sparsight.report import tables
+
+    body, _ = verbs.inspect(model, family=family)
+    facts = tables.anatomy_facts(body)
+    _show(facts, as_json, *tables.anatomy_tables(facts, layers))
+
+
+@app.command()
+def plan(
+    model: Model,
+    sparsity: Sparsity = None,
+    pattern: PatternOption = "row",
+    policy: Policy = "uniform",
+    ignore: Ignore = None,
+    family: FamilyOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show where the zeros will be; nothing is changed."""
+    from sparsight import verbs
+    from sparsight.plan.plan import plan_facts
+    from sparsight.report import tables
+
+    made = verbs.plan(model, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore or (), family=family)
+    facts = plan_facts(made.anatomy, made.plan)
+    _show(facts, as_json, tables.plan_table(facts["components"]))
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    data: Annotated[Optional[str], typer.Option(help="Calibration data; see README.")] = None,  # noqa: UP045
+    method: Annotated[str, typer.Option(help="wanda, magnitude or random.")] = "wanda",
+    sparsity: Sparsity = None,
+    pattern: PatternOption = "row",
+    policy: Policy = "uniform",
+    ignore: Ignore = None,
+    family: FamilyOption = None,
+    propagate: Annotated[str, typer.Option(help="block: later blocks see pruned ones; dense: they do not.")] = "block",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune MODEL with a few calibration samples and write the sparse model to OUT."""
+    from sparsight import verbs
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    with shown("prune", quiet) as progress:
+        record = verbs.prune(
+            model, out, data=data, method=method, sparsity=sparsity, pattern=pattern, policy=policy,
+            ignore=ignore or (), family=family, propagate=propagate, samples=samples, batch_size=batch_size, seed=seed,
+            dtype=dtype, device=device, skip_bad=skip_bad, overwrite=overwrite, resume=resume, progress=progress,
+        )  # fmt: skip
+    _show(
+        {"out": out, **record.sparsity, "metrics": record.metrics},
+        as_json,
+        tables.pruned_table(record.sparsity, f"Pruned by {method}"),
+        *tables.prune_notes(record.metrics, out),
+    )
+
+
+@app.command()
+def restore(
+    sparse: Annotated[str, typer.Argument(help="Folder of a sparse model.")],
+    out: Out,
+    data: Data,
+    teacher: Annotated[Optional[str], typer.Option(help="The dense original. [default: the recorded one]")] = None,  # noqa: UP045
+    adapter: Annotated[str, typer.Option(help="sparselora, or lora (its merge is dense).")] = "sparselora",
+    rank: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Rank per component. [default: vision=4,connector=2,language=8]"),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; the product is scaled by alpha / rank.")] = 16,
+    kl: Annotated[float, typer.Option(help="Weight of the distillation, 0 to 1.")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Temperature of the distillation.")] = 1.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    scheduler: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")] = None,  # noqa: UP045
+    batch_size: BatchSize = 32,
+    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    samples: Samples = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints for --resume.")] = 100,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    save_adapter: Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")] = False,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Restore a SPARSE model with SparseLoRA and distillation; every zero is kept."""
+    from sparsight import verbs
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    with shown("restore", quiet) as progress:
+        record = verbs.restore(
+            sparse, out, data=data, teacher=teacher, adapter=adapter, rank=rank, alpha=alpha, kl=kl,
+            temperature=temperature, lr=lr, scheduler=scheduler, epochs=epochs, steps=steps, batch_size=batch_size,
+            accumulate=accumulate, samples=samples, save_every=save_every, seed=seed, dtype=dtype, device=device,
+            save_adapter=save_adapter, skip_bad=skip_bad, overwrite=overwrite, resume=resume, progress=progress,
+        )  # fmt: skip
+    _show(
+        {"out": out, **record.sparsity, "metrics": record.metrics},
+        as_json,
+        tables.pruned_table(record.sparsity, f"Restored with {adapter}"),
+        *tables.restore_notes(record.metrics, out),
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    beams: Annotated[int, typer.Option(help="Beams; 1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    batch_size: BatchSize = 32,
+    samples: Samples = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    skip_bad: SkipBad = False,
+    json_file: Annotated[Optional[str], typer.Option("--json-file", help="Also write the scores here.")] = None,  # noqa: UP045
+    predictions: Annotated[Optional[str], typer.Option(help="Write every answer here, as JSONL.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let MODEL answer held-out samples; scores per kind with 95 % intervals."""
+    from sparsight import verbs
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    for option, path in (("--json-file", json_file), ("--predictions", predictions)):
+        _writable(option, path)
+    with shown("eval", quiet) as progress:
+        result = verbs.evaluate(
+            model, data=data, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples,
+            seed=seed, dtype=dtype, device=device, skip_bad=skip_bad, progress=progress,
+        )  # fmt: skip
+    if predictions:
+        result.write_predictions(Path(predictions))
+    if json_file:
+        Path(json_file).write_text(json.dumps(result.to_json(), indent=1) + "\n")
+    _show(result.to_json(), as_json, tables.scores_table(result.rows, f"{model} on {len(result.predictions)} samples"))
+
+
+@app.command()
+def verify(
+    model: Model,
+    against: Annotated[Optional[str], typer.Option(help="A sparse folder whose every zero must be here too.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Recount every zero; exit code 1 and the layers by name on any difference."""
+    from sparsight import verbs
+    from sparsight.report import tables
+
+    found = verbs.verify(model, against)
+    _show(found, as_json, *tables.verify_lines(found))
+    if found["differences"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Argument(help="Folder for the models and the report.")] = "demo-out",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier demo.")] = False,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """The whole road on the embedded model: prune at 2:4, restore, prove; no network."""
+    from sparsight.demo.road import road
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    with shown("demo", quiet) as progress:
+        facts = road(out, overwrite=overwrite, seed=seed, progress=progress)
+    _show(facts, False, *tables.demo_tables(facts))
+
+
+def _writable(option: str, path: str | None) -> None:
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise SparsightError(f"{option}: {path} cannot be written; give a file in a folder that exists")
+
+
+def _show(facts: Any, as_json: bool, *parts: Any) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=1, default=lambda record: record.__dict__))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    for part in parts:
+        console.print(part)
+
+
+def main() -> None:
+    """Run the command line; every foreseen error is one line on standard error."""
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except SparsightError as error:
+        code = _fail(str(error), 2)
+    except Interrupted as stop:
+        code = _fail(str(stop), 130)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        code = _fail("interrupted; nothing was written", 130)
+    except click.exceptions.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"sparsight: {' '.join(line.split())}", file=sys.stderr)
+    return code

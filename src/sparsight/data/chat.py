@@ -1,0 +1,184 @@
+"""Models with a chat template: LLaVA, Qwen-VL, Gemma 3, SmolVLM and whatever else is asked through one.
+
+The template writes the dialogue and the processor expands the images; what is ours is to find the answers again. A
+template says where an answer starts, by `{% generation %}` or by the prompt that it ends with when an answer is asked
+for; an answer ends with the special token right behind it. A template without any (LLaVA 1.5's) gets the tokenizer's
+end token behind the last answer, else the model would never learn to stop. Positions in the text become positions in
+the tokens only if the text before an answer is encoded alike with and without the answer; if not, that is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sparsight.data.sample import PLACEHOLDER, Sample
+from sparsight.errors import SparsightError
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+def template(processor: Any) -> Any:
+    """Give the processor's chat template, or its tokenizer's."""
+    return getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+
+
+def refuse(sample: Sample) -> str | None:
+    """Say why a dialogue cannot be written: its placeholders are not as many as its images."""
+    count = sum(turn.prompt.count(PLACEHOLDER) for turn in sample.turns)
+    if count in (0, len(sample.images)):
+        return None
+    return f"{count} {PLACEHOLDER} in the prompts but {len(sample.images)} images"
+
+
+def messages(sample: Sample) -> list[Message]:
+    """Write a sample as the user's and the assistant's messages, images where the placeholders are, else first."""
+    written: list[Message] = []
+    for i, turn in enumerate(sample.turns):
+        pieces = [piece.strip() for piece in turn.prompt.split(PLACEHOLDER)]
+        content: list[dict[str, str]] = []
+        for k, piece in enumerate(pieces):
+            if k:
+                content.append({"type": "image"})
+            if piece:
+                content.append({"type": "text", "text": piece})
+        if i == 0 and not any(PLACEHOLDER in each.prompt for each in sample.turns):
+            content = [{"type": "image"}] * len(sample.images) + content
+        written.append({"role": "user", "content": content})
+        written.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip()}]})
+    return written
+
+
+def prompts(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
+    """Encode dialogues up to where the last answer starts, padded on the left."""
+    texts = [_render(processor, messages(sample)[:-1]) for sample in samples]
+    return _call(processor, texts, [sample.load_images() for sample in samples], side="left")
+
+
+def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
+    """Encode whole dialogues, padded on the right, with the answers as labels."""
+    written = [_find_answers(processor, sample) for sample in samples]
+    images = [sample.load_images() for sample in samples]
+    inputs = _call(processor, [text for text, _ in written], images, side="right")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, (sample, (text, spans)) in enumerate(zip(samples, written, strict=True)):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+        for start, stop in _token_spans(processor, sample.id, text, spans, images[row], ids):
+            labels[row, start:stop] = inputs["input_ids"][row, start:stop]
+    return {**inputs, "labels": labels}
+
+
+def _render(processor: Any, dialogue: list[Message], ask: bool = True) -> str:
+    source = template(processor)
+    chosen = source if isinstance(source, str) else None  # of several named templates the processor takes its default
+    return processor.apply_chat_template(dialogue, chat_template=chosen, tokenize=False, add_generation_prompt=ask)
+
+
+def _call(processor: Any, texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
+    special = _special_tokens(processor, texts[0])
+    seen = images if any(images) else None
+    return dict(processor(text=texts, images=seen, padding=True, padding_side=side, return_tensors="pt", **special))
+
+
+def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
+    """Add no second start token where the template has written one."""
+    bos = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+
+def _find_answers(processor: Any, sample: Sample) -> tuple[str, list[Span]]:
+    """Write the dialogue, and find each answer with its end token as (start, stop) in the text.
+
+    A span starts where a prompt would stop: it may begin with the space before the answer.
+    """
+    dialogue = messages(sample)
+    text, marked = _render_marked(processor, dialogue)
+    added = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
+    end = re.compile(
+        " ?(?:" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")" if added else r"(?!)"
+    )
+    spans: list[Span] = []
+    for turn in range(len(sample.turns)):
+        answer = dialogue[2 * turn + 1]["content"][0]["text"]
+        prompt = text[: marked[turn][0]].rstrip(" ") if marked else _render(processor, dialogue[: 2 * turn + 1])
+        at = len(prompt) + len(text[len(prompt) :]) - len(text[len(prompt) :].lstrip())
+        if not text.startswith(prompt) or not text.startswith(answer, at):
+            raise SparsightError(
+                f"sample {sample.id!r}: the chat template writes an answer not right behind the prompt that asks for "
+                f"it, so the answer's tokens cannot be told; mark them in the template with {{% generation %}}"
+            )
+        stop = at + len(answer)
+        match = end.match(text, stop)
+        spans.append((len(prompt), match.end() if match else stop))
+        if not match and turn == len(sample.turns) - 1 and processor.tokenizer.eos_token:
+            text = text[:stop] + processor.tokenizer.eos_token
+            spans[-1] = (len(prompt), len(text))
+    return text, spans
+
+
+def _end_pattern(processor: Any) -> re.Pattern[str]:
+    """Match a special token, but not an image's, and a space before it."""
+    image_token = str(getattr(processor, "image_token", None) or "")
+    added = processor.tokenizer.added_tokens_decoder.values()
+    ends = [re.escape(token.content) for token in added if token.special and token.content != image_token]
+    return re.compile(f" ?(?:{'|'.join(sorted(ends, key=len, reverse=True))})" if ends else r"(?!)")
+
+
+def _render_marked(processor: Any, dialogue: list[Message]) -> tuple[str, list[Span]]:
+    """Render a dialogue, with the (start, stop) of its answers if the template marks them, else with none."""
+    source = template(processor)
+    if not isinstance(source, str) or not re.search(r"{%-?\s*generation\s*-?%}", source):
+        return _render(processor, dialogue, ask=False), []
+    rendered: Any = render_jinja_template(
+        conversations=[dialogue],
+        chat_template=source,
+        return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
+    )
+    (text,), (marked,) = rendered
+    spans = [(int(start), int(stop)) for start, stop in marked]
+    return str(text), spans if len(spans) == len(dialogue) // 2 else []
+
+
+def _token_spans(
+    processor: Any, sample: str, text: str, spans: list[Span], images: list[Any], ids: list[int]
+) -> list[Span]:
+    """Turn spans in `text` into spans in `ids`, its encoding with all images expanded.
+
+    Tokens are counted from the end, behind the last image, where text stands as it was written; only a dialogue with
+    an image behind its first answer needs the processor again.
+    """
+    image_token = str(getattr(processor, "image_token", None) or "")
+    last = text.rfind(image_token) + len(image_token) if image_token and images else 0
+    count: Callable[[str], list[int]]
+    if images and (not image_token or last > spans[0][0]):
+
+        def count(part: str) -> list[int]:
+            seen = images[: part.count(image_token)] if image_token else images
+            return _call(processor, [part], [seen], side="right")["input_ids"][0].tolist()
+    else:
+
+        def count(part: str) -> list[int]:
+            return processor.tokenizer(part[last:], add_special_tokens=False)["input_ids"]
+
+    whole = count(text)
+    shift = len(ids) - len(whole)
+    found = []
+    for start, stop in spans:
+        before, through = count(text[:start]), count(text[:stop])
+        if whole[: len(before)] != before or whole[: len(through)] != through:
+            raise SparsightError(
+                f"sample {sample!r}: the tokenizer joins an answer with the text around it ({text[start:stop]!r}), so "
+                f"its tokens are not those the model would be asked to write"
+            )
+        found.append((shift + len(before), shift + len(through)))
+    first = found[0][0]
+    if shift < 0 or ids[first:] != whole[first - shift :]:
+        raise SparsightError(f"sample {sample!r}: the processor encodes the answers otherwise than its tokenizer does")
+    return found

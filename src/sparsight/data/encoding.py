@@ -1,0 +1,150 @@
+"""Samples to tensors, with the model's own processor: what goes in, which positions are answers, which are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight.data import chat, paligemma, qformer
+from sparsight.data.sample import Sample
+from sparsight.errors import SparsightError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples as one call of the model.
+
+    `inputs` goes in as `model(**inputs)`. Its `labels` are -100 everywhere but at answers and at the token that ends
+    each of them; for a decoder-only model they lie on `input_ids`, unshifted, as transformers wants them. `padding` has
+    boolean masks, true at real tokens: "text" (B, T), and "decoder" (B, Td) for an encoder-decoder, where Td is never
+    T, so that a mask is known by its length. `samples` has the sample of each row, of one turn each where the model
+    takes only one.
+    """
+
+    inputs: dict[str, Tensor]
+    padding: dict[str, Tensor]
+    samples: tuple[Sample, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy every tensor to a device."""
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+        return Batch(move(self.inputs), move(self.padding), self.samples)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one kind of processor wants to be called. Each function takes (processor, samples, config)."""
+
+    encode: Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
+    prompts: Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
+    refuse: Callable[[Sample], str | None]  # why a sample cannot be taken
+    turns: bool  # whether one sequence holds a whole dialogue
+
+
+CHAT = Style(chat.encode, chat.prompts, chat.refuse, turns=True)
+PLAIN = {
+    "instructblip": Style(qformer.encode, qformer.prompts, qformer.refuse, turns=False),
+    "blip-2": Style(qformer.encode, qformer.prompts, qformer.refuse, turns=False),
+    "paligemma": Style(paligemma.encode, paligemma.prompts, paligemma.refuse, turns=False),
+}
+
+
+class Encoder:
+    """Encodes samples for one model.
+
+    Of `model` only the config is read. A model with a chat template takes dialogues whole, and every answer in them
+    counts; InstructBLIP, BLIP-2 and PaliGemma take one question, so `encode` makes one row per turn. Of several
+    answers to a question the most frequent is encoded, the first of them on a tie. Nothing is ever truncated: with
+    `max_length` a longer sample is an error. With `skip_bad`, samples that the model cannot take, and too long ones,
+    are left out and listed in `skipped` as (id, reason).
+    """
+
+    def __init__(self, processor: Any, model: Any, *, max_length: int | None = None, skip_bad: bool = False) -> None:
+        self.processor = processor
+        self.config = getattr(model, "config", model)
+        self.max_length = max_length
+        self.skip_bad = skip_bad
+        self.skipped: list[tuple[str, str]] = []
+        self.style = PLAIN.get(self.config.model_type, CHAT)
+        if self.style is CHAT and not chat.template(processor):
+            raise SparsightError(
+                f"{type(processor).__name__} has no chat template, and Sparsight knows no other way to ask a "
+                f"{self.config.model_type!r} model; save a chat template with the processor"
+            )
+
+    def encode(self, samples: Sequence[Sample]) -> Batch:
+        """Encode questions with their answers, padded on the right.
+
+        `SparsightError` names the first sample that cannot be taken; with `skip_bad`, only when none is left.
+        """
+        batch = self.attempt(samples)
+        if batch is None:
+            reasons = "; ".join(f"{sample!r}: {reason}" for sample, reason in self.skipped[-3:])
+            raise SparsightError(f"no sample of this batch can be encoded: {reasons}")
+        return batch
+
+    def attempt(self, samples: Sequence[Sample]) -> Batch | None:
+        """Encode as `encode` does, but give nothing when every sample is skipped."""
+        rows = list(samples)
+        if not self.style.turns:
+            rows = [Sample(s.id, s.images, (turn,), s.kind) for s in rows for turn in s.turns]
+        rows = self._without(rows, [self._refuse(sample) for sample in rows])
+        while rows:
+            inputs = self.style.encode(self.processor, rows, self.config)
+            kept = self._without(rows, self._too_long(inputs))
+            if len(kept) == len(rows):
+                return Batch(inputs, _padding(inputs), tuple(rows))
+            rows = kept
+        return None
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Encode the last questions, after the dialogues so far, for `generate`: one row per sample.
+
+        Decoder-only models are padded on the left, encoder-decoders on the right.
+        """
+        for sample in samples:
+            if reason := self._refuse(sample):
+                raise SparsightError(f"sample {sample.id!r}: {reason}")
+        if not self.style.turns:
+            samples = [Sample(s.id, s.images, s.turns[-1:], s.kind) for s in samples]
+        return self.style.prompts(self.processor, samples, self.config)
+
+    def _refuse(self, sample: Sample) -> str | None:
+        if not sample.turns or any(not turn.answers for turn in sample.turns):
+            return "it has no turn, or a turn without an answer"
+        return self.style.refuse(sample)
+
+    def _too_long(self, inputs: dict[str, Tensor]) -> list[str | None]:
+        if self.max_length is None:
+            return [None] * len(inputs["labels"])
+        lengths = inputs["attention_mask"].sum(1)
+        if "decoder_attention_mask" in inputs:
+            lengths = torch.maximum(lengths, inputs["decoder_attention_mask"].sum(1))
+        reasons = [f"{n} tokens, more than max_length={self.max_length}" for n in lengths.tolist()]
+        return [reason if n > self.max_length else None for n, reason in zip(lengths.tolist(), reasons, strict=True)]
+
+    def _without(self, rows: list[Sample], reasons: list[str | None]) -> list[Sample]:
+        kept = []
+        for sample, reason in zip(rows, reasons, strict=True):
+            if reason is None:
+                kept.append(sample)
+            elif self.skip_bad:
+                if (sample.id, reason) not in self.skipped:  # every epoch meets it again
+                    self.skipped.append((sample.id, reason))
+            else:
+                raise SparsightError(f"sample {sample.id!r}: {reason}")
+        return kept
+
+
+def _padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    masks = {"text": inputs["attention_mask"].bool()}
+    if "decoder_attention_mask" in inputs:
+        masks["decoder"] = inputs["decoder_attention_mask"].bool()
+    return masks

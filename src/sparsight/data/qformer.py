@@ -1,0 +1,103 @@
+"""InstructBLIP and BLIP-2: one image, whose query tokens stand before everything else, one question, one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight.data.sample import PLACEHOLDER, Sample
+from sparsight.errors import SparsightError
+
+
+def refuse(sample: Sample) -> str | None:
+    """Say why a sample cannot be taken: it has not exactly one image."""
+    return None if len(sample.images) == 1 else f"this model takes exactly one image, got {len(sample.images)}"
+
+
+def prompts(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
+    """Encode the questions: padded on the left for a decoder-only language model, else on the right.
+
+    The Q-Former's own copy of the question is always padded on the right, since its positions are absolute.
+    """
+    inputs = _questions(processor, samples)
+    if not config.text_config.is_encoder_decoder:
+        inputs |= _pad(_rows(inputs), _pad_id(processor), left=True)
+    return inputs
+
+
+def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
+    """Encode questions and answers, padded on the right.
+
+    An encoder-decoder gets the answers as its decoder's labels, a decoder-only model behind the questions.
+    """
+    tokenizer = processor.tokenizer
+    inputs = _questions(processor, samples)
+    end = _end(processor, config)
+    answers = [sample.turns[-1].answer.strip() for sample in samples]
+    if config.text_config.is_encoder_decoder:
+        rows = [tokenizer(answer, add_special_tokens=False)["input_ids"] + [end] for answer in answers]
+        padded = _pad(rows, -100, avoid=inputs["input_ids"].shape[1])
+        return {**inputs, "labels": padded["input_ids"], "decoder_attention_mask": padded["attention_mask"]}
+    questions = _rows(inputs)
+    rows = []
+    for sample, question, answer in zip(samples, questions, answers, strict=True):
+        asked = _prompt(sample)
+        before, whole = tokenizer(asked)["input_ids"], tokenizer(f"{asked} {answer}")["input_ids"]
+        if whole[: len(before)] != before or question[len(question) - len(before) :] != before:
+            raise SparsightError(
+                f"sample {sample.id!r}: the tokenizer joins the prompt with the answer, so the answer's tokens are not "
+                f"those the model would be asked to write; end the prompt with a word or a full stop"
+            )
+        rows.append([*whole[len(before) :], end])
+    inputs |= _pad([q + row for q, row in zip(questions, rows, strict=True)], _pad_id(processor))
+    labels = [[-100] * len(question) + row for question, row in zip(questions, rows, strict=True)]
+    return {**inputs, "labels": _pad(labels, -100)["input_ids"]}
+
+
+def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    if getattr(processor, "num_query_tokens", None) is None:
+        raise SparsightError(
+            f"{type(processor).__name__} has no num_query_tokens, so it writes no image tokens; set it to the value in "
+            f"the model's config and save the processor again"
+        )
+    images = [image for sample in samples for image in sample.load_images()]
+    texts = [_prompt(sample) for sample in samples]
+    return dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
+
+
+def _prompt(sample: Sample) -> str:
+    return sample.prompt.replace(PLACEHOLDER, " ").strip()
+
+
+def _end(processor: Any, config: Any) -> int:
+    """Give the token that the language model stops at: for BLIP-2's OPT a line end, not the tokenizer's end token."""
+    end = config.text_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    return processor.tokenizer.eos_token_id if end is None else end
+
+
+def _pad_id(processor: Any) -> int:
+    pad = processor.tokenizer.pad_token_id
+    return 0 if pad is None else pad
+
+
+def _rows(inputs: dict[str, Tensor]) -> list[list[int]]:
+    """Give the tokens of each row without its padding."""
+    masks = inputs["attention_mask"].bool()
+    return [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+
+
+def _pad(rows: list[list[int]], value: int, *, left: bool = False, avoid: int = -1) -> dict[str, Tensor]:
+    """Stack rows as (B, T) with their mask, T being one more than the longest row needs if that is `avoid`."""
+    width = max(map(len, rows))
+    width += width == avoid
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}

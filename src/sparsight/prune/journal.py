@@ -1,0 +1,48 @@
+"""What pruning has done so far, block by block, so that a crash costs one block.
+
+A method that leaves kept weights alone is written as masks, one bit per weight; any other as the weights themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsight.model.anatomy import Layer
+from sparsight.model.masks import pack, unpack
+
+
+@dataclass(frozen=True)
+class Journal:
+    folder: Path
+    mask_only: bool
+
+    def store(self, block: str, layers: Sequence[Layer], facts: dict) -> None:
+        """Write the pruned layers of `block` and what was measured; the entry appears whole or not at all."""
+        tensors = {x.name: pack(x.weight != 0) if self.mask_only else x.weight.contiguous() for x in layers}
+        path = self._path(block)
+        save_file(tensors, path.with_suffix(".part"))
+        path.with_suffix(".json").write_text(json.dumps(facts))
+        os.replace(path.with_suffix(".part"), path)
+
+    @torch.no_grad()
+    def recall(self, block: str, layers: Sequence[Layer]) -> dict | None:
+        """Prune `layers` in place as an earlier run did; None if it did not get so far."""
+        path = self._path(block)
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        for layer in layers:
+            found = tensors[layer.name]
+            W = layer.weight
+            layer.write(W.masked_fill(~unpack(found, W.shape), 0) if self.mask_only else found)
+        return json.loads(path.with_suffix(".json").read_text())
+
+    def _path(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"

@@ -1,0 +1,118 @@
+"""What the verbs print: rich tables from plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from sparsight.model.anatomy import Anatomy
+from sparsight.model.card import component_totals
+from sparsight.model.families import COMPONENTS
+from sparsight.plan.plan import Share
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose others are figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def anatomy_facts(body: Anatomy) -> dict[str, Any]:
+    """What `inspect` says, as plain values."""
+    components = {}
+    for component in COMPONENTS:
+        layers = body.component(component)
+        size = sum(layer.weight.numel() for layer in layers)
+        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+        components[component] = {
+            "blocks": sum(block.component == component for block in body.blocks),
+            "layers": len(layers),
+            "parameters": size,
+            "zeros": zeros,
+            "sparsity": zeros / size if size else 0.0,
+        }
+    skipped = [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in body.skipped]
+    return {
+        "family": str(body.family),
+        "parameters": body.parameters,
+        "components": components,
+        "skipped": skipped,
+        "layers": [{"name": x.name, "component": x.component, "shape": list(x.shape)} for x in body.layers],
+    }
+
+
+def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Table]:
+    rows = [
+        (name, c["blocks"], c["layers"], f"{c['parameters']:,}", f"{c['sparsity']:.2%}")
+        for name, c in facts["components"].items()
+    ]
+    tables = [
+        table("What can be pruned", ("component", "blocks", "layers", "parameters", "sparsity now"), rows),
+        table(
+            f"What is never pruned (of {facts['parameters']:,} parameters)",
+            ("name", "why", "parameters"),
+            [(s["name"], s["reason"], f"{s['parameters']:,}") for s in facts["skipped"] if s["parameters"]],
+            left=2,
+        ),
+    ]
+    if layers:
+        rows = [(x["name"], x["component"], "×".join(map(str, x["shape"]))) for x in facts["layers"]]
+        tables.append(table("Layers", ("name", "component", "out×in"), rows, left=2))
+    return tables
+
+
+def plan_table(rows: Sequence[Share]) -> Table:
+    cells = [
+        (r.component, r.layers, r.pruned, f"{r.parameters:,}", f"{r.zeros:,}", f"{r.sparsity:.2%}") for r in rows
+    ]
+    return table("The plan", ("component", "layers", "pruned", "parameters", "zeros", "sparsity"), cells)
+
+
+def pruned_table(sparsity: Mapping[str, Any], title: str) -> Table:
+    rows = [
+        (component, count, f"{zeros:,}", f"{zeros / size:.2%}")
+        for component, (count, zeros, size) in component_totals(sparsity).items()
+    ]
+    return table(title, ("component", "layers", "zeros", "sparsity"), rows)
+
+
+def scores_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    cells = [
+        (r["kind"], r["metric"], f"{r['value']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", r["n"]) for r in rows
+    ]
+    return table(title, ("kind", "metric", "score", "95 % interval", "samples"), cells, left=2)
+
+
+def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
+    facts = metrics["prune"]
+    lines = []
+    if facts["block_errors"]:
+        worst = max(facts["block_errors"], key=lambda name: facts["block_errors"][name])
+        lines.append(f"Largest relative output error of a block: {facts['block_errors'][worst]:.3f} at {worst}")
+    if facts["skipped_samples"]:
+        lines.append(f"Left out {facts['skipped_samples']} broken samples")
+    return [*lines, f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
+    facts = metrics["restore"]
+    last = facts["curve"][-1] if facts["curve"] else None
+    loss = f"ce {last['ce']:.3f} · kl {last['kl']:.3f} at the end · " if last else ""
+    copies = facts["weight_bytes"] / facts["dense_bytes"]
+    held = f"teacher {facts['teacher']}: weights of both take {copies:.2f}× one dense copy"
+    return [f"{loss}{facts['trained_parameters']:,} trained parameters · {held}", f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def verify_lines(found: Mapping[str, Any]) -> list[Any]:
+    total = f"{found['layers']} layers, {found['zeros']:,} zeros, sparsity {found['sparsity']:.2%}"
+    against = f", and no zero of {found['against']} was lost" if found["against"] else ""
+    if not found["differences"]:
+        return [f"verified {found['folder']}: {total}{against}"]
+    rows = [(name, "; ".join(what)) for name, what in found["differences"].items()]
+    return [table(f"{len(rows)} layers of {found['folder']} differ", ("layer", "what"), rows, left=2), total]

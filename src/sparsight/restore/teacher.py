@@ -1,0 +1,63 @@
+"""The teacher is the dense original, connector included; how it is held in memory depends on how the student was pruned.
+
+`shared`: the method left the kept weights as they were, so one dense copy plus one bit per weight is both models. The
+student is the masked weight, the teacher the same layers with their adapters disabled.
+`live`: anything else; a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsight.model.anatomy import Anatomy
+from sparsight.model.masks import pack, unpack, weight_hash
+
+Teacher = Callable[[Mapping[str, Any]], torch.Tensor]
+Masks = dict[str, torch.Tensor]
+
+
+def shared_teacher(wrapped: Any) -> Teacher:
+    """The dense model inside a PEFT model whose base weights are dense: its adapters, connector too, are switched off."""
+
+    @torch.no_grad()
+    def logits(inputs: Mapping[str, Any]) -> torch.Tensor:
+        with wrapped.disable_adapter():
+            return wrapped(**inputs).logits
+
+    return logits
+
+
+def live_teacher(model: nn.Module) -> Teacher:
+    """A second model."""
+    model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logits(inputs: Mapping[str, Any]) -> torch.Tensor:
+        return model(**inputs).logits
+
+    return logits
+
+
+@torch.no_grad()
+def read_masks(anatomy: Anatomy, names: set[str] | None = None) -> Masks:
+    """The packed masks of the named layers, or of every layer that holds zeros, read from the zeros."""
+    layers = [layer for layer in anatomy.layers if names is None or layer.name in names]
+    return {layer.name: pack(layer.weight != 0) for layer in layers if names is not None or (layer.weight == 0).any()}
+
+
+@torch.no_grad()
+def masked_hashes(model: nn.Module, masks: Masks) -> dict[str, str]:
+    """Hash every parameter, pruned ones as their mask leaves them: equal for two models that can share one copy.
+
+    Cost: one pass over the weights; no copy of more than one layer.
+    """
+    hashes = {}
+    for name, parameter in model.named_parameters():
+        packed = masks.get(name.removesuffix(".weight"))
+        W = parameter.data
+        hashes[name] = weight_hash(W if packed is None else W.masked_fill(~unpack(packed, W.shape), 0))
+    return hashes

@@ -1,0 +1,204 @@
+"""Train the adapters: a `transformers.Trainer` whose loss is distillation on answer positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sparsight.data import Encoder
+from sparsight.errors import SparsightError
+from sparsight.plan.budget import nearest
+from sparsight.restore.losses import answers_of, distillation
+from sparsight.restore.sparse_lora import ADAPTER, adapters
+from sparsight.restore.teacher import Teacher
+
+SCHEDULERS = ("cosine", "linear", "constant")
+ADAPTER_FILE = "sparse_lora.safetensors"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; `steps` None means `epochs` over the data."""
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-4
+    scheduler: str = "cosine"
+    warmup: float = 0.03
+    kl: float = 0.1
+    temperature: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+
+    def check(self) -> None:
+        """Refuse values that cannot train, by the option's name."""
+        for option, value in (("--steps", self.steps), ("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
+            if value is not None and value < 1:
+                raise SparsightError(f"{option}: {value} is not a whole number of at least 1")
+        for option, amount in (("--lr", self.lr), ("--epochs", self.epochs), ("--temperature", self.temperature)):
+            if not (math.isfinite(amount) and amount > 0):
+                raise SparsightError(f"{option}: {amount:g} is not a number above 0")
+        if not 0 <= self.kl <= 1:
+            raise SparsightError(f"--kl: {self.kl:g} is not a weight from 0 to 1")
+        if self.scheduler not in SCHEDULERS:
+            raise SparsightError(f"--scheduler: unknown {self.scheduler!r}; {nearest(self.scheduler, SCHEDULERS)}")
+
+    def total(self, samples: int) -> int:
+        """The number of optimizer steps."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * samples / (self.batch_size * self.accumulate)))
+
+
+class RestoreTrainer(Trainer):
+    """Student: the wrapped model. The model stays in eval mode: dropout is off for student and teacher alike."""
+
+    def __init__(self, *, teacher: Teacher | None, shifted: bool, schedule: Schedule, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher, self.shifted, self.schedule = teacher, shifted, schedule
+        self.model_accepts_loss_kwargs = True  # the loss below divides by all answer tokens of a step by itself
+        self._apart = {"ce": 0.0, "kl": 0.0, "tokens": 0}
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if model.training:
+            model.eval()
+        labels = inputs["labels"]
+        taught = None
+        if self.teacher is not None:
+            taught, _ = answers_of(self.teacher(inputs), labels, self.shifted)
+        output = model(**inputs)
+        student, targets = answers_of(output.logits, labels, self.shifted)
+        loss = distillation(student, taught, targets, self.schedule.kl, self.schedule.temperature)
+        if not torch.isfinite(loss.total):
+            raise SparsightError(
+                f"the loss became NaN or infinite after step {self.state.global_step}; lower --lr "
+                f"(it is {self.schedule.lr:g}); no output was written"
+            )
+        self._apart["ce"] += float(loss.ce)
+        self._apart["kl"] += float(loss.kl)
+        self._apart["tokens"] += loss.tokens
+        total = loss.total / (num_items_in_batch if num_items_in_batch is not None else loss.tokens)
+        return (total, output) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._apart["tokens"] and "loss" in logs:
+            logs["ce"] = self._apart["ce"] / self._apart["tokens"]
+            logs["kl"] = self._apart["kl"] / self._apart["tokens"]
+            self._apart = {"ce": 0.0, "kl": 0.0, "tokens": 0}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the adapters in our own file: stock PEFT would take its own format for a dense LoRA."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(adapter_tensors(self.model), folder / ADAPTER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_tensors(model or self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, report: Callable[[str, int, int], None] | None) -> None:
+        self.report, self.note = report, "restore"
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        if logs and "ce" in logs:
+            self.note = f"restore · ce {logs['ce']:.3f} · kl {logs['kl']:.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.report:
+            self.report(self.note, state.global_step, state.max_steps)
+
+
+def train(
+    wrapped: Any,
+    teacher: Teacher | None,
+    samples: Sequence[Any],
+    encoder: Encoder,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train the adapters of `wrapped` in place; checkpoints go into `folder`.
+
+    With `resume` it goes on from the last checkpoint there. Returns the loss curve: a row per logged step with `step`,
+    `loss`, `ce`, `kl`, `learning_rate`.
+    """
+    total = schedule.total(len(samples))
+    dtype = next(wrapped.parameters()).dtype
+
+    def collate(chosen: list[Any]) -> dict[str, torch.Tensor]:
+        inputs = encoder.encode(chosen).inputs
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulate,
+        max_steps=total,
+        learning_rate=schedule.lr,
+        lr_scheduler_type=schedule.scheduler,
+        warmup_steps=round(schedule.warmup * total),
+        weight_decay=0.0,
+        seed=schedule.seed,
+        logging_steps=max(1, total // 100),
+        save_steps=schedule.save_every,
+        save_total_limit=2,
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=torch.device(device).type == "cpu",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    trainer = RestoreTrainer(
+        model=wrapped,
+        args=arguments,
+        train_dataset=samples,  # type: ignore[arg-type]
+        data_collator=collate,
+        teacher=teacher,
+        shifted="decoder" not in encoder.encode([samples[0]]).padding,
+        schedule=schedule,
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(callback)
+    trainer.add_callback(_Progress(progress))
+    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return [row for row in trainer.state.log_history if "ce" in row]
+
+
+def adapter_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
+    """A and B of every adapted layer, on the CPU, keyed `LAYER.A` and `LAYER.B`."""
+    tensors = {}
+    for name, layer in adapters(wrapped).items():
+        tensors[f"{name}.A"] = layer.lora_A[ADAPTER].weight.detach().cpu().clone()
+        tensors[f"{name}.B"] = layer.lora_B[ADAPTER].weight.detach().cpu().clone()
+    return tensors
+
+
+@torch.no_grad()
+def load_adapter_tensors(wrapped: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put A and B back, in place; every layer must be there with the same rank."""
+    for name, layer in adapters(wrapped).items():
+        for key, module in (("A", layer.lora_A[ADAPTER]), ("B", layer.lora_B[ADAPTER])):
+            tensor = tensors.get(f"{name}.{key}")
+            if tensor is None or tensor.shape != module.weight.shape:
+                raise SparsightError(f"the checkpoint has no {key} of shape {tuple(module.weight.shape)} for {name}")
+            module.weight.copy_(tensor)

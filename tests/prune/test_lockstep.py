@@ -1,0 +1,255 @@
+"""The engine against the plain forward, and the traps that a copied calibration loop falls into."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import zoo
+from prune.walks import calibration
+from torch import nn
+
+from sparsight import lockstep
+from sparsight.model.anatomy import anatomy
+from sparsight.plan.plan import make_plan
+from sparsight.prune.moments import Watch
+from sparsight.prune.prune import prune
+
+
+def named_blocks(model):
+    return [(block.name, block.module) for block in anatomy(model).blocks]
+
+
+@torch.no_grad()
+def plain(model, batch):
+    return model(**batch.inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_logits_after_a_walk_equal_a_plain_forward_bit_for_bit(name):
+    model, processor = zoo.build(name)
+    ready = calibration(model, processor)
+    expected = [plain(model, batch) for batch in ready]
+    got, order = {}, []
+
+    def visit(block, module, calls):
+        order.append(block)
+        for call in calls.values():
+            call()
+
+    blocks = named_blocks(model)
+    lockstep(model, blocks, [b.inputs for b in ready], visit, done=lambda i, out: got.__setitem__(i, out.logits))
+    assert sorted(order) == sorted(block for block, _ in blocks)
+    assert len(expected) == len(got) == 2
+    for i, logits in enumerate(expected):
+        assert torch.equal(got[i], logits)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_masks_equal_those_of_the_exact_procedure(name):
+    """Exact: a full forward of every batch for every block, with hooks; then that block is pruned."""
+    model, processor = zoo.build(name)
+    ready = calibration(model, processor)
+    body = anatomy(model)
+    plan = make_plan(body, sparsity=0.5)
+    for block in body.blocks_with(set(plan)):
+        layers = [layer for layer in body.layers if layer.block == block.name and layer.name in plan]
+        watch = Watch(layers, len(ready))
+        with watch.open():
+            for batch in ready:
+                with watch.during(batch.padding):
+                    plain(model, batch)
+        for layer in layers:
+            score = layer.weight.abs() * watch.moments[layer.name].norm
+            layer.weight[~plan[layer.name].keep(score)] = 0
+    exact = {layer.name: layer.weight.clone() for layer in body.layers if layer.name in plan}
+
+    walked, _ = zoo.build(name)
+    prune(walked, anatomy(walked), plan, ready, method="wanda", propagate="block")
+    for name_, W in exact.items():
+        assert torch.equal(walked.get_submodule(name_).weight.data, W), name_
+
+
+class Toy(nn.Module):
+    """Two blocks, with whatever a test wants around them."""
+
+    def __init__(self, forward=None, width=4):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.inner = forward or (lambda self, x: self.blocks[1](self.blocks[0](x)))
+
+    def forward(self, x):
+        return self.inner(self, x)
+
+    def named(self):
+        return [(str(i), block) for i, block in enumerate(self.blocks)]
+
+    def hooks(self):
+        return sum(len(block._forward_pre_hooks) for block in self.blocks)
+
+
+def inputs(n=3):
+    return [{"x": torch.full((1, 4), float(i + 1))} for i in range(n)]
+
+
+def test_weights_changed_in_a_visit_are_what_the_batches_walk_on_through():
+    model = Toy()
+
+    def visit(name, block, calls):
+        block.weight.data.mul_(2)
+
+    got = {}
+    lockstep(model, model.named(), inputs(), visit, done=lambda i, y: got.__setitem__(i, y))
+    with torch.no_grad():
+        for i, batch in enumerate(inputs()):
+            assert torch.equal(got[i], model(**batch))
+
+
+def test_batches_at_different_blocks_are_visited_earliest_first():
+    """A text-only batch skips the first block and waits until the others have come to the second."""
+    model = Toy(lambda self, x: self.blocks[1](x if x[0, 0] == 2 else self.blocks[0](x)))
+    seen = []
+    lockstep(model, model.named(), inputs(), lambda name, block, calls: seen.append((name, list(calls))))
+    assert seen == [("0", [0, 2]), ("1", [0, 1, 2])]
+
+
+def test_a_block_entered_twice_in_one_forward_raises():
+    model = Toy(lambda self, x: self.blocks[0](self.blocks[0](x)))
+    with pytest.raises(RuntimeError, match="block 0 was entered twice"):
+        lockstep(model, model.named(), inputs(), lambda *_: None)
+    assert model.hooks() == 0
+
+
+def test_a_block_entered_after_its_turn_raises():
+    model = Toy(lambda self, x: self.blocks[1](self.blocks[0](x)) if x[0, 0] == 1 else self.blocks[0](self.blocks[1](x)))
+    with pytest.raises(RuntimeError, match="block 0 was entered after its turn"):
+        lockstep(model, model.named(), inputs(), lambda *_: None)
+    assert model.hooks() == 0
+
+
+@pytest.mark.parametrize("where", ["visit", "model"])
+def test_an_error_unwinds_every_forward_and_removes_every_hook(where):
+    left = []
+
+    def forward(self, x):
+        try:
+            x = self.blocks[0](x)
+            if where == "model" and x.shape[0]:
+                raise ValueError("in model")
+            return self.blocks[1](x)
+        finally:
+            left.append(1)
+
+    model = Toy(forward)
+
+    def visit(name, block, calls):
+        if where == "visit":
+            raise ValueError("in visit")
+
+    with pytest.raises(ValueError, match=f"in {where}"):
+        lockstep(model, model.named(), inputs(), visit)
+    assert len(left) == 3
+    assert model.hooks() == 0
+
+
+def test_nothing_of_a_walk_stays_in_memory():
+    model = Toy()
+    kept = []
+
+    def visit(name, block, calls):
+        kept.append(weakref.ref(calls[0]()))
+
+    lockstep(model, model.named(), inputs(), visit)
+    gc.collect()
+    assert all(ref() is None for ref in kept)
+
+
+def test_grad_mode_and_autocast_belong_to_each_side_of_a_switch():
+    """The model pauses inside its own autocast and no_grad; a visit may train the block meanwhile."""
+    states = []
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.blocks[0](x)
+            states.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        z = self.blocks[1](y.float())
+        states.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return z
+
+    model = Toy(forward)
+
+    def visit(name, block, calls):
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+        torch.set_grad_enabled(True)  # as block reconstruction does, and leaves behind
+        calls[0]().float().sum().backward()
+        assert block.weight.grad is not None
+
+    lockstep(model, model.named(), inputs(2), visit, done=lambda *_: None)
+    assert states == [(False, True), (False, True), (False, False), (False, False)]
+    assert torch.is_grad_enabled()
+
+
+def test_the_cache_is_off_during_a_walk_and_back_after():
+    model, processor = zoo.build("llava")
+    configs = [model.config, model.config.text_config, model.config.vision_config]
+    for config, value in zip(configs, (True, True, False), strict=True):  # one that was off already stays off
+        config.use_cache = value
+    seen = []
+    ready = calibration(model, processor, 2, 2)
+
+    def visit(name, block, calls):
+        seen.extend(c.use_cache for c in configs)
+        first, second = calls[0](), calls[0]()
+        assert torch.equal(first[0], second[0])  # with a cache the second run would see the first one's keys
+
+    lockstep(model, named_blocks(model), [b.inputs for b in ready], visit)
+    assert not any(seen)
+    assert [c.use_cache for c in configs] == [True, True, False]
+
+
+def test_inference_mode_is_refused():
+    model = Toy()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        lockstep(model, model.named(), inputs(), lambda *_: None)
+    assert model.hooks() == 0
+
+
+def test_layers_fed_the_very_same_tensor_share_one_accumulator():
+    model, processor = zoo.build("llava")
+    body = anatomy(model)
+    ready = calibration(model, processor, 2, 2)
+    block = next(b for b in body.blocks if b.component == "language")
+    layers = [layer for layer in body.layers if layer.block == block.name]
+    watch = Watch(layers, 1)
+    with watch.open(), watch.during(ready[0].padding):
+        plain(model, ready[0])
+    found = {name.rsplit(".", 1)[1]: moments for name, moments in watch.moments.items()}
+    assert found["q_proj"] is found["k_proj"] is found["v_proj"]
+    assert found["gate_proj"] is found["up_proj"]
+    assert len({id(m) for m in found.values()}) == 4
+
+
+def test_padding_is_not_in_the_moments():
+    """The same samples padded to a longer rectangle give the same counts and the same masks."""
+    model, processor = zoo.build("llava")
+    alone = calibration(model, processor, 4, 1)
+    together = calibration(model, processor, 4, 4)
+    assert not bool(together[0].padding["text"].all())
+    body = anatomy(model)
+    layers = list(body.component("language"))
+
+    def gather(ready):
+        watch = Watch(layers, len(ready))
+        with watch.open():
+            for batch in ready:
+                with watch.during(batch.padding):
+                    plain(model, batch)
+        return watch.moments
+
+    one, all_ = gather(alone), gather(together)
+    for layer in layers:
+        assert one[layer.name].count == all_[layer.name].count == sum(int(b.padding["text"].sum()) for b in alone)
+        torch.testing.assert_close(one[layer.name].norm, all_[layer.name].norm, rtol=1e-4, atol=1e-5)
