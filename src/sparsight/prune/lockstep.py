@@ -35,8 +35,8 @@ def lockstep(
 
     `blocks` are (name, module) in forward order. `visit(name, block, calls)` may change the block's weights in place;
     `calls[i]()` runs the block on batch `i` with the arguments the model gave it, and only batches that reach the block
-    are in `calls`. `done(i, output)` receives what the model returned; without it the batches are dropped in front of
-    the last block once it was visited, which saves that block and the output head. Runs under `no_grad`; `use_cache` is
+    are in `calls`. `done(i, output)` receives what the model returned; without it a batch is dropped once it was visited
+    in front of every block, which saves the last of them and the output head. Runs under `no_grad`; `use_cache` is
     off meanwhile. Memory: the paused activations of all batches. Cost: one forward per batch plus what `visit` runs.
 
     **Raises** `RuntimeError` if a forward enters a block twice, or after the block's turn is over. Any error, from
@@ -82,10 +82,9 @@ class _Walk:
         self.visited.add(position)
         with _own_thread_state():
             self.visit(name, block, {i: self._call(block, *self.standing[i][1:]) for i in here})
-        ends = self.done is None and position == len(self.blocks) - 1
         for i in here:
             del self.standing[i]
-            if ends:
+            if self.done is None and len(self.entered[i]) == len(self.blocks):  # nothing left to see
                 self._drop(self.walkers[i])
             else:
                 self._walk_on(i)

@@ -1,0 +1,45 @@
+"""How well a model foresees the right answers, token by token, each after the right ones before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from sparsight.data.encoding import Batch
+
+
+def foresee(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Measure the answers' tokens: the share that is the model's first choice, the perplexity, and their number.
+
+    End tokens count. Everything is summed over the batches before it is divided; logits are taken in float32.
+    """
+    right, surprise, tokens = 0, 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                moved = batch.to(model.device)
+                logits, labels = _answer_logits(model, moved)
+                log_p = logits.float().log_softmax(-1)
+                right += int((log_p.argmax(-1) == labels).sum())
+                surprise -= float(log_p.gather(1, labels[:, None]).double().sum())
+                tokens += len(labels)
+    finally:
+        model.train(was_training)
+    return {"token_accuracy": right / tokens, "perplexity": math.exp(min(surprise / tokens, 700)), "tokens": tokens}
+
+
+def _answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the logits (N, vocabulary) that speak of the N answer tokens, and those tokens (N,)."""
+    labels = batch.inputs["labels"]
+    if "decoder" in batch.padding:
+        logits = model(**batch.inputs).logits
+    else:  # the position before an answer token foretells it; without labels the model computes no loss
+        logits = model(**{key: value for key, value in batch.inputs.items() if key != "labels"}).logits[:, :-1]
+        labels = labels[:, 1:]
+    chosen = labels != -100
+    return logits[chosen], labels[chosen]
