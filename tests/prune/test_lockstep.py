@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import zoo
-from prune.walks import calibration
+from walks import calibration
 from torch import nn
 
 from sparsight import lockstep

@@ -1,0 +1,46 @@
+# The developer's manual: setup · demo · test · check · bench
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TV     := $(VENV)/torchvision/.ready
+
+.PHONY: setup demo test test-slow check lint types bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sparsight needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+# Some processors need torchvision. Beside a CPU-only torch its wheel does not import, so the tests keep it apart.
+$(TV): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision "torchvision==0.28.0"
+	touch $(TV)
+
+demo: $(READY)            ## the main job on the embedded model: table, and the path of the report
+	$(BIN)/sparsight demo demo-out --overwrite
+
+test: $(READY) $(TV)      ## the quick tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY) $(TV) ## the minutes-long ones
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test    ## what CI runs
+
+bench: $(READY)           ## one script per ratio, results in benchmarks/
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
