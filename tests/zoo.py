@@ -1,9 +1,8 @@
 """A tiny random model with its real processor for every family.
 
 Each model has the wiring of its family (window and full attention, deepstack, sliding masks, relative position bias,
-bidirectional prefixes), two vision blocks and two or three language blocks, and builds in well under a second. The
-tokenizers are made here: byte-level BPE as GPT-2, OPT, Qwen and SmolVLM have it, or word-marker BPE with byte fallback
-as T5, LLaMA and Gemma have it, so that any text survives encoding and decoding.
+bidirectional prefixes), two vision blocks and two or three language blocks, and builds in well under a second. What a
+Q-Former or a feature layer leaves unused in the real models is unused here, too.
 
 Qwen-VL and SmolVLM processors need torchvision. Its wheel does not import beside a CPU-only torch because the schemas
 of two operators are missing, so it lives in a folder of its own, `torchvision` in the environment's prefix, and
@@ -32,8 +31,9 @@ if _TORCHVISION.is_dir() and str(_TORCHVISION) not in sys.path:
         import torchvision  # noqa: F401
 
 import transformers as hf  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 from transformers.utils import is_torchvision_available  # noqa: E402
+
+import zoo_text  # noqa: E402
 
 NAMES: tuple[str, ...] = (
     "instructblip-t5",
@@ -50,12 +50,6 @@ NAMES: tuple[str, ...] = (
 
 NEEDS_TORCHVISION = ("qwen2.5-vl", "qwen3-vl", "smolvlm")
 
-_WORDS = """
-what which how many color colour shape is are the there a an of in on to left right above below and or not yes no red
-green blue yellow black white circle square triangle star image picture question answer short describe this it USER
-ASSISTANT User Assistant user assistant system model one two three four small large
-"""
-
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -66,33 +60,6 @@ _VISION = {
 }
 _TEXT = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
 _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 12}
-
-_LLAVA = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}ASSISTANT: {% generation %}"
-    "{{ message.content[0].text }}{{ eos_token }}{% endgeneration %}{% else %}{{ message.role | upper }}: "
-    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }} {% endif %}"
-    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-_QWEN = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_QWEN_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-)
-_GEMMA = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
-    "{{ 'model' if message.role == 'assistant' else message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text | trim }}{% endif %}{% endfor %}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-_SMOL = (
-    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
-    "{{ ':' if message.content[0].type == 'image' else ': ' }}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -106,6 +73,9 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> tu
                 p.normal_(0, fan**-0.5, generator=generator)
             elif not key.endswith("weight"):
                 p.normal_(0, 0.05, generator=generator)
+        words = model.get_input_embeddings().weight
+        if words is model.get_output_embeddings().weight:
+            words.mul_(0.5)  # else a model with tied embeddings only says its last token again
     return model.to(dtype).eval(), processor
 
 
@@ -131,50 +101,6 @@ def images(n: int, seed: int = 0) -> list[Image.Image]:
     return drawn
 
 
-def tokenizer(
-    style: str, specials: list[str], *, prefix: str = "", suffix: str = "", marker_first: bool = True, **roles: Any
-) -> hf.PreTrainedTokenizerFast:
-    """Make a fast tokenizer whose vocabulary starts with `specials`.
-
-    `style` is "bytes" (GPT-2) or "words" (word marker, byte fallback); `prefix` and `suffix` are the special tokens
-    put around every text; `roles` goes to the constructor (eos_token="</s>", ...).
-    """
-    marker = "Ġ" if style == "bytes" else "▁"
-    if style == "bytes":
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        core = BPE(specials, letters, marker)
-        made = Tokenizer(core)
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-    else:
-        letters = [f"<0x{i:02X}>" for i in range(256)] + [chr(i) for i in range(33, 127)] + [marker]
-        core = BPE(specials, letters, marker, unk_token="<unk>", byte_fallback=True)
-        made = Tokenizer(core)
-        scheme = "first" if marker_first else "never"
-        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=marker, prepend_scheme=scheme)
-        steps = [decoders.Replace(marker, " "), decoders.ByteFallback(), decoders.Fuse()]
-        made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if marker_first else steps)
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
-    if prefix or suffix:
-        around = [(token, made.token_to_id(token)) for token in (prefix, suffix) if token]
-        single, pair = (f"{prefix} $A {suffix}".strip(), f"{prefix} $A $B:1 {suffix}".strip())
-        made.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=around)
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, **roles)
-
-
-def BPE(specials: list[str], letters: list[str], marker: str, **options: Any) -> models.BPE:
-    """Build a BPE model that knows every letter and, letter by letter, every word of `_WORDS`."""
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*specials, *letters]))}
-    merges: dict[tuple[str, str], None] = {}
-    for word in _WORDS.split():
-        piece = marker
-        for letter in word:
-            merges.setdefault((piece, letter))
-            piece += letter
-            vocabulary.setdefault(piece, len(vocabulary))
-    return models.BPE(vocab=vocabulary, merges=list(merges), **options)
-
-
 def _image_processor(name: str, **options: Any) -> Any:
     """Take the class that `AutoProcessor` would load: torchvision's where it is installed, else Pillow's."""
     return getattr(hf, name if is_torchvision_available() else f"{name}Pil")(**options)
@@ -182,25 +108,6 @@ def _image_processor(name: str, **options: Any) -> Any:
 
 def _square(name: str, **options: Any) -> Any:
     return _image_processor(name, size={"height": 32, "width": 32}, **options)
-
-
-def _t5_tokenizer() -> Any:
-    specials = ["<pad>", "</s>", "<unk>"]
-    return tokenizer(
-        "words", specials, suffix="</s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
-    )
-
-
-def _llama_tokenizer(**options: Any) -> Any:
-    specials = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
-    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    return tokenizer("words", specials, prefix="<s>", **roles, **options)
-
-
-def _opt_tokenizer() -> Any:
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    roles = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return tokenizer("bytes", specials, prefix="</s>", **roles)
 
 
 def _t5_config(vocab: int) -> hf.T5Config:
@@ -222,7 +129,7 @@ def _blip(instruct: bool, text_tokenizer: Any, text_config: Any) -> tuple[Any, A
     if instruct:
         specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
         roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        asked = tokenizer("words", specials, prefix="[CLS]", suffix="[SEP]", **{**roles, "padding_side": "right"})
+        asked = zoo_text.tokenizer("words", specials, prefix="[CLS]", suffix="[SEP]", **{**roles, "padding_side": "right"})
         processor = hf.InstructBlipProcessor(picture, text_tokenizer, asked, num_query_tokens=4)
     else:
         processor = hf.Blip2Processor(picture, text_tokenizer, num_query_tokens=4)
@@ -250,11 +157,11 @@ def _opt_config(vocab: int) -> hf.OPTConfig:
 
 
 def _llava() -> tuple[Any, Any]:
-    words = _llama_tokenizer(padding_side="left")
+    words = zoo_text.llama_tokenizer(padding_side="left")
     crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     processor = hf.LlavaProcessor(
         _image_processor("CLIPImageProcessor", **crop), words, patch_size=8, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default", chat_template=_LLAVA,
+        vision_feature_select_strategy="default", chat_template=zoo_text.LLAVA,
     )  # fmt: skip
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**_VISION),
@@ -267,7 +174,7 @@ def _llava() -> tuple[Any, Any]:
 
 def _qwen(version: int) -> tuple[Any, Any]:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-    words = tokenizer("bytes", [*specials, "<|video_pad|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    words = zoo_text.tokenizer("bytes", [*specials, "<|video_pad|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = {f"{key}_token_id": words.convert_tokens_to_ids(f"<|{token}|>") for key, token in (
         ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")
     )}  # fmt: skip
@@ -280,24 +187,18 @@ def _qwen(version: int) -> tuple[Any, Any]:
     text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
     if version == 2:
         vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-        kind, template, video = "Qwen2_5_VL", _QWEN_SYSTEM + _QWEN, hf.Qwen2VLVideoProcessor
+        kind, template, video = "Qwen2_5_VL", zoo_text.QWEN_SYSTEM + zoo_text.QWEN, hf.Qwen2VLVideoProcessor
     else:
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        kind, template, video = "Qwen3VL", _QWEN, hf.Qwen3VLVideoProcessor
+        kind, template, video = "Qwen3VL", zoo_text.QWEN, hf.Qwen3VLVideoProcessor
     picture = _image_processor("Qwen2VLImageProcessor", **pixels)
     processor = getattr(hf, f"{kind}Processor")(picture, words, video(patch_size=4), chat_template=template)
     config = getattr(hf, f"{kind}Config")(vision_config=vision, text_config=text, **ids)
     return processor, getattr(hf, f"{kind}ForConditionalGeneration")(config)
 
 
-def _gemma_tokenizer(more: list[str], **roles: Any) -> Any:
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", *more]
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    return tokenizer("words", specials, marker_first=False, padding_side="left", **names, **roles)
-
-
 def _paligemma() -> tuple[Any, Any]:
-    words = _gemma_tokenizer([])
+    words = zoo_text.gemma_tokenizer([])
     picture = _square("SiglipImageProcessor")
     picture.image_seq_length = 16
     processor = hf.PaliGemmaProcessor(picture, words)
@@ -316,8 +217,8 @@ def _paligemma() -> tuple[Any, Any]:
 def _gemma3() -> tuple[Any, Any]:
     images = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     turns = ["<start_of_turn>", "<end_of_turn>", *images.values()]
-    words = _gemma_tokenizer(turns, extra_special_tokens=images)
-    processor = hf.Gemma3Processor(_square("Gemma3ImageProcessor"), words, chat_template=_GEMMA, image_seq_length=4)
+    words = zoo_text.gemma_tokenizer(turns, extra_special_tokens=images)
+    processor = hf.Gemma3Processor(_square("Gemma3ImageProcessor"), words, chat_template=zoo_text.GEMMA, image_seq_length=4)
     text = {**_GROUPED, "num_hidden_layers": 3, "vocab_size": len(words), "query_pre_attn_scalar": 12}
     text |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     config = hf.Gemma3Config(
@@ -339,14 +240,14 @@ def _smolvlm() -> tuple[Any, Any]:
         "end_of_utterance_token": "<end_of_utterance>",
     }  # fmt: skip
     grid = [f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)]
-    words = tokenizer(
+    words = zoo_text.tokenizer(
         "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *roles.values(), *grid], extra_special_tokens=roles,
         bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_end|>", padding_side="left",
     )  # fmt: skip
     cut = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     processor = hf.SmolVLMProcessor(
         _image_processor("SmolVLMImageProcessor", **cut), words, hf.SmolVLMVideoProcessor(**cut),
-        image_seq_len=4, chat_template=_SMOL,
+        image_seq_len=4, chat_template=zoo_text.SMOL,
     )  # fmt: skip
     ends = {"bos_token_id": 1, "eos_token_id": words.eos_token_id, "pad_token_id": 2}
     config = hf.SmolVLMConfig(
@@ -360,10 +261,10 @@ def _smolvlm() -> tuple[Any, Any]:
 
 
 _BUILDERS = {
-    "instructblip-t5": lambda: _blip(True, _t5_tokenizer(), _t5_config),
-    "instructblip-llama": lambda: _blip(True, _llama_tokenizer(), lambda size: _llama_config(size, pad_token_id=4)),
-    "blip2-opt": lambda: _blip(False, _opt_tokenizer(), _opt_config),
-    "blip2-t5": lambda: _blip(False, _t5_tokenizer(), _t5_config),
+    "instructblip-t5": lambda: _blip(True, zoo_text.t5_tokenizer(), _t5_config),
+    "instructblip-llama": lambda: _blip(True, zoo_text.llama_tokenizer(), lambda size: _llama_config(size, pad_token_id=4)),
+    "blip2-opt": lambda: _blip(False, zoo_text.opt_tokenizer(), _opt_config),
+    "blip2-t5": lambda: _blip(False, zoo_text.t5_tokenizer(), _t5_config),
     "llava": _llava,
     "qwen2.5-vl": lambda: _qwen(2),
     "qwen3-vl": lambda: _qwen(3),

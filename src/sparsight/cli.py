@@ -221,8 +221,9 @@ def evaluate(
     if predictions:
         result.write_predictions(Path(predictions))
     if json_file:
-        Path(json_file).write_text(json.dumps(result.to_json(), indent=1) + "\n")
-    _show(result.to_json(), as_json, tables.scores_table(result.rows, f"{model} on {len(result.predictions)} samples"))
+        Path(json_file).write_text(result.to_json())
+    facts = json.loads(result.to_json())
+    _show(facts, as_json, tables.scores_table(result.rows, f"{model} on {len(result.predictions)} samples"))
 
 
 @app.command()
@@ -269,7 +270,7 @@ def _show(facts: Any, as_json: bool, *parts: Any) -> None:
         return
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for part in parts:
         console.print(part)
 

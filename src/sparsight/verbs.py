@@ -134,8 +134,8 @@ def prune(
     planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore)
     calibration = []
     if chosen_samples is not None:
-        encoder = Encoder(processor, loaded)
-        calibration = [b.to(device, loaded.dtype) for b in batches(chosen_samples, encoder, batch_size)]
+        encoder = Encoder(processor, loaded, skip_bad=skip_bad)
+        calibration = [batch.to(device) for batch in batches(chosen_samples, encoder, batch_size)]
         settings["fingerprint"] = chosen_samples.fingerprint
     with unfinished(target, settings, resume) as folder:
         record = prune_in_place(
@@ -219,7 +219,7 @@ def restore(
     student = make_student(
         sparse, original if kl else None, adapter=adapter, ranks=ranks, alpha=alpha, seed=seed, dtype=dtype, device=device
     )
-    encoder = Encoder(student.processor, student.wrapped.get_base_model())
+    encoder = Encoder(student.processor, student.wrapped.get_base_model(), skip_bad=skip_bad)
     began = time.perf_counter()
     with unfinished(target, settings, resume) as folder:
         curve = train(
@@ -279,7 +279,7 @@ def evaluate(
     loaded, processor = load(model, dtype=dtype, device=device)
     return score(
         loaded, processor, chosen, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
-        progress=progress,
+        progress=(lambda done, total: progress("answers", done, total)) if progress else None,
     )  # fmt: skip
 
 

@@ -11,9 +11,7 @@ def test_folder_loads_back_as_built(name, zoo_folder):
     path = zoo_folder(name)
     loaded = hf.AutoModelForImageTextToText.from_pretrained(path)
     processor = hf.AutoProcessor.from_pretrained(path)
-    assert all(
-        torch.equal(a, b) for a, b in zip(built.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(built.state_dict().values(), loaded.state_dict().values(), strict=True))
     text = "Hello, ça\n  va? red square"
     assert processor.tokenizer.decode(processor.tokenizer(text).input_ids, skip_special_tokens=True) == text
 

@@ -34,10 +34,10 @@ GROUPS = [
 def main() -> None:
     """Write cider.json beside this file."""
     random.seed(0)
-    vocabulary = "red green blue circle square star on above left of a the two".split()
+    vocabulary = "red green blue circle square star on above left of a the two"
 
     def caption(low: int = 0) -> str:
-        return " ".join(random.choices(vocabulary, k=random.randint(low, 12)))
+        return " ".join(random.choices(vocabulary.split(), k=random.randint(low, 12)))
 
     drawn = [[(caption(), [caption(1) for _ in range(random.randint(1, 5))]) for _ in range(n)] for n in (2, 5, 12)]
     groups = []

@@ -26,8 +26,10 @@ black-and-white|don't|dont|DONT|whats that|it's|its|Im|Id've|Ive been|'ow'sat|so
 U.S.A.|www.a.com|(left)|left (side)|"stop"|a_b|a+b=c|x<y>z|me@home|`tick`|50%|$5|#1|5:30|o'clock|oclock|let's|she's
 wouldntve|wouldn'tve|you're|youre|yall'll|rock'n'roll|what?!|what ? !|who;me|{a}|[b]|back\\slash|é, ü|1,2,3|3,a|a , b
 """
-WORDS = """the a an one two ten none red, blue. car's dont isnt theyre 1,000 2.5 . , ! ? - / left-right (up) yes no
-U.S. Im whod've 'twas""".split()
+WORDS = """
+the a an one two ten none red, blue. car's dont isnt theyre 1,000 2.5 . , ! ? - / left-right (up) yes no U.S. Im whod've
+'twas
+"""
 
 
 def main(path: str) -> None:
@@ -35,7 +37,7 @@ def main(path: str) -> None:
     reference = _load(path)
     random.seed(0)
     texts = [text for line in TEXTS.strip().splitlines() for text in line.split("|")]
-    texts += [" ".join(random.choices(WORDS, k=random.randint(1, 6))) for _ in range(60)]
+    texts += [" ".join(random.choices(WORDS.split(), k=random.randint(1, 6))) for _ in range(60)]
     scorer = reference(SimpleNamespace(getQuesIds=list), None)
     normal = {text: _normalise(scorer, text) for text in texts}
     cases = [_accuracy(reference, *case) for case in _cases(sorted({form for form in normal.values() if form}))]

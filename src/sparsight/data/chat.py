@@ -100,9 +100,7 @@ def _find_answers(processor: Any, sample: Sample) -> tuple[str, list[Span]]:
     dialogue = messages(sample)
     text, marked = _render_marked(processor, dialogue)
     added = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
-    end = re.compile(
-        " ?(?:" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")" if added else r"(?!)"
-    )
+    end = re.compile(" ?(?:" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")" if added else r"(?!)")
     spans: list[Span] = []
     for turn in range(len(sample.turns)):
         answer = dialogue[2 * turn + 1]["content"][0]["text"]
@@ -146,9 +144,7 @@ def _render_marked(processor: Any, dialogue: list[Message]) -> tuple[str, list[S
     return str(text), spans if len(spans) == len(dialogue) // 2 else []
 
 
-def _token_spans(
-    processor: Any, sample: str, text: str, spans: list[Span], images: list[Any], ids: list[int]
-) -> list[Span]:
+def _token_spans(processor: Any, sample: str, text: str, spans: list[Span], images: list[Any], ids: list[int]) -> list[Span]:
     """Turn spans in `text` into spans in `ids`, its encoding with all images expanded.
 
     Tokens are counted from the end, behind the last image, where text stands as it was written; only a dialogue with

@@ -59,16 +59,17 @@ PLAIN = {
 class Encoder:
     """Encodes samples for one model.
 
-    Of `model` only the config is read. A model with a chat template takes dialogues whole, and every answer in them
-    counts; InstructBLIP, BLIP-2 and PaliGemma take one question, so `encode` makes one row per turn. Of several
-    answers to a question the most frequent is encoded, the first of them on a tie. Nothing is ever truncated: with
-    `max_length` a longer sample is an error. With `skip_bad`, samples that the model cannot take, and too long ones,
-    are left out and listed in `skipped` as (id, reason).
+    Of `model` only the config and the dtype are read; pixels come in the model's dtype. A model with a chat template
+    takes dialogues whole, and every answer in them counts; InstructBLIP, BLIP-2 and PaliGemma take one question, so
+    `encode` makes one row per turn. Of several answers to a question the most frequent is encoded, the first of them on
+    a tie. Nothing is ever truncated: with `max_length` a longer sample is an error. With `skip_bad`, samples that the
+    model cannot take, and too long ones, are left out and listed in `skipped` as (id, reason).
     """
 
     def __init__(self, processor: Any, model: Any, *, max_length: int | None = None, skip_bad: bool = False) -> None:
         self.processor = processor
         self.config = getattr(model, "config", model)
+        self.dtype: torch.dtype | None = getattr(model, "dtype", None)
         self.max_length = max_length
         self.skip_bad = skip_bad
         self.skipped: list[tuple[str, str]] = []
@@ -97,7 +98,7 @@ class Encoder:
             rows = [Sample(s.id, s.images, (turn,), s.kind) for s in rows for turn in s.turns]
         rows = self._without(rows, [self._refuse(sample) for sample in rows])
         while rows:
-            inputs = self.style.encode(self.processor, rows, self.config)
+            inputs = self._cast(self.style.encode(self.processor, rows, self.config))
             kept = self._without(rows, self._too_long(inputs))
             if len(kept) == len(rows):
                 return Batch(inputs, _padding(inputs), tuple(rows))
@@ -114,7 +115,10 @@ class Encoder:
                 raise SparsightError(f"sample {sample.id!r}: {reason}")
         if not self.style.turns:
             samples = [Sample(s.id, s.images, s.turns[-1:], s.kind) for s in samples]
-        return self.style.prompts(self.processor, samples, self.config)
+        return self._cast(self.style.prompts(self.processor, samples, self.config))
+
+    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: t.to(self.dtype) if t.is_floating_point() and self.dtype else t for key, t in inputs.items()}
 
     def _refuse(self, sample: Sample) -> str | None:
         if not sample.turns or any(not turn.answers for turn in sample.turns):

@@ -48,8 +48,8 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
         before, whole = tokenizer(asked)["input_ids"], tokenizer(f"{asked} {answer}")["input_ids"]
         if whole[: len(before)] != before or question[len(question) - len(before) :] != before:
             raise SparsightError(
-                f"sample {sample.id!r}: the tokenizer joins the prompt with the answer, so the answer's tokens are not "
-                f"those the model would be asked to write; end the prompt with a word or a full stop"
+                f"sample {sample.id!r}: the tokenizer does not begin prompt and answer as it does the prompt alone, so "
+                f"the answer's tokens are not those the model would be asked to write"
             )
         rows.append([*whole[len(before) :], end])
     inputs |= _pad([q + row for q, row in zip(questions, rows, strict=True)], _pad_id(processor))

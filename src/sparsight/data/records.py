@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sparsight.data.sample import PLACEHOLDER, Sample, Turn
 
@@ -92,6 +92,8 @@ def finder(folder: Path) -> Find:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 image.verify()
+        except UnidentifiedImageError as error:
+            raise BadRecord(f"image {entry!r} cannot be read: not an image that Pillow knows") from error
         except Exception as error:  # Pillow raises nearly everything on a broken file
             raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
         return path, hashlib.sha256(content).hexdigest()
@@ -198,9 +200,8 @@ def _content(content: Any, where: str, placed: list[Any] | None) -> str:
     if isinstance(content, str):
         return content
     if placed is None or not isinstance(content, list):
-        raise BadRecord(
-            f"{where}: expected {'a string' if placed is None else 'a string or parts'}, got {_type(content)}"
-        )
+        allowed = "a string" if placed is None else "a string or a list of parts"
+        raise BadRecord(f"{where}: the text must be {allowed}, got {_type(content)}")
     pieces = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None

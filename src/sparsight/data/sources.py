@@ -117,9 +117,7 @@ def _open(source: str | Path, split: str) -> tuple[str, Rows, Find]:
         raise SparsightError(f"{source}: a data folder needs metadata.jsonl, parquet files or a saved dataset")
     if path.is_file():
         if path.suffix not in (".jsonl", ".json"):
-            raise SparsightError(
-                f"{source}: a data file must end in .jsonl or .json, got {path.suffix or 'no suffix'!r}"
-            )
+            raise SparsightError(f"{source}: a data file must end in .jsonl or .json, got {path.suffix or 'no suffix'!r}")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -156,9 +154,7 @@ def _json_rows(text: str, source: str | Path) -> Rows:
     at = _skip_space(text, 0)
     try:
         if text[at : at + 1] != "[":
-            raise SparsightError(
-                f"{source}: a .json file must hold a list of records; for one record a line use .jsonl"
-            )
+            raise SparsightError(f"{source}: a .json file must hold a list of records; for one record a line use .jsonl")
         at = _skip_space(text, at + 1)
         while text[at : at + 1] != "]":
             _, end = decoder.raw_decode(text, at)

@@ -1,11 +1,13 @@
-"""Train a demo model from scratch, in three stages, on nothing but digit scenes.
+"""Train a demo model from scratch, in stages, on nothing but digit scenes.
 
     python -m sparsight.demo.train instructblip|llava OUT [--seed 0] [--threads 2]
 
 1. **see**: the vision tower learns to name the digit and the colour under each patch, through a linear head that is
    then thrown away. Trained end to end from the start, a model of this size never begins to look.
-2. **answer**: the tower is frozen; connector and language model learn to answer and to describe.
-3. **polish**: everything together, at a low rate.
+2. **connect** (InstructBLIP only): the Q-Former learns to carry the digit and the colour of cell i in query i, through
+   another head that is thrown away; BLIP-2, too, trains its Q-Former before it meets the language model.
+3. **answer**: the tower is frozen; connector and language model learn to answer and to describe.
+4. **polish**: everything together, at a low rate.
 
 The model is saved after every stage, in float16 as it ships; `--start STAGE` goes on from what lies in OUT,
 `--end STAGE` stops early.
@@ -30,7 +32,7 @@ from sparsight.demo.feed import batch, captions, check, pixels, pool, questions
 from sparsight.demo.scenes import CELL, NAMES, SIZE, Drawing, draw
 from sparsight.demo.score import load, samples, score
 
-STAGES = ("see", "answer", "polish")
+STAGES = ("see", "connect", "answer", "polish")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class Course:
     """How long and how fast each stage goes: steps, scenes a step, learning rate; and how many scenes are drawn."""
 
     see: int = 5000
-    answer: int = 1500
+    connect: int = 600
+    answer: int = 1000
     polish: int = 600
     see_size: int = 64
     answer_size: tuple[int, int] = (80, 16)  # questions, captions
-    rates: tuple[float, float, float] = (1e-3, 2e-3, 3e-4)
+    rates: tuple[float, float, float, float] = (1e-3, 1e-3, 2e-3, 3e-4)
     pool: int = 30_000
 
 
@@ -121,12 +124,36 @@ def see(model: Any, course: Course, seed: int, log: Log) -> None:
         index = rng.integers(len(scenes.values), size=course.see_size)
         values, colors = targets(scenes, index)
         digit, color = read(model, head, pixels(scenes.pixels[index]))
-        return cross_entropy(digit.flatten(0, 1), values[:, cells].flatten(), label_smoothing=0.05) + cross_entropy(
-            color.flatten(0, 1), colors[:, cells].flatten(), label_smoothing=0.05
-        )
+        return naming(digit, values[:, cells]) + naming(color, colors[:, cells])
 
     fit([*tower(model).parameters(), *head.parameters()], loss, course.see, course.rates[0], 0.05, log)
     log.end(**legible(model, head))
+
+
+def naming(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy of logits (n, places, classes) with classes (n, places), a little smoothed."""
+    return cross_entropy(logits.flatten(0, 1), classes.flatten(), label_smoothing=0.05)
+
+
+def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> None:
+    """Teach the Q-Former, in place, to carry digit and colour of cell i in query i, whatever the question."""
+    scenes = pool(course.pool, seed, crowd=False)
+    rng = np.random.default_rng([seed, 2])
+    width = model.config.qformer_config.hidden_size
+    head = nn.Linear(width, 11 + len(NAMES) + 1)
+    tower(model).requires_grad_(False)
+
+    def loss() -> Tensor:
+        index, prompts, _ = questions(scenes, course.see_size, rng)
+        text = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
+        seen = model.get_image_features(pixels(scenes.pixels[index]), text["input_ids"], text["attention_mask"])
+        logits = head(seen.qformer_outputs.last_hidden_state[:, :4])
+        values, colors = targets(scenes, index)
+        return naming(logits[..., :11], values) + naming(logits[..., 11:], colors)
+
+    trained = [model.query_tokens, *model.qformer.parameters(), *head.parameters()]
+    fit(trained, loss, course.connect, course.rates[1], 0.01, log)
+    log.end()
 
 
 def targets(drawing: Drawing, index: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -152,9 +179,8 @@ def answer(model: Any, processor: Any, course: Course, stage: str, seed: int, lo
     """Teach the model, in place, to answer and to describe; stage "answer" leaves the vision tower as it is."""
     scenes = pool(course.pool, seed, crowd=False)
     check(processor, scenes)
-    rng = np.random.default_rng([seed, 2 + STAGES.index(stage)])
-    for parameter in tower(model).parameters():
-        parameter.requires_grad_(stage != "answer")
+    rng = np.random.default_rng([seed, 1 + STAGES.index(stage)])
+    tower(model).requires_grad_(stage != "answer")
 
     def loss() -> Tensor:
         total = torch.zeros(())
@@ -189,12 +215,17 @@ def train(
     if start != "see":
         model, processor = load(folder)
         log.stages = json.loads((folder / "training.json").read_text(encoding="utf-8"))["stages"]
-        log.stages = log.stages[: STAGES.index(start)]
+        log.stages = [stage for stage in log.stages if STAGES.index(stage["stage"]) < STAGES.index(start)]
     model.train()
     for stage in STAGES[STAGES.index(start) : STAGES.index(end) + 1]:
         log.begin(stage, steps=getattr(course, stage), rate=course.rates[STAGES.index(stage)])
         if stage == "see":
             see(model, course, seed, log)
+        elif stage == "connect":
+            if kind == "llava":  # a projector has nothing to learn alone
+                log.stages.pop()
+                continue
+            connect(model, processor, course, seed, log)
         else:
             answer(model, processor, course, stage, seed, log)
         model.train().requires_grad_(True)

@@ -98,6 +98,8 @@ def evaluate(
     if not samples:
         raise SparsightError("nothing to evaluate: no samples")
     kinds = list(dict.fromkeys(sample.kind for sample in samples))
+    if ALL in kinds:
+        raise SparsightError(f"no sample can be of kind {ALL!r}: that row is of all samples together")
     chosen = {kind: _choose(metrics, kind) for kind in kinds}
     written = predict(
         model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens, progress=progress

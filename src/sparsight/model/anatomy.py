@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -57,6 +57,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Anatomy:
+    """A model taken apart; `family` names only paths that the model has."""
+
     family: Family
     blocks: tuple[Block, ...]
     layers: tuple[Layer, ...]
@@ -112,7 +114,7 @@ def anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
     skipped.append(Skipped("norms and biases", "", "vectors, never pruned", vectors))
     order = {block.name: i for i, block in enumerate(blocks)}
     layers.sort(key=lambda layer: order[layer.block])
-    return Anatomy(known, blocks, tuple(layers), tuple(skipped), sum(p.numel() for p in model.parameters()))
+    return Anatomy(_present(known, blocks), blocks, tuple(layers), tuple(skipped), sum(p.numel() for p in model.parameters()))
 
 
 def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
@@ -129,6 +131,12 @@ def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
                     yield Block(f"{path}.{index}", component, child)
             else:
                 yield Block(path, component, module)
+
+
+def _present(family: Family, blocks: tuple[Block, ...]) -> Family:
+    """The family with only those paths that the model has."""
+    names = {block.name for block in blocks} | {block.name.rpartition(".")[0] for block in blocks}
+    return replace(family, **{c: tuple(path for path in family.paths(c) if path in names) for c in COMPONENTS})
 
 
 def _tied(model: nn.Module) -> set[int]:

@@ -23,8 +23,10 @@ def component_totals(sparsity: Mapping[str, Any]) -> dict[str, tuple[int, int, i
 
 def model_card(sparsity: Mapping[str, Any], metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     base = str(sparsity["base_model"])
+    name = base.rstrip("/").split("/")[-1]
+    hub = not base.startswith((".", "/")) and base.count("/") == 1
     header: dict[str, Any] = {"library_name": "transformers", "tags": ["sparse", "pruned", "sparsight"]}
-    if not base.startswith((".", "/")) and base.count("/") == 1:
+    if hub:
         header["base_model"] = base
     patterns = sorted({entry["pattern"] for entry in sparsity["layers"].values()})
     lines = [
@@ -32,9 +34,9 @@ def model_card(sparsity: Mapping[str, Any], metrics: Mapping[str, Any], recipe: 
         yaml.safe_dump(header, sort_keys=False).strip(),
         "---",
         "",
-        f"# A sparse {base.rstrip('/').split('/')[-1]}",
+        f"# A sparse {name}",
         "",
-        f"Pruned with Sparsight from `{base}` by `{sparsity['method']}`, pattern {', '.join(patterns)}"
+        f"Pruned with Sparsight from `{base if hub else name}` by `{sparsity['method']}`, pattern {', '.join(patterns)}"
         + (", then restored with SparseLoRA." if "restore" in recipe else "."),
         "It loads with `from_pretrained` like any other model; a pruned weight is an exact zero in the ordinary files.",
         "",
@@ -53,7 +55,14 @@ def model_card(sparsity: Mapping[str, Any], metrics: Mapping[str, Any], recipe: 
         "`sparsight verify .` recounts every zero against `sparsity.json`; `recipe.yaml` holds every setting.",
         "",
         "```yaml",
-        yaml.safe_dump(dict(recipe), sort_keys=False).strip(),
+        yaml.safe_dump(_portable(recipe), sort_keys=False).strip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _portable(value: Any) -> Any:
+    """The recipe without the paths of the machine it ran on."""
+    if isinstance(value, Mapping):
+        return {key: _portable(inner) for key, inner in value.items()}
+    return value.rstrip("/").split("/")[-1] if isinstance(value, str) and value.startswith("/") else value

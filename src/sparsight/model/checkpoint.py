@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.card import model_card
 from sparsight.model.families import Family
+from sparsight.model.load import quiet
 from sparsight.model.masks import mask_hash, weight_hash
 from sparsight.plan.pattern import Pattern
 
@@ -159,19 +161,15 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         for parent in new_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError) or _is_io(error):
+        if isinstance(error, OSError | SafetensorError):  # safetensors wraps a full disk into an error of its own
             raise SparsightError(f"{out}: could not be written ({error}); nothing was left behind") from error
         raise
 
 
-def _is_io(error: BaseException) -> bool:
-    """safetensors wraps a full disk into an error of its own."""
-    return type(error).__name__ == "SafetensorError" and "I/O" in str(error)
-
-
 def save(model: Any, processor: Any, record: Record, folder: Path) -> None:
     """Write model, processor and record into `folder`, which is there and empty (see `atomic_folder`)."""
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "sparsity.json").write_text(json.dumps(record.sparsity, indent=1) + "\n")
     (folder / "metrics.json").write_text(json.dumps(record.metrics, indent=1) + "\n")

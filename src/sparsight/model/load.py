@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -30,12 +32,12 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "
     check_device(device)
     _check_folder(where)
     _config(where)
-    with _quiet():
+    with quiet():
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(
                 where, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise SparsightError(f"{where}: the model could not be loaded: {_first_line(error)}") from error
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
@@ -47,7 +49,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "
 def load_processor(path: str | Path) -> Any:
     """Load the model's own processor; a missing torchvision becomes one line that says what to install."""
     try:
-        with _quiet():
+        with quiet():
             return AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
     except (ImportError, ValueError, OSError, TypeError) as error:
         if "torchvision" in str(error).lower() or "video" in str(error).lower():
@@ -99,8 +101,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silence transformers' own loading report and progress bars: what matters in them is raised as an error."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' own reports and progress bars; what matters in a loading report is raised as an error."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

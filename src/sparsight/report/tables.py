@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from sparsight.model.anatomy import Anatomy
@@ -15,7 +16,7 @@ from sparsight.plan.plan import Share
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
@@ -83,9 +84,10 @@ def pruned_table(sparsity: Mapping[str, Any], title: str) -> Table:
 
 
 def scores_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    cells = [
-        (r["kind"], r["metric"], f"{r['value']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", r["n"]) for r in rows
-    ]
+    cells = []
+    for r in rows:
+        interval = f"{r['low']:.4f} to {r['high']:.4f}" if r["low"] is not None else "–"
+        cells.append((r["kind"], r["metric"].replace("_", " "), f"{r['value']:.4f}", interval, r["n"]))
     return table(title, ("kind", "metric", "score", "95 % interval", "samples"), cells, left=2)
 
 
@@ -116,3 +118,29 @@ def verify_lines(found: Mapping[str, Any]) -> list[Any]:
         return [f"verified {found['folder']}: {total}{against}"]
     rows = [(name, "; ".join(what)) for name, what in found["differences"].items()]
     return [table(f"{len(rows)} layers of {found['folder']} differ", ("layer", "what"), rows, left=2), total]
+
+
+def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
+    def score(run: Mapping[str, Any], key: str) -> str:
+        value, low, high = (100 * run[key][k] for k in ("value", "low", "high"))
+        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+    rows = [
+        (
+            run["label"],
+            score(run, "questions"),
+            score(run, "captions"),
+            *(f"{run['sparsity'][component]:.2%}" for component in ("vision", "language")),
+            f"{run['bytes'] / 1e6:.1f}",
+            f"{run['packed_bytes'] / 1e6:.1f}",
+            f"{run['seconds']:.0f}" if run["seconds"] else "–",
+        )
+        for run in facts["runs"].values()
+    ]
+    columns = ("model", "questions %", "captions %", "vision", "language", "MB", "packed", "s")
+    return [
+        table(f"Digit scenes, InstructBLIP, Wanda {facts['pattern']}", columns, rows),
+        "[dim]Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out[/dim]",
+        *verify_lines(facts["verify"]),
+        f"Report: {facts['report']}",
+    ]

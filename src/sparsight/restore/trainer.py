@@ -140,12 +140,6 @@ def train(
     `loss`, `ce`, `kl`, `learning_rate`.
     """
     total = schedule.total(len(samples))
-    dtype = next(wrapped.parameters()).dtype
-
-    def collate(chosen: list[Any]) -> dict[str, torch.Tensor]:
-        inputs = encoder.encode(chosen).inputs
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=schedule.batch_size,
@@ -170,7 +164,7 @@ def train(
         model=wrapped,
         args=arguments,
         train_dataset=samples,  # type: ignore[arg-type]
-        data_collator=collate,
+        data_collator=lambda chosen: encoder.encode(chosen).inputs,
         teacher=teacher,
         shifted="decoder" not in encoder.encode([samples[0]]).padding,
         schedule=schedule,

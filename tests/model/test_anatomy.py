@@ -1,0 +1,117 @@
+"""Components, blocks in forward order, layers, and what is left alone and why."""
+
+from __future__ import annotations
+
+import pytest
+import zoo
+from torch import nn
+
+from sparsight import Family, SparsightError, anatomy, verbs
+from sparsight.model.anatomy import block_lists
+
+EXPECTED = {  # family: layers per block of vision and language
+    "instructblip-t5": {4, 7, 11},
+    "instructblip-llama": {4, 7},
+    "blip2-opt": {4, 6},
+    "blip2-t5": {4, 7, 11},
+    "llava": {6, 7},
+    "qwen2.5-vl": {5, 7},
+    "qwen3-vl": {4, 7},
+    "paligemma": {6, 7},
+    "gemma3": {6, 7},
+    "smolvlm": {6, 7},
+}
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_every_linear_layer_of_every_block_is_found(name):
+    model, _ = zoo.build(name)
+    body = anatomy(model)
+    counts = {
+        sum(layer.block == block.name for layer in body.layers)
+        for block in body.blocks
+        if block.component in ("vision", "language")
+    }
+    assert counts == EXPECTED[name]
+    for layer in body.layers:
+        module = model.get_submodule(layer.name)
+        assert module is layer.module
+        assert isinstance(module, nn.Linear)
+        assert layer.name == layer.block or layer.name.startswith(layer.block + ".")
+    order = [b.name for b in body.blocks]
+    assert [layer.block for layer in body.layers] == sorted((x.block for x in body.layers), key=order.index)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_every_parameter_is_either_a_layer_or_skipped_with_a_reason(name):
+    model, _ = zoo.build(name)
+    body = anatomy(model)
+    biases_too = sum(layer.weight.numel() for layer in body.layers) + sum(s.parameters for s in body.skipped)
+    assert biases_too == body.parameters == sum(p.numel() for p in model.parameters())
+    reasons = {s.reason for s in body.skipped}
+    assert any("output head" in reason for reason in reasons)
+    assert any("embedding" in reason for reason in reasons)
+
+
+def test_reasons():
+    t5 = {s.name: s.reason for s in anatomy(zoo.build("instructblip-t5")[0]).skipped}
+    assert t5["language_model.shared.weight"] == "output head, tied to the embeddings"
+    assert t5["query_tokens"] == "bare parameter"
+    gemma = {s.name: (s.reason, s.component) for s in anatomy(zoo.build("gemma3")[0]).skipped}
+    assert gemma["model.multi_modal_projector.mm_input_projection_weight"] == ("bare parameter", "connector")
+
+
+def test_tied_weights_and_routers_are_left_alone():
+    model, _ = zoo.build("llava")
+    layers = model.model.language_model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    layers[0].mlp.router = nn.Linear(8, 2)
+    body = anatomy(model)
+    reasons = {s.name: s.reason for s in body.skipped}
+    assert reasons["model.language_model.layers.0.mlp.up_proj.weight"] == "weight tied to another module"
+    assert reasons["model.language_model.layers.0.mlp.router.weight"] == "router"
+    assert not any(x.name.endswith("router") or x.module is layers[0].mlp.up_proj for x in body.layers)
+
+
+def test_an_unknown_model_type_prints_what_to_paste_and_that_works():
+    model, _ = zoo.build("llava")
+    model.config.model_type = "llava_of_tomorrow"
+    with pytest.raises(SparsightError) as error:
+        anatomy(model)
+    line = str(error.value)
+    assert "llava_of_tomorrow" in line
+    assert "\n" not in line
+    ready = line.partition("--family ")[2]
+    assert ready == "vision=model.vision_tower.encoder.layers,language=model.language_model.layers"
+    body = anatomy(model, Family.parse(ready))
+    assert len(body.component("vision")) == 12
+    assert len(body.component("language")) == 21
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_block_lists_are_sorted_into_components(name):
+    model, _ = zoo.build(name)
+    lists = block_lists(model)
+    body = anatomy(model)
+    for component in ("vision", "language"):
+        assert set(getattr(body.family, component)) <= set(lists[component])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("vision", "not COMPONENT=PATH"),
+        ("eyes=a,language=b", "'eyes=a' is not COMPONENT=PATH"),
+        ("vision=model.nowhere,language=model.language_model.layers", r"no module 'model\.nowhere'.*--family vision="),
+        ("vision=model.vision_tower.encoder.layers", "no language blocks"),
+    ],
+)
+def test_bad_family(text, says, zoo_folder):
+    with pytest.raises(SparsightError, match=says):
+        verbs.inspect(zoo_folder("llava"), family=text)
+
+
+def test_several_paths_of_a_component():
+    family = Family.parse("vision=a.b,language=c+d")
+    assert (family.vision, family.language) == (("a.b",), ("c", "d"))
+    assert str(family) == "vision=a.b,language=c+d"

@@ -1,0 +1,144 @@
+"""The whole road, as a user drives it, on every family: prune, verify, restore, verify, evaluate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from peft import PeftConfig
+from safetensors.torch import load_file
+
+from sparsight import load, load_adapter, verbs
+from sparsight.model.checkpoint import read_anatomy, read_record
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A folder with metadata.jsonl: pictures, questions, captions."""
+    folder = tmp_path_factory.mktemp("scenes")
+    lines = []
+    for i, image in enumerate(zoo.images(12)):
+        image.save(folder / f"{i}.png")
+        kind = ("vqa", "caption")[i % 2]
+        answer = ("red", "a blue circle on the left", "yes")[i % 3]
+        lines.append(json.dumps({"image": f"{i}.png", "prompt": "what color is this?", "answer": answer, "kind": kind}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_the_whole_road(name, zoo_folder, scenes, tmp_path):
+    dense = zoo_folder(name)
+    pruned, restored = tmp_path / "pruned", tmp_path / "restored"
+    record = verbs.prune(dense, pruned, data=scenes, pattern="2:4", samples=8, batch_size=4)
+    assert all(entry["got"] == 0.5 for entry in record.sparsity["layers"].values())
+    assert set(record.metrics["prune"]["layer_errors"]) == set(record.sparsity["layers"])
+    assert all(0 < error < 2 for error in record.metrics["prune"]["block_errors"].values())
+    assert verbs.verify(pruned)["differences"] == {}
+
+    done = verbs.restore(pruned, restored, data=scenes, steps=3, batch_size=4, lr=5e-3, save_adapter=True)
+    assert done.metrics["restore"]["teacher"] == "shared"
+    curve = done.metrics["restore"]["curve"]
+    assert len(curve) == 3
+    assert all(row["ce"] > 0 and row["kl"] > 0 for row in curve)
+    assert curve[-1]["learning_rate"] < curve[0]["learning_rate"]
+    proof = verbs.verify(restored, against=pruned)
+    assert proof["differences"] == {}
+    assert proof["sparsity"] == 0.5
+    assert digest(restored) != digest(pruned)
+
+    model, processor = load(restored)
+    assert type(model).__name__ == type(load(dense)[0]).__name__
+    assert type(processor).__name__ == type(load(dense)[1]).__name__
+    config = json.loads((restored / "config.json").read_text())
+    assert "sparsity_config" not in json.dumps(config)
+    result = verbs.evaluate(restored, data=scenes, max_new_tokens=4)
+    assert len(result.predictions) == 12
+    assert result.value("perplexity") > 1
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):  # not a dense LoRA by mistake
+        PeftConfig.from_pretrained(str(restored / "adapter"))
+
+    sparse, _ = load(pruned)
+    merged = load_adapter(sparse, read_anatomy(sparse, read_record(pruned)), restored / "adapter").merge_and_unload()
+    for layer in read_record(restored)["layers"]:
+        assert torch.equal(merged.get_submodule(layer).weight, model.get_submodule(layer).weight), layer
+
+
+def test_the_same_command_twice_writes_the_same_bytes(zoo_folder, scenes, tmp_path):
+    dense = zoo_folder("instructblip-t5")
+    for i in "ab":
+        verbs.prune(dense, tmp_path / f"p{i}", data=scenes, sparsity=0.6, samples=8)
+        verbs.restore(tmp_path / f"p{i}", tmp_path / f"r{i}", data=scenes, steps=4, batch_size=4, lr=1e-3)
+    assert digest(tmp_path / "pa") == digest(tmp_path / "pb")
+    assert digest(tmp_path / "ra") == digest(tmp_path / "rb")
+
+
+@pytest.mark.parametrize("propagate", ["dense", "block"])
+def test_propagation(propagate, zoo_folder, scenes, tmp_path):
+    """Later blocks see pruned activations with `block` and dense ones with `dense`; the first block sees the same."""
+    dense = zoo_folder("llava")
+    record = verbs.prune(dense, tmp_path / "out", data=scenes, sparsity=0.6, samples=8, propagate=propagate)
+    other = verbs.prune(dense, tmp_path / "b", data=scenes, sparsity=0.6, samples=8, propagate="block")
+    same = [record.sparsity["layers"][n]["mask"] == e["mask"] for n, e in other.sparsity["layers"].items()]
+    assert same[:6] == [True] * 6
+    assert all(same) == (propagate == "block")
+    assert verbs.verify(tmp_path / "out")["differences"] == {}
+
+
+def test_plain_lora_merged_is_dense_and_reported_so(zoo_folder, scenes, tmp_path):
+    dense = zoo_folder("instructblip-llama")
+    verbs.prune(dense, tmp_path / "pruned", data=scenes, pattern="2:4", samples=8)
+    done = verbs.restore(tmp_path / "pruned", tmp_path / "lora", data=scenes, steps=2, batch_size=4, adapter="lora", lr=1e-3)
+    assert done.metrics["restore"]["teacher"] == "live"
+    got = [entry["got"] for entry in done.sparsity["layers"].values()]
+    assert max(got) < 0.01
+    assert len(verbs.verify(tmp_path / "lora", against=tmp_path / "pruned")["differences"]) == len(got)
+
+
+def test_magnitude_needs_no_data(zoo_folder, scenes, tmp_path):
+    record = verbs.prune(zoo_folder("llava"), tmp_path / "out", method="magnitude", sparsity=0.5)
+    assert record.metrics["prune"]["layer_errors"] == {}
+    assert verbs.verify(tmp_path / "out")["sparsity"] == 0.5
+
+
+def test_a_function_is_a_method_and_the_teacher_becomes_live(zoo_folder, scenes, tmp_path):
+    def shrink(W, moments, pattern, generator):
+        return (W * 0.9).masked_fill(~pattern.keep(W.abs().float() * moments.norm), 0)
+
+    record = verbs.prune(zoo_folder("llava"), tmp_path / "p", data=scenes, method=shrink, samples=8)
+    assert (record.sparsity["method"], record.sparsity["mask_only"]) == ("shrink", False)
+    done = verbs.restore(tmp_path / "p", tmp_path / "r", data=scenes, steps=2, batch_size=4)
+    assert done.metrics["restore"]["teacher"] == "live"
+    assert verbs.verify(tmp_path / "r", against=tmp_path / "p")["differences"] == {}
+
+
+def test_zeros_of_another_tool_are_restored_too(zoo_folder, scenes, tmp_path):
+    """No sparsity.json: the masks are read from the zeros."""
+    model, processor = load(zoo_folder("llava"))
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight.data
+    weight[:, ::2] = 0
+    model.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    verbs.restore(
+        tmp_path / "other", tmp_path / "out", data=scenes, teacher=zoo_folder("llava"), steps=2, batch_size=4, lr=1e-2
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    key = next(k for k in found if k.endswith("layers.0.mlp.up_proj.weight") and "language" in k)
+    assert (found[key][:, ::2] == 0).all()
+    assert not torch.equal(found[key], weight)
+    assert verbs.verify(tmp_path / "out", against=tmp_path / "other")["differences"] == {}
+
+
+def test_bfloat16_all_the_way(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "p", data=scenes, sparsity=0.7, samples=8, dtype="bfloat16")
+    verbs.restore(tmp_path / "p", tmp_path / "r", data=scenes, steps=2, batch_size=4, lr=1e-2)
+    assert verbs.verify(tmp_path / "r", against=tmp_path / "p")["differences"] == {}
+    assert {e["dtype"] for e in read_record(tmp_path / "r")["layers"].values()} == {"bfloat16"}
