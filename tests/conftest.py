@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,3 +26,17 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[name]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A folder with metadata.jsonl: pictures, questions, captions."""
+    folder = tmp_path_factory.mktemp("scenes")
+    lines = []
+    for i, image in enumerate(zoo.images(12)):
+        image.save(folder / f"{i}.png")
+        kind = ("vqa", "caption")[i % 2]
+        answer = ("red", "a blue circle on the left", "yes")[i % 3]
+        lines.append(json.dumps({"image": f"{i}.png", "prompt": "what color is this?", "answer": answer, "kind": kind}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -16,20 +16,6 @@ from sparsight import load, load_adapter, verbs
 from sparsight.model.checkpoint import read_anatomy, read_record
 
 
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> Path:
-    """A folder with metadata.jsonl: pictures, questions, captions."""
-    folder = tmp_path_factory.mktemp("scenes")
-    lines = []
-    for i, image in enumerate(zoo.images(12)):
-        image.save(folder / f"{i}.png")
-        kind = ("vqa", "caption")[i % 2]
-        answer = ("red", "a blue circle on the left", "yes")[i % 3]
-        lines.append(json.dumps({"image": f"{i}.png", "prompt": "what color is this?", "answer": answer, "kind": kind}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
 

@@ -8,5 +8,5 @@ class SparsightError(Exception):
     """
 
 
-class Interrupted(KeyboardInterrupt):
-    """Work that was stopped by Ctrl-C and can go on: the line says how."""
+class Interrupted(BaseException):
+    """Work that was stopped by Ctrl-C and can go on: the line says how. No `except Exception` swallows it."""

@@ -33,6 +33,7 @@ from sparsight.demo.scenes import CELL, NAMES, SIZE, Drawing, draw
 from sparsight.demo.score import load, samples, score
 
 STAGES = ("see", "connect", "answer", "polish")
+NAMED = 11 + len(NAMES) + 1  # classes of digits and of colours, each with nothing
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def see(model: Any, course: Course, seed: int, log: Log) -> None:
     scenes, cells = pool(course.pool, seed, crowd=True), patch_cells()
     rng = np.random.default_rng([seed, 1])
     width = tower(model).config.hidden_size
-    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 11 + len(NAMES) + 1))
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, NAMED))
 
     def loss() -> Tensor:
         index = rng.integers(len(scenes.values), size=course.see_size)
@@ -136,22 +137,28 @@ def naming(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> None:
-    """Teach the Q-Former, in place, to carry digit and colour of cell i in query i, whatever the question."""
-    scenes = pool(course.pool, seed, crowd=False)
+    """Teach the Q-Former, in place, to carry digit and colour of cell i in query i, whatever the question.
+
+    The tower goes on learning with it, and now to say the cell of each patch as well: it has no need of it to name what is
+    there, but queries know the patches by nothing else.
+    """
+    scenes, cells = pool(course.pool, seed, crowd=False), patch_cells()
     rng = np.random.default_rng([seed, 2])
-    width = model.config.qformer_config.hidden_size
-    head = nn.Linear(width, 11 + len(NAMES) + 1)
-    tower(model).requires_grad_(False)
+    width, former = tower(model).config.hidden_size, model.config.qformer_config.hidden_size
+    heads = nn.ModuleList([nn.Linear(former, NAMED), nn.Linear(width, NAMED + 4)])
 
     def loss() -> Tensor:
         index, prompts, _ = questions(scenes, course.see_size, rng)
         text = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
         seen = model.get_image_features(pixels(scenes.pixels[index]), text["input_ids"], text["attention_mask"])
-        logits = head(seen.qformer_outputs.last_hidden_state[:, :4])
         values, colors = targets(scenes, index)
-        return naming(logits[..., :11], values) + naming(logits[..., 11:], colors)
+        query = heads[0](seen.qformer_outputs.last_hidden_state[:, :4])
+        patch = heads[1](seen.last_hidden_state[:, 1:])
+        total = naming(query[..., :11], values) + naming(query[..., 11:], colors)
+        total = total + naming(patch[..., :11], values[:, cells]) + naming(patch[..., 11:NAMED], colors[:, cells])
+        return total + naming(patch[..., NAMED:], cells.expand(len(index), -1))
 
-    trained = [model.query_tokens, *model.qformer.parameters(), *head.parameters()]
+    trained = [model.query_tokens, *model.qformer.parameters(), *heads.parameters(), *tower(model).parameters()]
     fit(trained, loss, course.connect, course.rates[1], 0.01, log)
     log.end()
 

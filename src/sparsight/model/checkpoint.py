@@ -26,6 +26,7 @@ from sparsight.model.card import model_card
 from sparsight.model.families import Family
 from sparsight.model.load import quiet
 from sparsight.model.masks import mask_hash, weight_hash
+from sparsight.model.unfinished import parents
 from sparsight.plan.pattern import Pattern
 
 FORMAT = 1
@@ -141,29 +142,28 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     On any error, a full disk among them, it is deleted and `folder` is as it was.
     """
     out = check_output(folder, overwrite)
-    new_parents = [p for p in out.parents if not p.exists()]
-    beside = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        yield beside
-        beside.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.rename(old / "folder")
-            beside.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            beside.rename(out)
-    except BaseException as error:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-        for parent in new_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):  # safetensors wraps a full disk into an error of its own
-            raise SparsightError(f"{out}: could not be written ({error}); nothing was left behind") from error
-        raise
+        with parents(out):
+            beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+            try:
+                yield beside
+                beside.chmod(0o755)
+                _take_place(beside, out)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk into an error of its own
+        raise SparsightError(f"{out}: could not be written ({error}); nothing was left behind") from error
+
+
+def _take_place(new: Path, out: Path) -> None:
+    """Rename `new` to `out`; an old `out` is deleted after it has been moved away."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    out.rename(old / "folder")
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save(model: Any, processor: Any, record: Record, folder: Path) -> None:

@@ -56,6 +56,8 @@ def load_processor(path: str | Path) -> Any:
             raise SparsightError(
                 f"{path}: this model's processor needs torchvision for its video part: pip install torchvision"
             ) from error
+        if "num2words" in str(error):
+            raise SparsightError(f"{path}: this model's processor needs num2words: pip install num2words") from error
         raise SparsightError(f"{path}: no processor could be loaded: {_first_line(error)}") from error
 
 

@@ -12,17 +12,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sparsight.errors import Interrupted, SparsightError
 
 SETTINGS = "settings.json"
 
 
 @contextlib.contextmanager
+def parents(path: Path) -> Iterator[None]:
+    """Make the folders that lead to `path`; on an error those that were made, and are empty, are gone again."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def unfinished(out: Path, settings: Mapping[str, Any], resume: bool) -> Iterator[Path]:
     """Give the folder to keep intermediate results in; it is deleted once the block ends without an error.
 
-    Ctrl-C leaves it in place and raises `Interrupted` with a line about how to go on; any other error deletes it, unless
-    the disk is full. A process that is killed leaves it too.
+    Ctrl-C leaves it in place and raises `Interrupted` with a line about how to go on, and a process that is killed leaves
+    it too; any error deletes it.
 
     **Raises** `SparsightError` if `resume` finds no such folder, or one of other work.
     """
@@ -30,24 +46,23 @@ def unfinished(out: Path, settings: Mapping[str, Any], resume: bool) -> Iterator
     wanted = json.loads(json.dumps(settings, default=str))
     if resume:
         _check(folder, wanted)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    with parents(folder):
         try:
-            folder.mkdir(parents=True)
-            (folder / SETTINGS).write_text(json.dumps(wanted, indent=1))
-        except OSError as error:
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                (folder / SETTINGS).write_text(json.dumps(wanted, indent=1))
+            yield folder
+        except KeyboardInterrupt as stop:
+            raise Interrupted(
+                f"interrupted; what was done is in {folder}: the same command with --resume goes on from there"
+            ) from stop
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise SparsightError(f"{folder}: could not be written ({error}); nothing was left behind") from error
-    try:
-        yield folder
-    except KeyboardInterrupt as stop:
-        raise Interrupted(
-            f"interrupted; what was done is in {folder}: the same command with --resume goes on from there"
-        ) from stop
-    except BaseException:
+            if isinstance(error, OSError | SafetensorError):  # safetensors wraps a full disk into an error of its own
+                raise SparsightError(f"{folder}: could not be written ({error}); nothing was left behind") from error
+            raise
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(folder: Path, wanted: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from sparsight.errors import SparsightError
 
 TEMPLATE = "page.html"
@@ -17,10 +19,9 @@ def write_page(facts: Mapping[str, Any], path: Path) -> Path:
     **Raises** `SparsightError` if the `report` extra is not installed.
     """
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from sparsight.report import figures
     except ImportError as error:
-        raise SparsightError("the report needs jinja2 and matplotlib: pip install 'sparsight[report]'") from error
-    from sparsight.report import figures
+        raise SparsightError("the report needs matplotlib: pip install 'sparsight[report]'") from error
 
     environment = Environment(
         loader=PackageLoader("sparsight", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -1,0 +1,120 @@
+"""Ctrl-C, crashes and full disks: nothing half-written, nothing lost, and a line about how to go on."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_road import digest
+
+from sparsight import SparsightError, verbs
+from sparsight.errors import Interrupted
+
+COMMAND = [sys.executable, "-m", "sparsight"]
+
+
+def stop_at(count):
+    def progress(note, done, total):
+        if done == count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("propagate", ["block", "dense"])
+def test_prune_goes_on_from_the_last_finished_block(propagate, zoo_folder, scenes, tmp_path):
+    dense, how = zoo_folder("instructblip-t5"), {"sparsity": 0.6, "samples": 8, "propagate": propagate}
+    verbs.prune(dense, tmp_path / "whole", data=scenes, **how)
+    with pytest.raises(Interrupted, match=r"out\.unfinished: the same command with --resume goes on"):
+        verbs.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(3), **how)
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 3
+    verbs.prune(dense, tmp_path / "out", data=scenes, resume=True, **how)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_resumed_method_that_rewrites_weights(zoo_folder, scenes, tmp_path):
+    def shrink(W, moments, pattern, generator):
+        return (W * 0.9).masked_fill(~pattern.keep(W.abs().float() * moments.norm), 0)
+
+    how = {"data": scenes, "samples": 8, "method": shrink}
+    verbs.prune(zoo_folder("llava"), tmp_path / "whole", **how)
+    with pytest.raises(Interrupted):
+        verbs.prune(zoo_folder("llava"), tmp_path / "out", progress=stop_at(2), **how)
+    verbs.prune(zoo_folder("llava"), tmp_path / "out", resume=True, **how)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_restore_goes_on_from_the_last_checkpoint(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    how = {"data": scenes, "steps": 8, "batch_size": 4, "lr": 5e-3, "save_every": 3}
+    verbs.restore(tmp_path / "sparse", tmp_path / "whole", **how)
+    with pytest.raises(Interrupted, match="--resume goes on"):
+        verbs.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
+    assert not (tmp_path / "out").exists()
+    steps = []
+    done = verbs.restore(
+        tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how
+    )
+    assert steps == [4, 5, 6, 7, 8]
+    assert [row["step"] for row in done.metrics["restore"]["curve"]] == list(range(1, 9))
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_resume_refuses_other_work(zoo_folder, scenes, tmp_path):
+    dense = zoo_folder("llava")
+    with pytest.raises(SparsightError, match="there is no interrupted work"):
+        verbs.prune(dense, tmp_path / "out", data=scenes, resume=True)
+    with pytest.raises(Interrupted):
+        verbs.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(1))
+    with pytest.raises(SparsightError, match="had sparsity=None, this command has 0.7"):
+        verbs.prune(dense, tmp_path / "out", data=scenes, resume=True, sparsity=0.7)
+    assert (tmp_path / "out.unfinished").is_dir()
+
+
+def started(*words, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*COMMAND, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, **kwargs
+    )
+
+
+def test_ctrl_c_on_the_command_line(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    work = started("restore", tmp_path / "sparse", tmp_path / "out", "--data", scenes, "--steps", 100_000)
+    line = work.stderr.readline()  # the first line of progress
+    assert line.startswith("restore: 1/100000")
+    time.sleep(0.5)
+    work.send_signal(signal.SIGINT)
+    _, rest = work.communicate(timeout=60)
+    assert work.returncode == 130
+    last = rest.strip().splitlines()[-1]
+    assert last.startswith("sparsight: interrupted; what was done is in")
+    assert "--resume" in last
+    assert "Traceback" not in rest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished", "sparse"]
+
+
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_disk_that_fills_up_while_saving(method, zoo_folder, scenes, tmp_path):
+    """Files above 60 kB cannot be written: the folder with the model must not appear, and nothing else either."""
+    words = ["prune", zoo_folder("llava"), tmp_path / "deep" / "out", "--data", scenes, "--method", method, "--quiet"]
+    work = started(*words, preexec_fn=small_files)
+    _, errors = work.communicate(timeout=120)
+    assert work.returncode == 2
+    assert errors.count("\n") == 1
+    assert "could not be written" in errors
+    assert "nothing was left behind" in errors
+    assert not [p for p in Path(tmp_path).rglob("*") if p.is_file()]
+    assert list(tmp_path.iterdir()) == []
