@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_road import digest
 
 from sparsight import SparsightError, verbs
 from sparsight.errors import Interrupted
+
+from test_road import digest
 
 COMMAND = [sys.executable, "-m", "sparsight"]
 
@@ -60,9 +61,7 @@ def test_restore_goes_on_from_the_last_checkpoint(zoo_folder, scenes, tmp_path):
         verbs.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
     assert not (tmp_path / "out").exists()
     steps = []
-    done = verbs.restore(
-        tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how
-    )
+    done = verbs.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
     assert steps == [4, 5, 6, 7, 8]
     assert [row["step"] for row in done.metrics["restore"]["curve"]] == list(range(1, 9))
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
@@ -74,7 +73,7 @@ def test_resume_refuses_other_work(zoo_folder, scenes, tmp_path):
         verbs.prune(dense, tmp_path / "out", data=scenes, resume=True)
     with pytest.raises(Interrupted):
         verbs.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(1))
-    with pytest.raises(SparsightError, match="had sparsity=None, this command has 0.7"):
+    with pytest.raises(SparsightError, match=r"had sparsity=None, this command has 0\.7"):
         verbs.prune(dense, tmp_path / "out", data=scenes, resume=True, sparsity=0.7)
     assert (tmp_path / "out.unfinished").is_dir()
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from peft import PeftConfig
 from safetensors.torch import load_file
 
 from sparsight import load, load_adapter, verbs
 from sparsight.model.checkpoint import read_anatomy, read_record
+
+import zoo
 
 
 def digest(folder: Path) -> dict[str, str]:

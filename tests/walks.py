@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zoo
-
 from sparsight.data import Encoder, Sample, Turn, batches
+
+import zoo
 
 QUESTIONS = ("what color is the circle?", "how many?", "is there a star in this picture, yes or no?", "describe")
 ANSWERS = ("red", "two small squares and a star", "yes", "no")

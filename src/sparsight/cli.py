@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import click
 import typer
 
 import sparsight
@@ -25,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# typer has carried its own copy of click since 0.27, so click's own class need not be the one that is raised
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Model = Annotated[str, typer.Argument(help="Folder of a model, or a hub name.")]
 Out = Annotated[str, typer.Argument(help="Folder to write; it appears once the work is done.")]
@@ -284,9 +286,9 @@ def main() -> None:
         code = _fail(str(error), 2)
     except Interrupted as stop:
         code = _fail(str(stop), 130)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing was written", 130)
-    except click.exceptions.ClickException as error:
+    except _USAGE as error:
         code = _fail(error.format_message(), 2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparsight
-from sparsight.data import Samples, read
+from sparsight.data import read
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.checkpoint import (

@@ -7,9 +7,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-import zoo
 from sparsight.data import Encoder, Sample, Turn, batches
 from sparsight.errors import SparsightError
+
+import zoo
 
 CHAT = ("llava", "qwen2.5-vl", "qwen3-vl", "gemma3", "smolvlm")
 PLAIN = tuple(name for name in zoo.NAMES if name not in CHAT)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import zoo
 from sparsight.data import Sample, Turn, read
 from sparsight.errors import SparsightError
+
+import zoo
 
 
 @pytest.fixture

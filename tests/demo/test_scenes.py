@@ -85,9 +85,7 @@ def test_questions_have_one_correct_answer_and_it_is_given(drawn: list[Scene]) -
 def test_captions_name_every_digit_in_reading_order(drawn: list[Scene]) -> None:
     for scene in drawn:
         said = [part.split() for part in scene.caption.split(" and ")]
-        assert [(int(w[2]), w[1], f"{w[5]} {w[6]}") for w in said] == [
-            (d.value, d.color, d.place) for d in scene.digits
-        ]
+        assert [(int(w[2]), w[1], f"{w[5]} {w[6]}") for w in said] == [(d.value, d.color, d.place) for d in scene.digits]
         assert [d.cell for d in scene.digits] == sorted(d.cell for d in scene.digits)
 
 

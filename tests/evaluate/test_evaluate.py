@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 
-import zoo
 from sparsight.data import Encoder, Sample, Turn, batches
 from sparsight.errors import SparsightError
 from sparsight.evaluate import METRICS, evaluate, foresee, predict
+
+import zoo
 
 IMAGES = zoo.images(6, seed=1)
 SEQ2SEQ = ("instructblip-t5", "blip2-t5")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import zoo
 from torch import nn
 
 from sparsight import Family, SparsightError, anatomy, verbs
 from sparsight.model.anatomy import block_lists
+
+import zoo
 
 EXPECTED = {  # family: layers per block of vision and language
     "instructblip-t5": {4, 7, 11},

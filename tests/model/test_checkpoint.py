@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
-import zoo
 from safetensors.torch import load_file, save_file
 
 from sparsight import SparsightError, verbs
 from sparsight.model.checkpoint import atomic_folder
+
+import zoo
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 
@@ -111,20 +112,22 @@ def test_what_lies_beside_the_weights(pruned):
     assert "sparsity_config" not in (pruned / "config.json").read_text()
 
 
-def test_an_error_leaves_nothing_behind(tmp_path):
-    with pytest.raises(SparsightError, match="could not be written.*nothing was left behind"), atomic_folder(
-        tmp_path / "new" / "deep" / "out"
-    ) as folder:
+def fails(out, error, overwrite=False):
+    with atomic_folder(out, overwrite) as folder:
         (folder / "half.safetensors").write_text("x")
-        raise OSError(28, "No space left on device")
+        raise error
+
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    with pytest.raises(SparsightError, match=r"could not be written.*nothing was left behind"):
+        fails(tmp_path / "new" / "deep" / "out", OSError(28, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_folder_stays_until_the_new_one_is_whole(pruned, tmp_path):
     out = shutil.copytree(pruned, tmp_path / "out")
-    with pytest.raises(KeyError), atomic_folder(out, overwrite=True) as folder:
-        (folder / "x").write_text("x")
-        raise KeyError
+    with pytest.raises(KeyError):
+        fails(out, KeyError(), overwrite=True)
     assert (out / "sparsity.json").is_file()
     with atomic_folder(out, overwrite=True) as folder:
         (folder / "x").write_text("x")

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
-import zoo
 from safetensors.torch import load_file, save_file
 
 from sparsight import SparsightError, load
 from sparsight.model.load import DTYPES
+
+import zoo
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import zoo
 
 from sparsight import SparsightError, anatomy
 from sparsight.plan.budget import parse_budget
 from sparsight.plan.plan import make_plan, shares
+
+import zoo
 
 
 @pytest.fixture(scope="module")

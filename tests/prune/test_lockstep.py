@@ -7,8 +7,6 @@ import weakref
 
 import pytest
 import torch
-import zoo
-from walks import calibration
 from torch import nn
 
 from sparsight import lockstep
@@ -16,6 +14,9 @@ from sparsight.model.anatomy import anatomy
 from sparsight.plan.plan import make_plan
 from sparsight.prune.moments import Watch
 from sparsight.prune.prune import prune
+
+import zoo
+from walks import calibration
 
 
 def named_blocks(model):

@@ -7,12 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-import zoo
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import anatomy
 from sparsight.model.masks import mask_hash, pack, unpack
 from sparsight.plan.pattern import Pattern
 from sparsight.restore.sparse_lora import SparseLoraLinear, adapters, add_adapters, effective_weight, sparse_linear
+
+import zoo
 
 SHAPES = [(6, 8, 2, True), (5, 7, 1, False), (12, 4, 3, True), (1, 16, 4, False)]
 
@@ -128,7 +129,7 @@ def test_what_was_trained_is_what_is_merged(name, dtype):
 
 
 def test_unmerge_gives_the_base_weight_back():
-    model, body, masks, layers = sparse_model("llava", torch.bfloat16)
+    model, _, masks, layers = sparse_model("llava", torch.bfloat16)
     dense = {n: model.get_submodule(n).weight.data.clone() for n in masks}
     wrapped = add_adapters(model, layers)
     stir(wrapped)

@@ -20,14 +20,19 @@ class Batch:
 
     `inputs` goes in as `model(**inputs)`. Its `labels` are -100 everywhere but at answers and at the token that ends
     each of them; for a decoder-only model they lie on `input_ids`, unshifted, as transformers wants them. `padding` has
-    boolean masks, true at real tokens: "text" (B, T), and "decoder" (B, Td) for an encoder-decoder, where Td is never
-    T, so that a mask is known by its length. `samples` has the sample of each row, of one turn each where the model
-    takes only one.
+    boolean masks, true at real tokens: "text" (B, T), "decoder" (B, Td) for an encoder-decoder, where Td is never T, so
+    that a mask is known by its length, and "vision" (images, patches) where images are padded. `samples` has the sample
+    of each row, of one turn each where the model takes only one.
     """
 
     inputs: dict[str, Tensor]
     padding: dict[str, Tensor]
     samples: tuple[Sample, ...]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the labels lie on the input tokens, one place behind the logits that foretell them."""
+        return "decoder" not in self.padding
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy every tensor to a device."""
@@ -36,6 +41,18 @@ class Batch:
             return {key: tensor.to(device) for key, tensor in tensors.items()}
 
         return Batch(move(self.inputs), move(self.padding), self.samples)
+
+
+def answers_of(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Gather the logits (n, V) that speak of the n answer tokens, and those tokens (n,).
+
+    `logits` (B, T, V), `labels` (B, T) with -100 outside of the answers. `shifted`: position t foretells token t + 1, as
+    in decoder-only models; an encoder-decoder foretells label t at position t.
+    """
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    where = labels != -100
+    return logits[where], labels[where]
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,7 @@ class Encoder:
             inputs = self._cast(self.style.encode(self.processor, rows, self.config))
             kept = self._without(rows, self._too_long(inputs))
             if len(kept) == len(rows):
-                return Batch(inputs, _padding(inputs), tuple(rows))
+                return Batch(inputs, _padding(inputs, self.config), tuple(rows))
             rows = kept
         return None
 
@@ -147,8 +164,20 @@ class Encoder:
         return kept
 
 
-def _padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _padding(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     masks = {"text": inputs["attention_mask"].bool()}
     if "decoder_attention_mask" in inputs:
         masks["decoder"] = inputs["decoder_attention_mask"].bool()
+    if "pixel_attention_mask" in inputs:
+        masks["vision"] = _real_patches(inputs, config.vision_config.patch_size)
     return masks
+
+
+def _real_patches(inputs: dict[str, Tensor], size: int) -> Tensor:
+    """Which patches (images, patches) hold pixels: SmolVLM pads images to one size, and samples to one number of images.
+
+    Padding images are all zero; the model drops them before its vision tower, so they have no row here.
+    """
+    there = inputs["pixel_values"].flatten(2).any(2)  # (B, images)
+    mask = inputs["pixel_attention_mask"][there].bool()  # (n, H, W)
+    return mask.unfold(1, size, size).unfold(2, size, size).flatten(3).any(3).flatten(1)

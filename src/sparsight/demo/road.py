@@ -28,7 +28,7 @@ from sparsight.report.page import write_page
 
 TRAIN_SCENES, TEST_SCENES = 2400, 200
 PATTERN = "2:4"
-RESTORE = {"steps": 300, "batch_size": 32, "lr": 2e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
+RESTORE: dict[str, Any] = {"steps": 300, "batch_size": 32, "lr": 2e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
 LABELS = {
     "dense": "dense",
     "pruned": f"pruned (Wanda, {PATTERN})",
@@ -120,9 +120,7 @@ def _fresh(out: Path, overwrite: bool) -> Path:
     return out
 
 
-def _run(
-    name: str, folder: Path, test: Path, out: Path, seconds: float, said: _Steps
-) -> tuple[dict[str, Any], Result]:
+def _run(name: str, folder: Path, test: Path, out: Path, seconds: float, said: _Steps) -> tuple[dict[str, Any], Result]:
     """Score one model: questions, captions, zeros, bytes."""
     said(f"evaluate {LABELS[name]}")
     result = verbs.evaluate(folder, data=test, dtype="float32", max_new_tokens=40)
@@ -186,7 +184,10 @@ def _gallery(results: Mapping[str, Result], test: Path) -> list[dict[str, Any]]:
             "kind": lines[i]["kind"],
             "prompt": lines[i]["prompt"],
             "answer": lines[i]["answer"],
-            "answers": {n: {"text": a[i]["prediction"], "right": a[i]["correct"]} for n, a in zip(SHOWN, answered, strict=True)},
+            "answers": {
+                name: {"text": rows[i]["prediction"], "right": rows[i]["correct"]}
+                for name, rows in zip(SHOWN, answered, strict=True)
+            },
         }
         for i in chosen
     ]

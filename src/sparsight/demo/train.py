@@ -42,12 +42,15 @@ class Course:
 
     see: int = 5000
     connect: int = 600
-    answer: int = 1000
-    polish: int = 600
+    answer: int = 800
+    polish: int = 400
     see_size: int = 64
-    answer_size: tuple[int, int] = (80, 16)  # questions, captions
-    rates: tuple[float, float, float, float] = (1e-3, 1e-3, 2e-3, 3e-4)
+    answer_size: tuple[int, int] = (48, 12)  # questions, captions
+    rates: tuple[float, float, float, float] = (1e-3, 1e-3, 1.5e-3, 3e-4)
     pool: int = 30_000
+
+
+COURSES = {"instructblip": Course(), "llava": Course(connect=0, answer=1000, rates=(1e-3, 0, 2e-3, 3e-4))}
 
 
 @dataclass
@@ -215,7 +218,7 @@ def train(
     kind: str, folder: Path, seed: int = 0, course: Course | None = None, start: str = "see", end: str = "polish"
 ) -> None:
     """Train a demo model of one kind, saving it after each stage; a later `start` goes on from the folder."""
-    course = course or Course()
+    course = course or COURSES[kind]
     torch.manual_seed(seed)
     log = Log()
     model, processor = build(kind)
@@ -225,13 +228,12 @@ def train(
         log.stages = [stage for stage in log.stages if STAGES.index(stage["stage"]) < STAGES.index(start)]
     model.train()
     for stage in STAGES[STAGES.index(start) : STAGES.index(end) + 1]:
+        if getattr(course, stage) == 0:
+            continue
         log.begin(stage, steps=getattr(course, stage), rate=course.rates[STAGES.index(stage)])
         if stage == "see":
             see(model, course, seed, log)
         elif stage == "connect":
-            if kind == "llava":  # a projector has nothing to learn alone
-                log.stages.pop()
-                continue
             connect(model, processor, course, seed, log)
         else:
             answer(model, processor, course, stage, seed, log)
@@ -249,10 +251,11 @@ def main() -> None:
     parser.add_argument("--start", choices=STAGES, default="see", help="go on with this stage from what lies in OUT")
     parser.add_argument("--end", choices=STAGES, default="polish", help="stop after this stage")
     for stage in STAGES:
-        parser.add_argument(f"--{stage}", type=int, default=getattr(Course, stage), help=f"steps of stage {stage}")
+        parser.add_argument(f"--{stage}", type=int, help=f"steps of stage {stage}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    course = replace(Course(), **{stage: getattr(options, stage) for stage in STAGES})
+    given = {stage: steps for stage in STAGES if (steps := getattr(options, stage)) is not None}
+    course = replace(COURSES[options.kind], **given)
     train(options.kind, options.folder, options.seed, course, options.start, options.end)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsight.data.encoding import Batch
+from sparsight.data.encoding import Batch, answers_of
 
 
 def foresee(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
@@ -34,12 +34,8 @@ def foresee(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def _answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the logits (N, vocabulary) that speak of the N answer tokens, and those tokens (N,)."""
-    labels = batch.inputs["labels"]
-    if "decoder" in batch.padding:
-        logits = model(**batch.inputs).logits
-    else:  # the position before an answer token foretells it; without labels the model computes no loss
-        logits = model(**{key: value for key, value in batch.inputs.items() if key != "labels"}).logits[:, :-1]
-        labels = labels[:, 1:]
-    chosen = labels != -100
-    return logits[chosen], labels[chosen]
+    """Give the logits (n, vocabulary) of the n answer tokens, and those tokens (n,)."""
+    inputs = batch.inputs
+    if batch.shifted:  # without labels the model computes no loss; an encoder-decoder needs them to feed its decoder
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    return answers_of(model(**inputs).logits, batch.inputs["labels"], batch.shifted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ class Anatomy:
         return tuple(block for block in self.blocks if block.name in wanted)
 
 
-def anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
+def anatomy(model: Any, family: Family | None = None) -> Anatomy:
     """Take `model` apart.
 
     **Raises** `SparsightError` for a model type that the table does not know (naming the block lists found, ready for
@@ -114,7 +114,8 @@ def anatomy(model: nn.Module, family: Family | None = None) -> Anatomy:
     skipped.append(Skipped("norms and biases", "", "vectors, never pruned", vectors))
     order = {block.name: i for i, block in enumerate(blocks)}
     layers.sort(key=lambda layer: order[layer.block])
-    return Anatomy(_present(known, blocks), blocks, tuple(layers), tuple(skipped), sum(p.numel() for p in model.parameters()))
+    size = sum(p.numel() for p in model.parameters())
+    return Anatomy(_present(known, blocks), blocks, tuple(layers), tuple(skipped), size)
 
 
 def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
@@ -199,6 +200,6 @@ def _suggestion(model: nn.Module) -> str:
     return f"block lists found: --family {ready}" if ready else "no list of blocks with linear layers was found in it"
 
 
-def _unknown(model: nn.Module) -> str:
+def _unknown(model: Any) -> str:
     kind = model.config.model_type
     return f"model type {kind!r} is not in the table ({', '.join(FAMILIES)}); {_suggestion(model)}"

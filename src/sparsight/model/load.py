@@ -34,11 +34,12 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "
     _config(where)
     with quiet():
         try:
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 where, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise SparsightError(f"{where}: the model could not be loaded: {_first_line(error)}") from error
+    model, info = loaded
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""

@@ -17,12 +17,13 @@ def parse_budget(given: str | float | Mapping[str, float]) -> dict[str, float]:
 
     A component that is not named stays dense; so does the connector unless it is named.
     """
+    pairs: Mapping[str, str | float]
     if isinstance(given, Mapping):
         pairs = {check_component(str(k), "--sparsity"): v for k, v in given.items()}
     elif isinstance(given, str) and "=" in given:
         pairs = parse_pairs(given, "--sparsity", "vision=0.5,language=0.6")
     else:
-        pairs = dict.fromkeys(PRUNED_BY_DEFAULT, given)  # type: ignore[arg-type]
+        pairs = dict.fromkeys(PRUNED_BY_DEFAULT, given)
     budget = dict.fromkeys(COMPONENTS, 0.0)
     budget.update({component: _fraction(value) for component, value in pairs.items()})
     if not any(budget.values()):

@@ -6,7 +6,6 @@ A method that leaves kept weights alone is written as masks, one bit per weight;
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ class Journal:
         path = self._path(block)
         save_file(tensors, path.with_suffix(".part"))
         path.with_suffix(".json").write_text(json.dumps(facts))
-        os.replace(path.with_suffix(".part"), path)
+        path.with_suffix(".part").replace(path)
 
     @torch.no_grad()
     def recall(self, block: str, layers: Sequence[Layer]) -> dict | None:

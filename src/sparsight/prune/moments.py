@@ -83,9 +83,9 @@ class Watch:
                 if tensor is X:
                     self.moments[layer.name] = moments
                     return
-            moments = self.moments.get(layer.name)
-            if moments is None:
-                moments = self.moments[layer.name] = Moments(X.shape[-1], X.device)
+            if layer.name not in self.moments:
+                self.moments[layer.name] = Moments(X.shape[-1], X.device)
+            moments = self.moments[layer.name]
             self._seen.append((X, moments))
             room = ERROR_ROWS - sum(len(rows) for rows in moments.rows)
             moments.add(real_tokens(X, self._padding, self._component), min(room, self._rows_each))

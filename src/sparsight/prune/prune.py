@@ -140,7 +140,7 @@ class _Pruning:
     def _observe(self, layers: list[Layer], calls: Mapping[int, Call]) -> tuple[dict[str, Moments], dict]:
         """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
         watch = Watch(layers, len(calls))
-        targets = {}
+        targets: dict[int, torch.Tensor] = {}
         with watch.open():
             for i, call in calls.items():
                 with watch.during(self.batches[i].padding):

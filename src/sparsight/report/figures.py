@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 INK, SOFT, GRID = "#1b1f24", "#6b7280", "#e5e7eb"
 COLORS = {"dense": "#6b7280", "pruned": "#c2410c", "lora": "#a16207", "sparselora": "#0f766e"}
 MARKS = {"dense": "s", "pruned": "X", "lora": "D", "sparselora": "o"}
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": SOFT,
@@ -57,7 +57,7 @@ def layer_sparsity(layers: Sequence[Mapping[str, Any]]) -> str:
         axes = figure.subplots()
         for name, size in (("pruned", 26), ("lora", 14), ("sparselora", 8)):
             values = [100 * layer[name] for layer in layers]
-            marks = {"s": size, "color": COLORS[name], "marker": MARKS[name], "linewidths": 0}
+            marks: Any = {"s": size, "color": COLORS[name], "marker": MARKS[name], "linewidths": 0}
             axes.scatter(range(len(values)), values, label=name, alpha=0.9, **marks)
         _component_lines(axes, [layer["component"] for layer in layers])
         axes.set_ylabel("zeros, %")
@@ -106,7 +106,7 @@ def _component_lines(axes: Any, components: Sequence[str]) -> None:
     start = 0
     for i in range(1, len(components) + 1):
         if i == len(components) or components[i] != components[start]:
-            text = {"fontsize": 8, "color": SOFT, "ha": "center"}
+            text: Any = {"fontsize": 8, "color": SOFT, "ha": "center"}
             axes.text((start + i - 1) / 2, 1.01, components[start], transform=axes.get_xaxis_transform(), **text)
             if i < len(components):
                 axes.axvline(i - 0.5, color=SOFT, linewidth=0.8, linestyle=":")

@@ -63,15 +63,13 @@ def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Table]:
         ),
     ]
     if layers:
-        rows = [(x["name"], x["component"], "×".join(map(str, x["shape"]))) for x in facts["layers"]]
-        tables.append(table("Layers", ("name", "component", "out×in"), rows, left=2))
+        named = [(x["name"], x["component"], "×".join(map(str, x["shape"]))) for x in facts["layers"]]
+        tables.append(table("Layers", ("name", "component", "out×in"), named, left=2))
     return tables
 
 
 def plan_table(rows: Sequence[Share]) -> Table:
-    cells = [
-        (r.component, r.layers, r.pruned, f"{r.parameters:,}", f"{r.zeros:,}", f"{r.sparsity:.2%}") for r in rows
-    ]
+    cells = [(r.component, r.layers, r.pruned, f"{r.parameters:,}", f"{r.zeros:,}", f"{r.sparsity:.2%}") for r in rows]
     return table("The plan", ("component", "layers", "pruned", "parameters", "zeros", "sparsity"), cells)
 
 

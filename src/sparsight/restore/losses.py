@@ -23,18 +23,6 @@ class Loss:
     tokens: int
 
 
-def answers_of(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather logits (n, V) and targets (n,) at the answer positions.
-
-    logits (batch, tokens, V), labels (batch, tokens) with -100 outside of the answers. `shifted`: position t predicts
-    token t + 1, as in decoder-only models; encoder-decoder models predict label t at position t.
-    """
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    where = labels != -100
-    return logits[where], labels[where]
-
-
 def distillation(
     student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor, kl: float, temperature: float = 1.0
 ) -> Loss:

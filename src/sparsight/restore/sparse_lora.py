@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +81,13 @@ def sparse_linear(
     one bit per weight. Autocast does not reach inside: x is cast to W's dtype, as the merged layer would see it.
     """
     with torch.autocast(x.device.type, enabled=False):
-        y = _SparseLinear.apply(x.to(W.dtype), W, bias, A, B, scaling, packed)
-    return y
+        return _SparseLinear.apply(x.to(W.dtype), W, bias, A, B, scaling, packed)
 
 
 class SparseLoraLinear(LoraLinear):
     """A PEFT LoRA layer whose product is masked. With the adapter disabled it is the base layer, untouched."""
+
+    keep: torch.Tensor  # the packed mask of the weight
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, *, keep: torch.Tensor, **kw: Any):
         if config.lora_dropout:
@@ -97,13 +98,20 @@ class SparseLoraLinear(LoraLinear):
         if config.use_dora or config.lora_bias or config.fan_in_fan_out:
             raise SparsightError("use_dora, lora_bias and fan_in_fan_out do not go with SparseLoRA; leave them off")
         super().__init__(base_layer, adapter_name, config=config, **kw)
-        self.register_buffer("keep", keep, persistent=False)  # packed mask of the weight
+        self.register_buffer("keep", keep, persistent=False)
         self._unmerged: torch.Tensor | None = None
+
+    def _base(self) -> nn.Linear:
+        return cast(nn.Linear, self.get_base_layer())
+
+    def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and B (out, r)."""
+        return cast(nn.Linear, self.lora_A[adapter]).weight, cast(nn.Linear, self.lora_B[adapter]).weight
 
     def effective(self, adapter: str = ADAPTER) -> torch.Tensor:
         """The weight (out, in) that forward uses and merge writes."""
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return effective_weight(self.get_base_layer().weight, A, B, self.scaling[adapter], self.keep)
+        A, B = self._factors(adapter)
+        return effective_weight(self._base().weight, A, B, self.scaling[adapter], self.keep)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged:
@@ -111,19 +119,19 @@ class SparseLoraLinear(LoraLinear):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         adapter = self.active_adapters[0]
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        base = self.get_base_layer()
+        A, B = self._factors(adapter)
+        base = self._base()
         return sparse_linear(x, base.weight, base.bias, A, B, self.scaling[adapter], self.keep)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging adds to the base weight, (out, in), in float32."""
-        return self.effective(adapter).float() - self.get_base_layer().weight.float()
+        return self.effective(adapter).float() - self._base().weight.float()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the effective weight in place of the base weight; the base weight is kept for `unmerge`."""
-        base = self.get_base_layer()
+        base = self._base()
         merged = self.effective((adapter_names or self.active_adapters)[0])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError("NaN or infinity in the merged weights; the adapter is broken")
@@ -133,7 +141,7 @@ class SparseLoraLinear(LoraLinear):
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if self._unmerged is not None:
-            self.get_base_layer().weight.data, self._unmerged = self._unmerged, None
+            self._base().weight.data, self._unmerged = self._unmerged, None
             self.merged_adapters.clear()
 
 

@@ -95,4 +95,3 @@ def _bytes(model: Any) -> int:
     """Bytes of all parameters and buffers, shared storage counted once."""
     tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
     return sum(tensors.values())
-

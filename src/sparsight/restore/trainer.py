@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparsight.data import Encoder
+from sparsight.data.encoding import Encoder, answers_of
 from sparsight.errors import SparsightError
 from sparsight.plan.budget import nearest
-from sparsight.restore.losses import answers_of, distillation
+from sparsight.restore.losses import distillation
 from sparsight.restore.sparse_lora import ADAPTER, adapters
 from sparsight.restore.teacher import Teacher
 
@@ -69,9 +69,7 @@ class RestoreTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below divides by all answer tokens of a step by itself
         self._apart = {"ce": 0.0, "kl": 0.0, "tokens": 0}
 
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if model.training:
             model.eval()
         labels = inputs["labels"]
@@ -101,7 +99,7 @@ class RestoreTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapters in our own file: stock PEFT would take its own format for a dense LoRA."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(adapter_tensors(self.model), folder / ADAPTER_FILE)
 
@@ -163,10 +161,10 @@ def train(
     trainer = RestoreTrainer(
         model=wrapped,
         args=arguments,
-        train_dataset=samples,  # type: ignore[arg-type]
+        train_dataset=samples,
         data_collator=lambda chosen: encoder.encode(chosen).inputs,
         teacher=teacher,
-        shifted="decoder" not in encoder.encode([samples[0]]).padding,
+        shifted=encoder.encode([samples[0]]).shifted,
         schedule=schedule,
     )
     for callback in list(trainer.callback_handler.callbacks):
@@ -180,19 +178,22 @@ def train(
 
 def adapter_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
     """A and B of every adapted layer, on the CPU, keyed `LAYER.A` and `LAYER.B`."""
-    tensors = {}
-    for name, layer in adapters(wrapped).items():
-        tensors[f"{name}.A"] = layer.lora_A[ADAPTER].weight.detach().cpu().clone()
-        tensors[f"{name}.B"] = layer.lora_B[ADAPTER].weight.detach().cpu().clone()
-    return tensors
+    return {key: tensor.detach().cpu().clone() for key, tensor in _factors(wrapped).items()}
 
 
 @torch.no_grad()
 def load_adapter_tensors(wrapped: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put A and B back, in place; every layer must be there with the same rank."""
+    for key, factor in _factors(wrapped).items():
+        found = tensors.get(key)
+        if found is None or found.shape != factor.shape:
+            raise SparsightError(f"the adapter file has no {key} of shape {tuple(factor.shape)}; it is of another model")
+        factor.copy_(found)
+
+
+def _factors(wrapped: Any) -> dict[str, torch.nn.Parameter]:
+    factors = {}
     for name, layer in adapters(wrapped).items():
-        for key, module in (("A", layer.lora_A[ADAPTER]), ("B", layer.lora_B[ADAPTER])):
-            tensor = tensors.get(f"{name}.{key}")
-            if tensor is None or tensor.shape != module.weight.shape:
-                raise SparsightError(f"the checkpoint has no {key} of shape {tuple(module.weight.shape)} for {name}")
-            module.weight.copy_(tensor)
+        factors[f"{name}.A"] = cast(torch.nn.Parameter, layer.lora_A[ADAPTER].weight)
+        factors[f"{name}.B"] = cast(torch.nn.Parameter, layer.lora_B[ADAPTER].weight)
+    return factors

@@ -1,0 +1,224 @@
+"""The command line as a user drives it: what it prints, how it exits, and one clear line for everything wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparsight import cli
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Call the command line in this process, standing in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["sparsight", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+def refused(result, *says):
+    """Exit code 2 and one line that says what was given, what is allowed, and what to do."""
+    code, out, err = result
+    assert code == 2, (out, err)
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("sparsight: ")
+    for words in says:
+        assert words in err
+    return True
+
+
+def test_help_is_light():
+    """Under a second even on a busy machine, because nothing heavy is imported; that is what is asserted."""
+    code = "import sys, sparsight, sparsight.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "sparsight", "--help"], capture_output=True, text=True, check=True)
+    print(f"help in {time.perf_counter() - began:.2f} s")
+    for verb in ("inspect", "plan", "prune", "restore", "eval", "verify", "demo"):
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_version(run):
+    assert run("--version") == (0, "0.1.0\n", "")
+
+
+def test_inspect(run, zoo_folder):
+    code, out, _ = run("inspect", zoo_folder("llava"), "--layers")
+    assert code == 0
+    for words in ("vision", "connector", "language", "output head", "model.language_model.layers.1.mlp.down_proj"):
+        assert words in out
+    facts = json.loads(run("inspect", zoo_folder("llava"), "--json")[1])
+    assert facts["components"]["language"]["layers"] == 21
+    assert facts["family"].startswith("vision=model.vision_tower.encoder.layers,")
+
+
+def test_plan_changes_nothing(run, zoo_folder, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in zoo_folder("llava").iterdir()}
+    code, out, _ = run("plan", zoo_folder("llava"), "--sparsity", "vision=0.5,language=0.6")
+    assert code == 0
+    assert "50.00%" in out
+    assert "all layers" in out
+    facts = json.loads(run("plan", zoo_folder("llava"), "--pattern", "2:4", "--json")[1])
+    rows = {row["component"]: row for row in facts["components"]}
+    assert rows["language"]["zeros"] * 2 == rows["language"]["parameters"]
+    assert set(facts["layers"].values()) == {"2:4"}
+    assert {p: p.stat().st_mtime_ns for p in zoo_folder("llava").iterdir()} == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_road_on_the_command_line(run, zoo_folder, scenes, tmp_path):
+    code, out, err = run("prune", zoo_folder("llava"), "sparse", "--data", scenes, "--pattern", "2:4", "--samples", 8)
+    assert code == 0
+    assert "50.00%" in out
+    assert "wrote sparse" in out
+    assert "prune: 5/5" in err
+    code, out, _ = run(
+        "restore", "sparse", "restored", "--data", scenes, "--steps", 2, "--batch-size", 4, "--rank", "language=2", "--quiet"
+    )
+    assert code == 0
+    assert "teacher shared" in out
+    code, out, _ = run("verify", "restored", "--against", "sparse")
+    assert (code, "no zero of sparse was lost" in out) == (0, True)
+    code, out, _ = run(
+        "eval",
+        "restored",
+        "--data",
+        scenes,
+        "--predictions",
+        "p.jsonl",
+        "--json-file",
+        "s.json",
+        "--max-new-tokens",
+        3,
+        "--json",
+    )
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "s.json").read_text())
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 12
+    code, out, _ = run("verify", zoo_folder("llava"), "--against", "sparse")
+    assert code == 1
+    assert "model.language_model.layers.1.mlp.down_proj" in out
+    assert "zeros lost" in out
+    assert refused(run("prune", zoo_folder("llava"), "sparse", "--data", scenes), "not empty", "--overwrite")
+    assert run("prune", zoo_folder("llava"), "sparse", "--method", "random", "--overwrite")[0] == 0
+
+
+BAD = {
+    "method": (["--method", "wonda"], ["'wonda'", "did you mean wanda?", "magnitude"]),
+    "policy": (["--policy", "owel"], ["'owel'", "uniform"]),
+    "component": (["--sparsity", "vison=0.5"], ["'vison'", "did you mean vision?"]),
+    "pattern 4:2": (["--pattern", "4:2"], ["'4:2'", "0 < n < m"]),
+    "pattern 0:4": (["--pattern", "0:4"], ["'0:4'", "0 < n < m"]),
+    "pattern word": (["--pattern", "rows"], ["'rows'", "row, tensor or n:m"]),
+    "sparsity 1.0": (["--sparsity", "1.0"], ["1 is not a sparsity", "below 1"]),
+    "sparsity -0.1": (["--sparsity", "-0.1"], ["-0.1 is not a sparsity"]),
+    "sparsity 50%": (["--sparsity", "50%"], ["'50%' is not a number", "as in 0.5"]),
+    "propagate": (["--propagate", "blocks"], ["'blocks'", "did you mean block?"]),
+    "samples": (["--samples", "0"], ["--samples", "at least 1"]),
+    "samples word": (["--samples", "many"], ["--samples", "many", "int"]),
+    "dtype": (["--dtype", "bf16"], ["'bf16'", "bfloat16"]),
+    "device": (["--device", "tpu9"], ["'tpu9'", "cpu"]),
+    "ignore": (["--ignore", "q_porj"], ["'q_porj' matches no layer"]),
+    "family": (["--family", "vision=nowhere,language=nowhere"], ["no module 'nowhere'", "--family vision="]),
+    "no such option": (["--sparsty", "0.5"], ["--sparsty", "--sparsity"]),
+    "resume": (["--resume"], ["no interrupted work"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_of_prune(case, run, zoo_folder, scenes, tmp_path):
+    words, says = BAD[case]
+    assert refused(run("prune", zoo_folder("llava"), "out", "--data", scenes, *words), *says)
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_RESTORE = {
+    "adapter": (["--adapter", "spareselora"], ["did you mean sparselora?"]),
+    "rank": (["--rank", "vision=0"], ["vision=0", "at least 1"]),
+    "rank component": (["--rank", "text=4"], ["unknown component 'text'"]),
+    "kl": (["--kl", "2"], ["--kl: 2"]),
+    "lr": (["--lr", "-1"], ["--lr: -1"]),
+    "steps": (["--steps", "0"], ["--steps: 0"]),
+    "scheduler": (["--scheduler", "cosin"], ["did you mean cosine?"]),
+    "teacher": (["--teacher", "./nowhere"], ["nowhere", "no such folder"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESTORE)
+def test_bad_settings_of_restore(case, run, zoo_folder, scenes, tmp_path_factory, tmp_path):
+    sparse = tmp_path_factory.mktemp("sparse") / "sparse"
+    assert run("prune", zoo_folder("llava"), sparse, "--method", "magnitude", "--quiet")[0] == 0
+    words, says = BAD_RESTORE[case]
+    assert refused(run("restore", sparse, "out", "--data", scenes, "--quiet", *words), *says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models_and_folders(run, zoo_folder, scenes, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    llava = zoo_folder("llava")
+    assert refused(run("prune", "empty", "out", "--data", scenes), "empty: no config.json")
+    assert refused(run("prune", "./nowhere", "out", "--data", scenes), "./nowhere: no such folder")
+    assert refused(run("inspect", "file"), "file: is a file")
+    assert refused(run("prune", llava, "file", "--data", scenes), "file: is a file")
+    assert refused(run("prune", llava, "out"), "--data", "needs calibration samples")
+    assert refused(run("restore", llava, "out", "--data", scenes), "--teacher")
+    assert refused(run("restore", llava, "out", "--data", scenes, "--teacher", llava), "holds no zeros")
+    assert refused(run("verify", llava), "no sparsity.json", "--against")
+    assert refused(run("eval", llava, "--data", scenes, "--predictions", "no/such/p.jsonl"), "--predictions")
+    assert refused(run("nonsense"), "nonsense")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_another_architecture_as_teacher(run, zoo_folder, scenes, tmp_path_factory, tmp_path):
+    sparse = tmp_path_factory.mktemp("sparse") / "sparse"
+    run("prune", zoo_folder("llava"), sparse, "--method", "magnitude", "--quiet")
+    words = ("restore", sparse, "out", "--data", scenes, "--teacher", zoo_folder("gemma3"))
+    assert refused(run(*words), "not the same architecture")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data(run, zoo_folder, scenes, tmp_path_factory, tmp_path):
+    data = shutil.copytree(scenes, tmp_path_factory.mktemp("data") / "bad")
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    lines[2] = lines[2].replace("2.png", "../2.png")
+    lines[4] = "{broken"
+    (data / "5.png").write_bytes(b"not a picture")
+    (data / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    prune = ("prune", zoo_folder("llava"), "out", "--data", data, "--sparsity", "0.5")
+    assert refused(run("eval", zoo_folder("llava"), "--data", data), "metadata.jsonl:3:", "leaves the folder")
+    assert refused(run(*prune), "metadata.jsonl:")
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = run(*prune, "--skip-bad")
+    assert code == 0
+    assert "Left out 3 broken samples" in out
+    (data / "metadata.jsonl").write_text("")
+    assert refused(run("eval", zoo_folder("llava"), "--data", data), "no samples")
+    assert refused(run("eval", zoo_folder("llava"), "--data", "nowhere.jsonl"), "nowhere.jsonl")
+
+
+def test_an_unknown_model_type_is_helped(run, zoo_folder, scenes, tmp_path_factory, tmp_path, monkeypatch):
+    from sparsight.model import anatomy
+
+    monkeypatch.setattr(anatomy, "FAMILIES", {})
+    code, _, err = run("inspect", zoo_folder("llava"))
+    assert code == 2
+    ready = err.partition("--family ")[2].strip()
+    words = ("prune", zoo_folder("llava"), "out", "--data", scenes, "--samples", 4, "--quiet")
+    assert run(*words, "--family", ready)[0] == 0
+    assert run("verify", "out")[0] == 0  # the family is in the record
+    assert run("restore", "out", "again", "--data", scenes, "--steps", 1, "--batch-size", 2, "--quiet")[0] == 0
