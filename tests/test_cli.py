@@ -129,7 +129,7 @@ BAD = {
     "sparsity 50%": (["--sparsity", "50%"], ["'50%' is not a number", "as in 0.5"]),
     "propagate": (["--propagate", "blocks"], ["'blocks'", "did you mean block?"]),
     "samples": (["--samples", "0"], ["--samples", "at least 1"]),
-    "samples word": (["--samples", "many"], ["--samples", "many", "int"]),
+    "samples word": (["--samples", "many"], ["--samples", "integer"]),
     "dtype": (["--dtype", "bf16"], ["'bf16'", "bfloat16"]),
     "device": (["--device", "tpu9"], ["'tpu9'", "cpu"]),
     "ignore": (["--ignore", "q_porj"], ["'q_porj' matches no layer"]),
