@@ -37,7 +37,9 @@ def build() -> tuple[LlavaForConditionalGeneration, list[dict[str, torch.Tensor]
     for _ in range(BATCHES):
         words = torch.randint(0, 3999, (ROWS, TEXT))
         ids = torch.cat([torch.full((ROWS, 64), 3999), words], dim=1)
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(ROWS, 3, 64, 64)})
+        batches.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(ROWS, 3, 64, 64)}
+        )
     return model.eval(), batches
 
 

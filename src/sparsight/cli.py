@@ -225,7 +225,8 @@ def evaluate(
     if json_file:
         Path(json_file).write_text(result.to_json())
     facts = json.loads(result.to_json())
-    _show(facts, as_json, tables.scores_table(result.rows, f"{model} on {len(result.predictions)} samples"))
+    title = f"{model} on {len(result.predictions)} samples"
+    _show(facts, as_json, tables.scores_table(result.rows, title), *tables.left_out(result.skipped))
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from sparsight.model.checkpoint import (
     read_plan,
     read_recipe,
     read_record,
+    recorded_family,
     save,
     sparsity_record,
 )
@@ -55,7 +56,7 @@ def inspect(model: str | Path, *, family: str | None = None) -> tuple[Anatomy, A
     """Take a model apart: components, blocks, layers, and what is never pruned and why. Returns it with the model."""
     from sparsight.model.load import load
 
-    chosen = Family.parse(family) if family else _recorded_family(model)
+    chosen = Family.parse(family) if family else recorded_family(read_record(model))
     loaded, _ = load(model)
     return anatomy(loaded, chosen), loaded
 
@@ -120,7 +121,7 @@ def prune(
     find_policy(policy)
     check_propagate(propagate)
     planned_budget(pattern, sparsity)
-    chosen = Family.parse(family) if family else _recorded_family(model)
+    chosen = Family.parse(family) if family else recorded_family(read_record(model))
     parse_dtype(dtype)
     check_device(device)
     _whole("--samples", samples)
@@ -132,10 +133,11 @@ def prune(
     loaded, processor = load(model, dtype=dtype, device=device)
     body = anatomy(loaded, chosen)
     planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore)
-    calibration = []
+    calibration, skipped = [], 0
     if chosen_samples is not None:
         encoder = Encoder(processor, loaded, skip_bad=skip_bad)
         calibration = [batch.to(device) for batch in batches(chosen_samples, encoder, batch_size)]
+        skipped = len(chosen_samples.skipped) + len(encoder.skipped)
         settings["fingerprint"] = chosen_samples.fingerprint
     with unfinished(target, settings, resume) as folder:
         record = prune_in_place(
@@ -150,8 +152,10 @@ def prune(
             progress=progress,
         )
         written = Record(
-            sparsity_record(body, planned, base_model=_base(model), method=_name(method), mask_only=how.mask_only),
-            {"prune": {**asdict(record), "skipped_samples": len(chosen_samples.skipped) if chosen_samples else 0}},
+            sparsity_record(
+                body, planned, base_model=_base(model), method=_name(method), mask_only=how.mask_only, family=chosen
+            ),
+            {"prune": {**asdict(record), "skipped_samples": skipped}},
             {"sparsight": sparsight.__version__, "prune": settings},
         )
         with atomic_folder(target, overwrite) as new:
@@ -208,7 +212,7 @@ def restore(
     )  # fmt: skip
     schedule.check()
     parse_dtype(dtype)
-    check_device(device)
+    check_device(device, one_gpu=True)
     target = check_output(out, overwrite)
     record = read_record(sparse)
     original = str(teacher) if teacher is not None else (record or {}).get("base_model")
@@ -232,6 +236,7 @@ def restore(
             "teacher": student.mode,
             "weight_bytes": student.weight_bytes,
             "dense_bytes": student.dense_bytes,
+            "skipped_samples": len(chosen.skipped) + len(encoder.skipped),
             "trained_parameters": sum(p.numel() for p in student.wrapped.parameters() if p.requires_grad),
         }
         with atomic_folder(target, overwrite) as new:
@@ -245,6 +250,7 @@ def restore(
                     base_model=original or str(sparse),
                     method=f"{(record or {}).get('method', 'unknown')} + {adapter}",
                     mask_only=False,
+                    family=recorded_family(record),
                 ),
                 {**read_metrics(sparse), "restore": measured},
                 {**read_recipe(sparse), "sparsight": sparsight.__version__, "restore": settings},
@@ -268,6 +274,7 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Result:
     """Let a model answer held-out samples and score the answers, per kind, with 95 % bootstrap intervals."""
+    from sparsight.data import Encoder
     from sparsight.evaluate import evaluate as score
     from sparsight.model.load import check_device, load, parse_dtype
 
@@ -277,15 +284,13 @@ def evaluate(
         _whole(option, value)
     chosen = read(data, limit=samples, seed=seed if samples else None, skip_bad=skip_bad)
     loaded, processor = load(model, dtype=dtype, device=device)
-    return score(
-        loaded, processor, chosen, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
+    encoder = Encoder(processor, loaded)
+    taken = [sample for sample in chosen if not skip_bad or encoder.refusal(sample) is None]
+    result = score(
+        loaded, processor, taken, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
         progress=(lambda done, total: progress("answers", done, total)) if progress else None,
     )  # fmt: skip
-
-
-def _recorded_family(model: str | Path) -> Family | None:
-    record = read_record(model) if Path(model).is_dir() else None
-    return Family.parse(record["family"]) if record else None
+    return replace(result, skipped=len(chosen.skipped) + len(chosen) - len(taken))
 
 
 def _settings(given: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sparsight.data.encoding import Encoder, answers_of
 from sparsight.restore.losses import distillation
 from sparsight.restore.sparse_lora import adapters
 from sparsight.restore.student import make_student
+
 from walks import calibration, samples
 
 
@@ -24,7 +25,12 @@ def pair(tmp_path_factory, zoo_folder):
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
     )
     text = LlamaConfig(
-        hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, vocab_size=600
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=600,
     )
     small, processor = load(zoo_folder("llava"))
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=small.config.image_token_index)

@@ -113,7 +113,7 @@ class Encoder:
         rows = list(samples)
         if not self.style.turns:
             rows = [Sample(s.id, s.images, (turn,), s.kind) for s in rows for turn in s.turns]
-        rows = self._without(rows, [self._refuse(sample) for sample in rows])
+        rows = self._without(rows, [self.refusal(sample) for sample in rows])
         while rows:
             inputs = self._cast(self.style.encode(self.processor, rows, self.config))
             kept = self._without(rows, self._too_long(inputs))
@@ -128,7 +128,7 @@ class Encoder:
         Decoder-only models are padded on the left, encoder-decoders on the right.
         """
         for sample in samples:
-            if reason := self._refuse(sample):
+            if reason := self.refusal(sample):
                 raise SparsightError(f"sample {sample.id!r}: {reason}")
         if not self.style.turns:
             samples = [Sample(s.id, s.images, s.turns[-1:], s.kind) for s in samples]
@@ -137,7 +137,8 @@ class Encoder:
     def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: t.to(self.dtype) if t.is_floating_point() and self.dtype else t for key, t in inputs.items()}
 
-    def _refuse(self, sample: Sample) -> str | None:
+    def refusal(self, sample: Sample) -> str | None:
+        """Why the model cannot take a sample; None if it can."""
         if not sample.turns or any(not turn.answers for turn in sample.turns):
             return "it has no turn, or a turn without an answer"
         return self.style.refuse(sample)

@@ -4,8 +4,8 @@
 
 1. **see**: the vision tower learns to name the digit and the colour under each patch, through a linear head that is
    then thrown away. Trained end to end from the start, a model of this size never begins to look.
-2. **connect** (InstructBLIP only): the Q-Former learns to carry the digit and the colour of cell i in query i, through
-   another head that is thrown away; BLIP-2, too, trains its Q-Former before it meets the language model.
+2. **connect**: the tower learns to tell where each patch is, too, and the Q-Former to carry the digit and the colour of
+   cell i in query i, again through heads that are thrown away; BLIP-2, too, trains its Q-Former before its language model.
 3. **answer**: the tower is frozen; connector and language model learn to answer and to describe.
 4. **polish**: everything together, at a low rate.
 
@@ -43,14 +43,14 @@ class Course:
     see: int = 5000
     connect: int = 600
     answer: int = 800
-    polish: int = 400
+    polish: int = 1000
     see_size: int = 64
     answer_size: tuple[int, int] = (48, 12)  # questions, captions
-    rates: tuple[float, float, float, float] = (1e-3, 1e-3, 1.5e-3, 3e-4)
+    rates: tuple[float, float, float, float] = (1e-3, 1e-3, 1.5e-3, 1e-3)
     pool: int = 30_000
 
 
-COURSES = {"instructblip": Course(), "llava": Course(connect=0, answer=1000, rates=(1e-3, 0, 2e-3, 3e-4))}
+COURSES = {"instructblip": Course(), "llava": Course(connect=200, answer=1000, rates=(1e-3, 1e-3, 2e-3, 1e-3))}
 
 
 @dataclass
@@ -140,28 +140,34 @@ def naming(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> None:
-    """Teach the Q-Former, in place, to carry digit and colour of cell i in query i, whatever the question.
+    """Teach the tower, in place, to say the cell of each patch too, and the Q-Former to carry cell i in query i.
 
-    The tower goes on learning with it, and now to say the cell of each patch as well: it has no need of it to name what is
-    there, but queries know the patches by nothing else.
+    The tower has no need of places to name what is there, but Q-Former and LLaMA know the patches by nothing else.
     """
     scenes, cells = pool(course.pool, seed, crowd=False), patch_cells()
     rng = np.random.default_rng([seed, 2])
-    width, former = tower(model).config.hidden_size, model.config.qformer_config.hidden_size
-    heads = nn.ModuleList([nn.Linear(former, NAMED), nn.Linear(width, NAMED + 4)])
+    former = getattr(model, "qformer", None)
+    query = nn.Linear(former.config.hidden_size, NAMED) if former else nn.Identity()
+    patch = nn.Linear(tower(model).config.hidden_size, NAMED + 4)
 
     def loss() -> Tensor:
         index, prompts, _ = questions(scenes, course.see_size, rng)
-        text = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
-        seen = model.get_image_features(pixels(scenes.pixels[index]), text["input_ids"], text["attention_mask"])
-        values, colors = targets(scenes, index)
-        query = heads[0](seen.qformer_outputs.last_hidden_state[:, :4])
-        patch = heads[1](seen.last_hidden_state[:, 1:])
-        total = naming(query[..., :11], values) + naming(query[..., 11:], colors)
-        total = total + naming(patch[..., :11], values[:, cells]) + naming(patch[..., 11:NAMED], colors[:, cells])
-        return total + naming(patch[..., NAMED:], cells.expand(len(index), -1))
+        (values, colors), images = targets(scenes, index), pixels(scenes.pixels[index])
+        total = torch.zeros(())
+        if former:
+            text = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
+            seen = model.get_image_features(images, text["input_ids"], text["attention_mask"])
+            asked = query(seen.qformer_outputs.last_hidden_state[:, :4])
+            total = naming(asked[..., :11], values) + naming(asked[..., 11:], colors)
+        else:
+            seen = tower(model)(images)
+        named = patch(seen.last_hidden_state[:, 1:])
+        total = total + naming(named[..., :11], values[:, cells]) + naming(named[..., 11:NAMED], colors[:, cells])
+        return total + naming(named[..., NAMED:], cells.expand(len(index), -1))
 
-    trained = [model.query_tokens, *model.qformer.parameters(), *heads.parameters(), *tower(model).parameters()]
+    trained = [*tower(model).parameters(), *query.parameters(), *patch.parameters()]
+    if former:
+        trained += [model.query_tokens, *former.parameters()]
     fit(trained, loss, course.connect, course.rates[1], 0.01, log)
     log.end()
 

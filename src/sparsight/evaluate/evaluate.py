@@ -49,10 +49,12 @@ class Result:
     `rows` has one {kind, metric, value, low, high, n} per metric, first over "all" samples that the metric is for, then
     per kind where there are several; low and high are a 95 % bootstrap interval over samples, None for the measures of
     tokens. `predictions` has one {id, kind, prompt, prediction, answers, correct, scores} per sample, in order.
+    `skipped` counts the broken samples that were left out.
     """
 
     rows: tuple[dict[str, Any], ...]
     predictions: tuple[dict[str, Any], ...]
+    skipped: int = 0
 
     def value(self, metric: str, kind: str = ALL) -> float:
         """Look one value up."""
@@ -68,7 +70,8 @@ class Result:
 
     def to_json(self) -> str:
         """Write the rows as JSON text; the same result gives the same bytes."""
-        return json.dumps({"metrics": list(self.rows)}, indent=2, ensure_ascii=False) + "\n"
+        facts = {"metrics": list(self.rows), "skipped": self.skipped}
+        return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
     def write_predictions(self, path: str | Path) -> None:
         """Write the predictions as JSONL, one sample a line."""

@@ -43,9 +43,18 @@ class Record:
 
 @torch.no_grad()
 def sparsity_record(
-    anatomy: Anatomy, plan: Mapping[str, Pattern], *, base_model: str, method: str, mask_only: bool
+    anatomy: Anatomy,
+    plan: Mapping[str, Pattern],
+    *,
+    base_model: str,
+    method: str,
+    mask_only: bool,
+    family: Family | None = None,
 ) -> dict[str, Any]:
-    """Count every zero of every layer and hash the masks: the content of `sparsity.json`."""
+    """Count every zero of every layer and hash the masks: the content of `sparsity.json`.
+
+    `family` is named where the table of families does not know the model.
+    """
     layers = {}
     for layer in anatomy.layers:
         if layer.name not in plan:
@@ -69,7 +78,7 @@ def sparsity_record(
         "base_model": base_model,
         "method": method,
         "mask_only": mask_only,
-        "family": str(anatomy.family),
+        "family": str(family) if family else None,
         "parameters": anatomy.parameters,
         "layers": layers,
     }
@@ -119,7 +128,12 @@ def _pattern(text: str) -> Pattern:
 
 def read_anatomy(model: Any, record: Mapping[str, Any] | None) -> Anatomy:
     """Take a saved model apart with the family it was pruned with."""
-    return anatomy(model, Family.parse(record["family"]) if record else None)
+    return anatomy(model, recorded_family(record))
+
+
+def recorded_family(record: Mapping[str, Any] | None) -> Family | None:
+    """The family that a user had to name with `--family`; None where the table knows the model."""
+    return Family.parse(record["family"]) if record and record["family"] else None
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> Path:

@@ -70,13 +70,16 @@ def parse_dtype(dtype: str | torch.dtype) -> Any:
     return DTYPES[dtype]
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, one_gpu: bool = False) -> None:
+    """Refuse a device that is not there; with `one_gpu`, one chosen by number."""
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
         raise SparsightError(f"--device: {device!r} is not a device; use cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise SparsightError(f"--device: {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    if one_gpu and index:
+        raise SparsightError(f"--device: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and --device cuda")
 
 
 def _check_folder(where: str) -> None:

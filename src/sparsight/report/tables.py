@@ -95,9 +95,12 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if facts["block_errors"]:
         worst = max(facts["block_errors"], key=lambda name: facts["block_errors"][name])
         lines.append(f"Largest relative output error of a block: {facts['block_errors'][worst]:.3f} at {worst}")
-    if facts["skipped_samples"]:
-        lines.append(f"Left out {facts['skipped_samples']} broken samples")
-    return [*lines, f"{facts['seconds']:.1f} s · wrote {out}"]
+    return [*lines, *left_out(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def left_out(count: int) -> list[str]:
+    """What `--skip-bad` did."""
+    return [f"Left out {count} broken samples"] if count else []
 
 
 def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
@@ -106,7 +109,11 @@ def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     loss = f"ce {last['ce']:.3f} · kl {last['kl']:.3f} at the end · " if last else ""
     copies = facts["weight_bytes"] / facts["dense_bytes"]
     held = f"teacher {facts['teacher']}: weights of both take {copies:.2f}× one dense copy"
-    return [f"{loss}{facts['trained_parameters']:,} trained parameters · {held}", f"{facts['seconds']:.1f} s · wrote {out}"]
+    return [
+        f"{loss}{facts['trained_parameters']:,} trained parameters · {held}",
+        *left_out(facts["skipped_samples"]),
+        f"{facts['seconds']:.1f} s · wrote {out}",
+    ]
 
 
 def verify_lines(found: Mapping[str, Any]) -> list[Any]:
