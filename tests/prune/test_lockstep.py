@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from sparsight import lockstep
+from sparsight.data.encoding import Encoder, padding_masks
+from sparsight.data.sample import Sample, Turn
 from sparsight.model.anatomy import anatomy
 from sparsight.plan.plan import make_plan
 from sparsight.prune.moments import Watch
 from sparsight.prune.prune import prune
 
 import zoo
-from walks import calibration
+from walks import calibration, samples
 
 
 def named_blocks(model):
@@ -254,3 +257,53 @@ def test_padding_is_not_in_the_moments():
     for layer in layers:
         assert one[layer.name].count == all_[layer.name].count == sum(int(b.padding["text"].sum()) for b in alone)
         torch.testing.assert_close(one[layer.name].norm, all_[layer.name].norm, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_patches_are_not_in_the_moments():
+    """SmolVLM pads images to one size; the model drops whole padding images and masks the rest."""
+    model, processor = zoo.build("smolvlm")
+    encoder = Encoder(processor, model)
+    several = Sample("0", tuple(zoo.images(2)), (Turn("how many?", ("two",)),))
+    batch = encoder.encode([several, *samples(1)])
+    inputs = dict(batch.inputs)
+    assert bool(batch.padding["vision"].all())
+    inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].clone()
+    inputs["pixel_attention_mask"][0, 0, :, 16:] = 0  # the right half of the first image is padding
+    batch = replace(batch, inputs=inputs, padding=padding_masks(inputs, model.config))
+    real = int(batch.padding["vision"].sum())
+    assert real == batch.padding["vision"].numel() - 8
+    layers = list(anatomy(model).component("vision"))
+    watch = Watch(layers, 1)
+    with watch.open(), watch.during(batch.padding):
+        plain(model, batch)
+    assert {watch.moments[layer.name].count for layer in layers} == {real}
+
+
+def test_padding_of_the_q_formers_text_is_not_in_the_moments():
+    model, processor = zoo.build("instructblip-t5")
+    batch = calibration(model, processor, 4, 4)[0]
+    body = anatomy(model)
+    layers = list(body.component("connector"))
+    watch = Watch(layers, 1)
+    with watch.open(), watch.during(batch.padding):
+        plain(model, batch)
+    queries, told = model.config.num_query_tokens, int(batch.padding["instruction"].sum())
+    assert told < batch.padding["instruction"].numel()
+    counts = {name.split("layer.0.")[-1]: m.count for name, m in watch.moments.items() if "layer.0." in name}
+    assert counts["attention.attention.query"] == 4 * queries + told
+    assert counts["crossattention.attention.query"] == 4 * queries
+    assert counts["intermediate.dense"] == counts["output.dense"] == told
+    assert counts["intermediate_query.dense"] == 4 * queries
+
+
+def test_the_q_formers_text_is_never_as_long_as_its_queries():
+    model, processor = zoo.build("instructblip-t5")
+    encoder = Encoder(processor, model)
+    lengths = set()
+    for words in range(1, 2 * model.config.num_query_tokens):
+        sample = Sample("0", tuple(zoo.images(1)), (Turn(" ".join(["red"] * words), ("red",)),))
+        inputs = encoder.encode([sample]).inputs
+        lengths.add(inputs["qformer_input_ids"].shape[1])
+        assert inputs["qformer_input_ids"].shape == inputs["qformer_attention_mask"].shape
+    assert model.config.num_query_tokens not in lengths
+    assert model.config.num_query_tokens + 1 in lengths

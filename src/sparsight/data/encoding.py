@@ -21,8 +21,9 @@ class Batch:
     `inputs` goes in as `model(**inputs)`. Its `labels` are -100 everywhere but at answers and at the token that ends
     each of them; for a decoder-only model they lie on `input_ids`, unshifted, as transformers wants them. `padding` has
     boolean masks, true at real tokens: "text" (B, T), "decoder" (B, Td) for an encoder-decoder, where Td is never T, so
-    that a mask is known by its length, and "vision" (images, patches) where images are padded. `samples` has the sample
-    of each row, of one turn each where the model takes only one.
+    that a mask is known by its length, "vision" (images, patches) where images are padded, and for a Q-Former that reads
+    the question "instruction" (B, Tq) and "queries" (B, queries + Tq). `samples` has the sample of each row, of one turn
+    each where the model takes only one.
     """
 
     inputs: dict[str, Tensor]
@@ -118,7 +119,7 @@ class Encoder:
             inputs = self._cast(self.style.encode(self.processor, rows, self.config))
             kept = self._without(rows, self._too_long(inputs))
             if len(kept) == len(rows):
-                return Batch(inputs, _padding(inputs, self.config), tuple(rows))
+                return Batch(inputs, padding_masks(inputs, self.config), tuple(rows))
             rows = kept
         return None
 
@@ -165,10 +166,15 @@ class Encoder:
         return kept
 
 
-def _padding(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The masks of real tokens of one encoded batch; see `Batch`."""
     masks = {"text": inputs["attention_mask"].bool()}
     if "decoder_attention_mask" in inputs:
         masks["decoder"] = inputs["decoder_attention_mask"].bool()
+    if "qformer_attention_mask" in inputs:
+        told = inputs["qformer_attention_mask"].bool()
+        masks["instruction"] = told
+        masks["queries"] = torch.cat([told.new_ones(len(told), config.num_query_tokens), told], dim=1)
     if "pixel_attention_mask" in inputs:
         masks["vision"] = _real_patches(inputs, config.vision_config.patch_size)
     return masks

@@ -34,7 +34,7 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
     An encoder-decoder gets the answers as its decoder's labels, a decoder-only model behind the questions.
     """
     tokenizer = processor.tokenizer
-    inputs = _questions(processor, samples)
+    inputs = _apart(_questions(processor, samples), config)
     end = _end(processor, config)
     answers = [sample.turns[-1].answer.strip() for sample in samples]
     if config.text_config.is_encoder_decoder:
@@ -66,6 +66,14 @@ def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     images = [image for sample in samples for image in sample.load_images()]
     texts = [_prompt(sample) for sample in samples]
     return dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
+
+
+def _apart(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Make the Q-Former's text one token longer where it is as long as its queries: a mask is known by its length."""
+    if "qformer_input_ids" in inputs and inputs["qformer_input_ids"].shape[1] == config.num_query_tokens:
+        for key in ("qformer_input_ids", "qformer_attention_mask"):
+            inputs[key] = torch.nn.functional.pad(inputs[key], (0, 1))
+    return inputs
 
 
 def _prompt(sample: Sample) -> str:

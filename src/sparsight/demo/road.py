@@ -13,6 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from sparsight.model.anatomy import Layer
 from sparsight.model.checkpoint import read_metrics, read_record
 from sparsight.report.page import write_page
 
-TRAIN_SCENES, TEST_SCENES = 2400, 200
 PATTERN = "2:4"
-RESTORE: dict[str, Any] = {"steps": 300, "batch_size": 32, "lr": 2e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
+RESTORE: dict[str, Any] = {"batch_size": 32, "lr": 2e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
 LABELS = {
     "dense": "dense",
     "pruned": f"pruned (Wanda, {PATTERN})",
@@ -41,15 +41,30 @@ GALLERY = 12
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How many scenes the demo restores on and is tested on, and for how many steps."""
+
+    train: int = 2400
+    test: int = 200
+    steps: int = 300
+
+
 def road(
-    out: str | Path = "demo-out", *, overwrite: bool = False, seed: int = 0, progress: Progress | None = None
+    out: str | Path = "demo-out",
+    *,
+    effort: Effort | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write models, predictions and `report.html` to `out`; the facts of the report are returned."""
+    effort = effort or Effort()
     target = _fresh(Path(out), overwrite)
     began = time.perf_counter()
     said = _Steps(progress)
-    train = write(target / "data" / "train", "train", TRAIN_SCENES, seed, questions_per_scene=1)
-    test = write(target / "data" / "test", "test", TEST_SCENES, seed)
+    train = write(target / "data" / "train", "train", effort.train, seed, questions_per_scene=1)
+    test = write(target / "data" / "test", "test", effort.test, seed)
     dense = MODELS["instructblip"]
     runs = {"dense": _run("dense", dense, test, target, 0.0, said)}
     start = time.perf_counter()
@@ -60,7 +75,7 @@ def road(
         start = time.perf_counter()
         verbs.restore(
             target / "pruned", target / adapter, data=train, teacher=dense, adapter=adapter, seed=seed,
-            progress=said.part(f"restore with {LABELS[adapter].split(',')[0]}"), **RESTORE,
+            progress=said.part(f"restore with {LABELS[adapter].split(',')[0]}"), steps=effort.steps, **RESTORE,
         )  # fmt: skip
         runs[adapter] = _run(adapter, target / adapter, test, target, time.perf_counter() - start, said)
     facts = {
@@ -68,8 +83,8 @@ def road(
         "environment": _environment(),
         "seed": seed,
         "pattern": PATTERN,
-        "restore": RESTORE,
-        "scenes": {"train": TRAIN_SCENES, "test": TEST_SCENES},
+        "restore": {"steps": effort.steps, **RESTORE},
+        "scenes": {"train": effort.train, "test": effort.test},
         "runs": {name: facts for name, (facts, _) in runs.items()},
         "layers": _layers(target),
         "errors": read_metrics(target / "pruned")["prune"],

@@ -15,6 +15,7 @@ import torch
 
 from sparsight.model.anatomy import Layer
 
+MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "language": ("text", "decoder")}
 ERROR_ROWS = 512  # inputs of a layer kept to measure its output error on
 
 
@@ -96,11 +97,12 @@ class Watch:
 def real_tokens(X: torch.Tensor, padding: Mapping[str, torch.Tensor], component: str) -> torch.Tensor:
     """Flatten X (..., in) to (tokens, in) without its padding.
 
-    Masks are told apart by their number of tokens (the encoder's and the decoder's differ by construction). Inputs of
-    the vision component carry images only, and text masks never apply to them.
+    Each component has masks of its own, told apart by their number of tokens (those of encoder and decoder, and of the
+    Q-Former's text and queries, differ by construction). Inputs that fit no mask have no padding.
     """
     flat = X.reshape(-1, X.shape[-1])
-    for name, mask in padding.items():
-        if (name == "vision") == (component == "vision") and mask.numel() == flat.shape[0]:
+    for name in MASKS[component]:
+        mask = padding.get(name)
+        if mask is not None and mask.numel() == flat.shape[0]:
             return flat if bool(mask.all()) else flat[mask.reshape(-1).to(flat.device)]
     return flat
