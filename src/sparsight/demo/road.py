@@ -146,9 +146,7 @@ def _run(name: str, folder: Path, test: Path, out: Path, seconds: float, said: _
     mask = sum(n for z, n in counts.values() if z) // 8  # one bit per weight of what is pruned
     facts = {
         "label": LABELS[name],
-        "questions": _mean(result, lambda row: row["kind"] != "caption", "exact_match"),
-        "captions": _mean(result, lambda row: row["kind"] == "caption", "exact_match"),
-        "cider": _mean(result, lambda row: row["kind"] == "caption", "cider_d"),
+        **captions_and_questions(result),
         "rows": list(result.rows),
         "sparsity": {c: z / n for c, (z, n) in counts.items()},
         "bytes": 4 * size,
@@ -157,6 +155,15 @@ def _run(name: str, folder: Path, test: Path, out: Path, seconds: float, said: _
         "seconds": seconds,
     }
     return facts, result
+
+
+def captions_and_questions(result: Result) -> dict[str, dict[str, float]]:
+    """Exact match over all questions and over all captions, and the captions' CIDEr-D, with 95 % intervals."""
+    return {
+        "questions": _mean(result, lambda row: row["kind"] != "caption", "exact_match"),
+        "captions": _mean(result, lambda row: row["kind"] == "caption", "exact_match"),
+        "cider": _mean(result, lambda row: row["kind"] == "caption", "cider_d"),
+    }
 
 
 def _zeros(layers: Sequence[Layer]) -> tuple[int, int]:

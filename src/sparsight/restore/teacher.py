@@ -15,18 +15,28 @@ from torch import nn
 
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.masks import pack, unpack, weight_hash
+from sparsight.restore.sparse_lora import adapters
 
 Teacher = Callable[[Mapping[str, Any]], torch.Tensor]
 Masks = dict[str, torch.Tensor]
 
 
 def shared_teacher(wrapped: Any) -> Teacher:
-    """The dense model inside a PEFT model whose base weights are dense: its adapters, connector too, are switched off."""
+    """The dense model inside a PEFT model whose base weights are dense: its adapters, connector too, are switched off.
+
+    PEFT's own `disable_adapter` walks over every module of the model twice; the adapted layers alone will do.
+    """
+    adapted = list(adapters(wrapped).values())
 
     @torch.no_grad()
     def logits(inputs: Mapping[str, Any]) -> torch.Tensor:
-        with wrapped.disable_adapter():
+        try:
+            for layer in adapted:
+                layer.enable_adapters(False)
             return wrapped(**inputs).logits
+        finally:
+            for layer in adapted:
+                layer.enable_adapters(True)
 
     return logits
 
