@@ -12,6 +12,8 @@ import pytest
 
 from sparsight import cli
 
+import zoo
+
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
@@ -117,6 +119,116 @@ def test_the_road_on_the_command_line(run, zoo_folder, scenes, tmp_path):
     assert run("prune", zoo_folder("llava"), "sparse", "--method", "random", "--overwrite")[0] == 0
 
 
+@pytest.mark.gpu
+def test_the_road_on_a_gpu(run, zoo_folder, scenes):
+    where = ("--data", scenes, "--device", "cuda", "--quiet")
+    assert run("prune", zoo_folder("llava"), "sparse", "--pattern", "2:4", "--samples", 8, *where)[0] == 0
+    code, out, _ = run("restore", "sparse", "restored", "--steps", 2, "--batch-size", 4, *where)
+    assert code == 0
+    assert "teacher shared" in out
+    assert run("verify", "sparse")[0] == 0
+    code, out, _ = run("verify", "restored", "--against", "sparse")
+    assert (code, "no zero of sparse was lost" in out) == (0, True)
+    assert run("eval", "restored", "--max-new-tokens", 2, *where)[0] == 0
+
+
+def test_inspect_and_plan_need_no_processor(run, zoo_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        shutil.copy(zoo_folder("llava") / name, tmp_path / "bare")
+    assert run("inspect", "bare")[0] == 0
+    assert run("plan", "bare")[0] == 0
+    assert refused(run("eval", "bare", "--data", "nowhere.jsonl"), "nowhere.jsonl")
+
+
+def test_verify_needs_no_processor(run, zoo_folder, tmp_path):
+    assert run("prune", zoo_folder("llava"), "sparse", "--method", "magnitude", "--quiet")[0] == 0
+    for path in (tmp_path / "sparse").iterdir():
+        if path.name not in ("config.json", "model.safetensors", "sparsity.json"):
+            path.unlink()
+    assert run("verify", "sparse")[0] == 0
+    assert run("verify", "sparse", "--against", "sparse")[0] == 0
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(run, zoo_folder, tmp_path):
+    out_ = "out[/x] [bold] :star:"
+    code, out, _ = run("prune", zoo_folder("llava"), out_, "--method", "magnitude", "--quiet")
+    assert code == 0
+    assert f"wrote {out_}\n" in out
+    code, out, _ = run("verify", out_, "--against", out_)
+    assert code == 0
+    assert out.startswith(f"verified {out_}: ")
+
+
+def test_eval_takes_beams_and_tells_the_model_s_name_as_it_is(run, zoo_folder, scenes, tmp_path):
+    (tmp_path / "model[").mkdir()
+    (tmp_path / "model[/x]").symlink_to(zoo_folder("llava"))
+    words = ("eval", "model[/x]", "--data", scenes, "--max-new-tokens", 4, "--quiet")
+    code, out, _ = run(*words, "--beams", 2, "--predictions", "two.jsonl")
+    assert code == 0
+    assert out.startswith("model[/x] on 12 samples")
+    assert run(*words, "--beams", 1, "--predictions", "one.jsonl")[0] == 0
+    one, two = ((tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("one", "two"))
+    assert len(one) == len(two) == 12
+    assert one != two, "beams found nothing else"
+    assert refused(run(*words, "--beams", 0), "--beams", "at least 1")
+
+
+UNWRITABLE = ["no/such/x", ".", "x" * 300, "loop", "locked/x", "/proc/x.json", "/dev/full"]
+
+
+@pytest.mark.parametrize("path", UNWRITABLE)
+@pytest.mark.parametrize("option", ["--json-file", "--predictions"])
+def test_files_that_cannot_be_written_are_known_before_the_work(option, path, run, zoo_folder, scenes, tmp_path):
+    if path.startswith("/") and not sys.platform.startswith("linux"):
+        pytest.skip("a place of Linux")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "locked").write_text("")  # a file where a folder should be
+    before = sorted(tmp_path.iterdir())
+    began = run("eval", "./nowhere", "--data", scenes, option, path)  # the model comes later: it is not even missed
+    assert refused(began, f"{option}: {path} cannot be written (", "give a file in a folder that exists")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_to_write_are_neither_the_data_nor_each_other(run, zoo_folder, scenes, tmp_path):
+    data = shutil.copytree(scenes, tmp_path / "data")
+    whole = (data / "metadata.jsonl").read_bytes()
+    (tmp_path / "link").symlink_to(data / "metadata.jsonl")
+    (tmp_path / "twin").hardlink_to(data / "metadata.jsonl")
+    for given in ("data", "data/metadata.jsonl"):
+        words = ("eval", zoo_folder("llava"), "--data", given)
+        for option in ("--json-file", "--predictions"):
+            for path in ("data/metadata.jsonl", "link", "twin"):
+                assert refused(run(*words, option, path), f"{option}: {path} holds the samples of --data")
+    assert refused(run(*words, "--json-file", "x", "--predictions", "./data/../x"), "--predictions", "--json-file, too")
+    assert (data / "metadata.jsonl").read_bytes() == whole
+    (tmp_path / "old.json").write_text("kept", encoding="utf-8")
+    assert run("eval", "./nowhere", "--data", data, "--json-file", "old.json")[0] == 2
+    assert (tmp_path / "old.json").read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize("option", ["--json-file", "--predictions"])
+def test_a_file_that_fails_at_the_end_costs_no_scores(option, run, zoo_folder, scenes, tmp_path, monkeypatch):
+    from sparsight import verbs
+
+    score = verbs.evaluate
+
+    def vanish(*args, **kwargs):
+        result = score(*args, **kwargs)
+        (tmp_path / "folder").rmdir()
+        return result
+
+    monkeypatch.setattr(verbs, "evaluate", vanish)
+    (tmp_path / "folder").mkdir()
+    words = ("eval", zoo_folder("llava"), "--data", scenes, "--samples", 2, "--max-new-tokens", 1, "--quiet", "--json")
+    code, out, err = run(*words, option, "folder/x")
+    assert code == 2
+    assert json.loads(out)["metrics"]
+    assert err == (
+        f"sparsight: {option}: folder/x cannot be written (No such file or directory); give a file in a folder that exists\n"
+    )
+
+
 BAD = {
     "method": (["--method", "wonda"], ["'wonda'", "did you mean wanda?", "magnitude"]),
     "policy": (["--policy", "owel"], ["'owel'", "uniform"]),
@@ -132,6 +244,8 @@ BAD = {
     "samples word": (["--samples", "many"], ["--samples", "integer"]),
     "dtype": (["--dtype", "bf16"], ["'bf16'", "bfloat16"]),
     "device": (["--device", "tpu9"], ["'tpu9'", "cpu"]),
+    "device mps": (["--device", "mps"], ["'mps'", "cpu, cuda or cuda:N"]),
+    "device meta": (["--device", "meta"], ["'meta'", "cpu, cuda or cuda:N"]),
     "ignore": (["--ignore", "q_porj"], ["'q_porj' matches no layer"]),
     "family": (["--family", "vision=nowhere,language=nowhere"], ["no module 'nowhere'", "--family vision="]),
     "no such option": (["--sparsty", "0.5"], ["--sparsty", "--sparsity"]),
@@ -198,6 +312,8 @@ def test_bad_data(run, zoo_folder, scenes, tmp_path_factory, tmp_path):
     lines[2] = lines[2].replace("2.png", "../2.png")
     lines[4] = "{broken"
     (data / "5.png").write_bytes(b"not a picture")
+    zoo.images(1)[0].save(data / "7.png", "JPEG")
+    (data / "7.png").write_bytes((data / "7.png").read_bytes()[:-200])  # cut short
     (data / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     prune = ("prune", zoo_folder("llava"), "out", "--data", data, "--sparsity", "0.5")
     assert refused(run("eval", zoo_folder("llava"), "--data", data), "metadata.jsonl:3:", "leaves the folder")
@@ -205,7 +321,9 @@ def test_bad_data(run, zoo_folder, scenes, tmp_path_factory, tmp_path):
     assert list(tmp_path.iterdir()) == []
     code, out, _ = run(*prune, "--skip-bad")
     assert code == 0
-    assert "Left out 3 broken samples" in out
+    assert "Left out 4 broken samples" in out
+    code, out, _ = run("eval", zoo_folder("llava"), "--data", data, "--skip-bad", "--max-new-tokens", 1)
+    assert (code, "Left out 4 broken samples" in out) == (0, True)
     (data / "metadata.jsonl").write_text("")
     assert refused(run("eval", zoo_folder("llava"), "--data", data), "no samples")
     assert refused(run("eval", zoo_folder("llava"), "--data", "nowhere.jsonl"), "nowhere.jsonl")

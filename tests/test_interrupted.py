@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -101,19 +100,76 @@ def test_ctrl_c_on_the_command_line(zoo_folder, scenes, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished", "sparse"]
 
 
+def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):
+    """Any error that is not the user's keeps what was done; starting over has to be said."""
+
+    def crash(note, done, total):
+        if done == 3:
+            raise RuntimeError("out of memory")
+
+    dense, how = zoo_folder("llava"), {"data": scenes, "samples": 8}
+    verbs.prune(dense, tmp_path / "whole", **how)
+    with pytest.raises(RuntimeError, match="out of memory") as error:
+        verbs.prune(dense, tmp_path / "out", progress=crash, **how)
+    assert "--resume goes on" in error.value.__notes__[0]
+    with pytest.raises(SparsightError, match="holds interrupted work; go on with --resume, or start over with --overwrite"):
+        verbs.prune(dense, tmp_path / "out", **how)
+    verbs.prune(dense, tmp_path / "out", resume=True, **how)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_half_written_checkpoint_is_passed_over(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    how = {"data": scenes, "steps": 6, "batch_size": 4, "lr": 5e-3, "save_every": 2}
+    verbs.restore(tmp_path / "sparse", tmp_path / "whole", **how)
+    with pytest.raises(Interrupted):
+        verbs.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
+    half = tmp_path / "out.unfinished" / "checkpoint-4"
+    (half / "complete").unlink()
+    (half / "sparse_lora.safetensors").write_bytes(b"cut")
+    steps = []
+    verbs.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
+    assert steps == [3, 4, 5, 6]
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
 def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_a_disk_that_fills_up_while_saving(method, zoo_folder, scenes, tmp_path):
-    """Files above 60 kB cannot be written: the folder with the model must not appear, and nothing else either."""
-    words = ["prune", zoo_folder("llava"), tmp_path / "deep" / "out", "--data", scenes, "--method", method, "--quiet"]
+    """Files above 60 kB cannot be written: the folder with the model must not appear, and no piece of it.
+
+    What was calibrated is kept, and with room on the disk the same command goes on from there.
+    """
+    words = ["prune", zoo_folder("llava"), tmp_path / "deep" / "out", "--method", method, "--quiet"]
+    if method == "wanda":
+        words += ["--data", scenes, "--samples", 8]
     work = started(*words, preexec_fn=small_files)
     _, errors = work.communicate(timeout=120)
     assert work.returncode == 2
     assert errors.count("\n") == 1
     assert "could not be written" in errors
-    assert "nothing was left behind" in errors
-    assert not [p for p in Path(tmp_path).rglob("*") if p.is_file()]
-    assert list(tmp_path.iterdir()) == []
+    if method == "magnitude":
+        assert "nothing was left behind" in errors
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert "--resume goes on from there" in errors
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out.unfinished"]
+    work = started(*words, "--resume")
+    work.communicate(timeout=120)
+    assert work.returncode == 0
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_up_while_restoring(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    words = ["restore", tmp_path / "sparse", tmp_path / "out", "--data", scenes, "--steps", 2, "--batch-size", 4, "--quiet"]
+    work = started(*words, preexec_fn=small_files)
+    _, errors = work.communicate(timeout=120)
+    assert work.returncode == 2
+    assert "could not be written" in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from sparsight import load, load_adapter, verbs
+from sparsight import SparsightError, load, load_adapter, verbs
 from sparsight.model.checkpoint import read_anatomy, read_record
 
 import zoo
@@ -129,3 +132,88 @@ def test_bfloat16_all_the_way(zoo_folder, scenes, tmp_path):
     verbs.restore(tmp_path / "p", tmp_path / "r", data=scenes, steps=2, batch_size=4, lr=1e-2)
     assert verbs.verify(tmp_path / "r", against=tmp_path / "p")["differences"] == {}
     assert {e["dtype"] for e in read_record(tmp_path / "r")["layers"].values()} == {"bfloat16"}
+
+
+def test_pruning_in_two_steps_keeps_what_was_pruned_before(zoo_folder, scenes, tmp_path):
+    """The record carries the earlier zeros on, the dense original stays the teacher, and restoring keeps both."""
+    dense = zoo_folder("llava")
+    verbs.prune(dense, tmp_path / "a", data=scenes, samples=8, sparsity="connector=0.5")
+    verbs.prune(tmp_path / "a", tmp_path / "b", data=scenes, samples=8, sparsity="language=0.7")
+    record = read_record(tmp_path / "b")
+    assert record["base_model"] == str(dense)
+    assert record["method"] == "wanda + wanda"
+    assert {entry["component"] for entry in record["layers"].values()} == {"connector", "language"}
+    done = verbs.restore(tmp_path / "b", tmp_path / "c", data=scenes, steps=2, batch_size=4, lr=1e-2)
+    assert done.metrics["restore"]["teacher"] == "shared"
+    for against in ("a", "b"):
+        assert verbs.verify(tmp_path / "c", against=tmp_path / against)["differences"] == {}
+    sparsity = {e["component"]: e["got"] for e in done.sparsity["layers"].values()}
+    assert sparsity["connector"] == 0.5
+    assert sparsity["language"] == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_teacher_that_is_itself_pruned_is_refused(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "a", data=scenes, samples=8)
+    with pytest.raises(SparsightError, match="is itself pruned"):
+        verbs.restore(tmp_path / "a", tmp_path / "b", data=scenes, teacher=tmp_path / "a", steps=1)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_output_that_holds_what_is_read_is_refused(zoo_folder, scenes, tmp_path):
+    model = shutil.copytree(zoo_folder("llava"), tmp_path / "model")
+    data = shutil.copytree(scenes, model / "data")
+    for out in (model, tmp_path):
+        with pytest.raises(SparsightError, match="holds what is read"):
+            verbs.prune(model, out, data=data, overwrite=True)
+    with pytest.raises(SparsightError, match="holds what is read"):
+        verbs.prune(zoo_folder("llava"), model, data=data, overwrite=True)
+    assert (model / "config.json").is_file()
+    assert (data / "metadata.jsonl").is_file()
+
+
+@pytest.mark.parametrize("name", ["instructblip-t5", "blip2-t5", "llava"])
+def test_float16_all_the_way(name, zoo_folder, scenes, tmp_path):
+    """BLIP and T5 keep a few parameters in float32 then; the layers come back in the dtype they were pruned in."""
+    verbs.prune(zoo_folder(name), tmp_path / "p", method="magnitude", pattern="2:4", dtype="float16")
+    assert {e["dtype"] for e in read_record(tmp_path / "p")["layers"].values()} <= {"float16", "float32"}
+    assert verbs.verify(tmp_path / "p")["differences"] == {}
+    done = verbs.restore(tmp_path / "p", tmp_path / "r", data=scenes, steps=1, batch_size=2)
+    assert done.metrics["restore"]["teacher"] == "shared"
+    assert verbs.verify(tmp_path / "r", against=tmp_path / "p")["differences"] == {}
+
+
+def test_settings_may_be_numbers_of_numpy(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "p", data=scenes, samples=8, sparsity=np.float64(0.5))
+    verbs.restore(tmp_path / "p", tmp_path / "r", data=scenes, steps=1, batch_size=2, lr=np.logspace(-4, -3, 2)[0])
+    assert yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text())["restore"]["lr"] == pytest.approx(1e-4)
+
+
+def test_damaged_records_are_found_before_the_training(zoo_folder, scenes, tmp_path):
+    for name, text in (
+        ("metrics.json", "{"),
+        ("recipe.yaml", "a: ["),
+        ("sparsity.json", '{"format": 1, "layers": {"a": {}}}'),
+    ):
+        folder = tmp_path / name
+        verbs.prune(zoo_folder("llava"), folder, method="magnitude")
+        (folder / name).write_text(text)
+        with pytest.raises(SparsightError, match=rf"{name}: is damaged"):
+            verbs.restore(folder, tmp_path / "out", data=scenes, steps=1)
+
+
+def test_a_method_that_breaks_its_promise_is_named(zoo_folder, scenes, tmp_path):
+    for method in (lambda W, moments, pattern, generator: W * 0.5, lambda W, moments, pattern, generator: W * float("nan")):
+        with pytest.raises(SparsightError, match=r"layers\.0\.\S+: the method gave no finite .* holds the pattern"):
+            verbs.prune(zoo_folder("llava"), tmp_path / "out", data=scenes, samples=8, method=method)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, True])
+def test_seeds(seed, zoo_folder, scenes, tmp_path):
+    for call in (
+        lambda: verbs.prune(zoo_folder("llava"), tmp_path / "o", data=scenes, seed=seed),
+        lambda: verbs.restore(zoo_folder("llava"), tmp_path / "o", data=scenes, seed=seed),
+        lambda: verbs.evaluate(zoo_folder("llava"), data=scenes, seed=seed),
+    ):
+        with pytest.raises(SparsightError, match="--seed"):
+            call()

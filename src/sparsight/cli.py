@@ -6,8 +6,11 @@ written), 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -213,20 +216,21 @@ def evaluate(
     from sparsight.report import tables
     from sparsight.report.progress import shown
 
-    for option, path in (("--json-file", json_file), ("--predictions", predictions)):
-        _writable(option, path)
+    _check_files({"--json-file": json_file, "--predictions": predictions}, data)
     with shown("eval", quiet) as progress:
         result = verbs.evaluate(
             model, data=data, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples,
             seed=seed, dtype=dtype, device=device, skip_bad=skip_bad, progress=progress,
         )  # fmt: skip
-    if predictions:
-        result.write_predictions(Path(predictions))
-    if json_file:
-        Path(json_file).write_text(result.to_json())
     facts = json.loads(result.to_json())
     title = f"{model} on {len(result.predictions)} samples"
     _show(facts, as_json, tables.scores_table(result.rows, title), *tables.left_out(result.skipped))
+    if predictions:
+        with _writing("--predictions", predictions):
+            result.write_predictions(predictions)
+    if json_file:
+        with _writing("--json-file", json_file):
+            Path(json_file).write_text(result.to_json(), encoding="utf-8")
 
 
 @app.command()
@@ -262,9 +266,37 @@ def demo(
     _show(facts, False, *tables.demo_tables(facts))
 
 
-def _writable(option: str, path: str | None) -> None:
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise SparsightError(f"{option}: {path} cannot be written; give a file in a folder that exists")
+def _check_files(files: Mapping[str, str | None], data: str) -> None:
+    """Refuse files that cannot be written, that are one and the same, or that hold the data; none is left or changed."""
+    taken: dict[Path, str] = {}
+    sources = (Path(data), Path(data, "metadata.jsonl"))
+    for option, path in files.items():
+        if not path:
+            continue
+        with _writing(option, path):
+            target = Path(path).resolve()
+            if not target.is_fifo():  # opening one would wait for its reader
+                new = not target.exists()
+                with target.open("ab") as file:
+                    os.write(file.fileno(), b"")  # a device that is full refuses even nothing
+                if new:
+                    target.unlink()
+            if any(source.exists() and target.exists() and target.samefile(source) for source in sources):
+                raise SparsightError(f"{option}: {path} holds the samples of --data; give another file")
+            if other := taken.get(target):
+                raise SparsightError(f"{option}: {path} is the file of {other}, too; give each a file of its own")
+            taken[target] = option
+
+
+@contextlib.contextmanager
+def _writing(option: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # a loop of links is the latter
+        reason = getattr(error, "strerror", None) or error
+        raise SparsightError(
+            f"{option}: {path} cannot be written ({reason}); give a file in a folder that exists"
+        ) from error
 
 
 def _show(facts: Any, as_json: bool, *parts: Any) -> None:
@@ -273,7 +305,8 @@ def _show(facts: Any, as_json: bool, *parts: Any) -> None:
         return
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    # what is printed holds names of folders, which may look like markup
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     for part in parts:
         console.print(part)
 

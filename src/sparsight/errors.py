@@ -8,5 +8,9 @@ class SparsightError(Exception):
     """
 
 
+class NotWritten(SparsightError):
+    """The disk is full, or a folder cannot be written to; no half-written output is left."""
+
+
 class Interrupted(BaseException):
     """Work that was stopped by Ctrl-C and can go on: the line says how. No `except Exception` swallows it."""

@@ -31,9 +31,17 @@ from sparsight.model.checkpoint import (
 from sparsight.model.families import Family
 from sparsight.model.unfinished import unfinished
 from sparsight.model.verify import verify
-from sparsight.plan.budget import check_component, parse_pairs
 from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import Plan, Policy, find_policy, make_plan, planned_budget
+from sparsight.settings import (
+    check_above_zero,
+    check_seed,
+    check_whole,
+    name_of,
+    parse_ranks,
+    plain,
+    whole_name,
+)
 
 if TYPE_CHECKING:
     from sparsight.evaluate import Result
@@ -54,10 +62,10 @@ class Planned:
 
 def inspect(model: str | Path, *, family: str | None = None) -> tuple[Anatomy, Any]:
     """Take a model apart: components, blocks, layers, and what is never pruned and why. Returns it with the model."""
-    from sparsight.model.load import load
+    from sparsight.model.load import load_model
 
     chosen = Family.parse(family) if family else recorded_family(read_record(model))
-    loaded, _ = load(model)
+    loaded = load_model(model)
     return anatomy(loaded, chosen), loaded
 
 
@@ -102,8 +110,9 @@ def prune(
     """Prune `model` with a few calibration samples and write the sparse model to `out`.
 
     `data` is a source as `sparsight.data.read` takes it; `samples` of it are drawn with `seed`. Methods that look at the
-    weights only (random, magnitude) work without `data`, but then no errors are measured. Interrupted, it leaves
-    `OUT.unfinished`, and `resume` goes on from the last finished block.
+    weights only (random, magnitude) work without `data`, but then no errors are measured. What was pruned before stays
+    recorded, with the dense model it came from. Interrupted, it leaves `OUT.unfinished`, and `resume` goes on from the
+    last finished block.
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data; then no folder
     is left behind.
@@ -115,45 +124,46 @@ def prune(
     from sparsight.prune.prune import check_propagate
     from sparsight.prune.prune import prune as prune_in_place
 
-    settings = _settings(locals(), "model", "data", "method", "sparsity", "pattern", "policy", "ignore", "family")
-    settings |= _settings(locals(), "propagate", "samples", "batch_size", "seed", "dtype")
+    settings = plain(locals(), "model", "data", "method", "sparsity", "pattern", "policy", "ignore", "family")
+    settings |= plain(locals(), "propagate", "samples", "batch_size", "seed", "dtype")
     how = find_method(method)
     find_policy(policy)
     check_propagate(propagate)
     planned_budget(pattern, sparsity)
-    chosen = Family.parse(family) if family else recorded_family(read_record(model))
+    earlier = read_record(model)
+    chosen_family = Family.parse(family) if family else recorded_family(earlier)
     parse_dtype(dtype)
     check_device(device)
-    _whole("--samples", samples)
-    _whole("--batch-size", batch_size)
-    target = check_output(out, overwrite)
+    check_seed(seed)
+    check_whole("--samples", samples)
+    check_whole("--batch-size", batch_size)
+    target = check_output(out, overwrite, inputs=(model, data))
     if data is None and how.needs is not None:
         raise SparsightError(f"--data: method {method} needs calibration samples; give a JSONL file or a folder of them")
-    chosen_samples = read(data, limit=samples, seed=seed, skip_bad=skip_bad) if data is not None else None
+    chosen = read(data, limit=samples, seed=seed, skip_bad=skip_bad) if data is not None else None
     loaded, processor = load(model, dtype=dtype, device=device)
-    body = anatomy(loaded, chosen)
+    body = anatomy(loaded, chosen_family)
     planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore)
     calibration, skipped = [], 0
-    if chosen_samples is not None:
+    if chosen is not None:
         encoder = Encoder(processor, loaded, skip_bad=skip_bad)
-        calibration = [batch.to(device) for batch in batches(chosen_samples, encoder, batch_size)]
-        skipped = len(chosen_samples.skipped) + len(encoder.skipped)
-        settings["fingerprint"] = chosen_samples.fingerprint
-    with unfinished(target, settings, resume) as folder:
+        calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
+        skipped = len(chosen.skipped) + len(encoder.skipped)
+        settings["fingerprint"] = chosen.fingerprint
+    sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if body[n].sparse}}
+    with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         record = prune_in_place(
-            loaded,
-            body,
-            planned,
-            calibration,
-            method=how,
-            propagate=propagate,
-            seed=seed,
-            journal=Journal(folder, how.mask_only),
-            progress=progress,
-        )
+            loaded, body, planned, calibration, method=how, propagate=propagate, seed=seed,
+            journal=Journal(folder, how.mask_only), progress=progress,
+        )  # fmt: skip
         written = Record(
             sparsity_record(
-                body, planned, base_model=_base(model), method=_name(method), mask_only=how.mask_only, family=chosen
+                body,
+                {**sparse_before, **planned},
+                base_model=(earlier or {}).get("base_model") or whole_name(model),
+                method=" + ".join([*([earlier["method"]] if earlier else []), name_of(method)]),
+                mask_only=how.mask_only and (earlier or {}).get("mask_only", True),
+                family=chosen_family,
             ),
             {"prune": {**asdict(record), "skipped_samples": skipped}},
             {"sparsight": sparsight.__version__, "prune": settings},
@@ -183,6 +193,7 @@ def restore(
     samples: int | None = None,
     save_every: int = 100,
     seed: int = 0,
+    family: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     save_adapter: bool = False,
@@ -199,35 +210,41 @@ def restore(
     from sparsight.data import Encoder
     from sparsight.model.load import check_device, parse_dtype
     from sparsight.restore.adapter import save_adapter as write_adapter
-    from sparsight.restore.student import check_adapter, make_student
+    from sparsight.restore.student import check_adapter, make_student, zeros_left
     from sparsight.restore.trainer import Schedule, train
 
-    settings = _settings(locals(), "sparse", "data", "teacher", "adapter", "rank", "alpha", "kl", "temperature", "lr")
-    settings |= _settings(locals(), "scheduler", "epochs", "steps", "batch_size", "accumulate", "samples", "seed", "dtype")
+    settings = plain(locals(), "sparse", "data", "adapter", "rank", "alpha", "kl", "temperature", "lr", "family")
+    settings |= plain(locals(), "scheduler", "epochs", "steps", "batch_size", "accumulate", "samples", "seed", "dtype")
     check_adapter(adapter)
-    ranks = _ranks(rank)
+    ranks = parse_ranks(rank)
     schedule = Schedule(
         steps, epochs, batch_size, accumulate, lr, scheduler, kl=kl, temperature=temperature, seed=seed,
         save_every=save_every,
     )  # fmt: skip
     schedule.check()
+    check_above_zero("--alpha", alpha)
+    check_seed(seed)
+    check_whole("--samples", samples, optional=True)
     parse_dtype(dtype)
     check_device(device, one_gpu=True)
-    target = check_output(out, overwrite)
-    record = read_record(sparse)
-    original = str(teacher) if teacher is not None else (record or {}).get("base_model")
+    record, earlier_metrics, earlier_recipe = read_record(sparse), read_metrics(sparse), read_recipe(sparse)
+    chosen_family = Family.parse(family) if family else recorded_family(record)
+    original = whole_name(teacher) if teacher is not None else (record or {}).get("base_model")
+    target = check_output(out, overwrite, inputs=(sparse, data, original))
     if kl and original is None:
         raise SparsightError(f"--teacher: {sparse} does not say what it was pruned from; name the dense model, or --kl 0")
     chosen = read(data, limit=samples, seed=seed if samples else None, skip_bad=skip_bad)
     settings |= {"teacher": original if kl else None, "fingerprint": chosen.fingerprint}
     student = make_student(
-        sparse, original if kl else None, adapter=adapter, ranks=ranks, alpha=alpha, seed=seed, dtype=dtype, device=device
-    )
+        sparse, original if kl else None, adapter=adapter, ranks=ranks, alpha=alpha, seed=seed, dtype=dtype,
+        device=device, family=chosen_family,
+    )  # fmt: skip
     encoder = Encoder(student.processor, student.wrapped.get_base_model(), skip_bad=skip_bad)
+    usable = encoder.usable(chosen)
     began = time.perf_counter()
-    with unfinished(target, settings, resume) as folder:
+    with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         curve = train(
-            student.wrapped, student.teacher, chosen, encoder, schedule, folder, device=device, resume=resume,
+            student.wrapped, student.teacher, usable, encoder, schedule, folder, device=device, resume=resume,
             progress=progress,
         )  # fmt: skip
         measured = {
@@ -243,17 +260,18 @@ def restore(
             if save_adapter:
                 write_adapter(student.wrapped, alpha, new / "adapter")
             merged = student.wrapped.merge_and_unload()
+            promised = {**student.plan, **read_plan(record)} if adapter == "sparselora" else zeros_left(student)
             written = Record(
                 sparsity_record(
                     student.anatomy,
-                    read_plan(record) if record else found_plan(student.anatomy, set(student.masks)),
-                    base_model=original or str(sparse),
+                    promised,
+                    base_model=original or whole_name(sparse),
                     method=f"{(record or {}).get('method', 'unknown')} + {adapter}",
                     mask_only=False,
-                    family=recorded_family(record),
+                    family=chosen_family,
                 ),
-                {**read_metrics(sparse), "restore": measured},
-                {**read_recipe(sparse), "sparsight": sparsight.__version__, "restore": settings},
+                {**earlier_metrics, "restore": measured},
+                {**earlier_recipe, "sparsight": sparsight.__version__, "restore": settings},
             )
             save(merged, student.processor, written, new)
     return written
@@ -280,60 +298,16 @@ def evaluate(
 
     parse_dtype(dtype)
     check_device(device)
+    check_seed(seed)
+    check_whole("--samples", samples, optional=True)
     for option, value in (("--beams", beams), ("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
-        _whole(option, value)
+        check_whole(option, value)
     chosen = read(data, limit=samples, seed=seed if samples else None, skip_bad=skip_bad)
     loaded, processor = load(model, dtype=dtype, device=device)
-    encoder = Encoder(processor, loaded)
-    taken = [sample for sample in chosen if not skip_bad or encoder.refusal(sample) is None]
+    encoder = Encoder(processor, loaded, skip_bad=skip_bad)
+    taken = encoder.usable(chosen)
     result = score(
         loaded, processor, taken, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
         progress=(lambda done, total: progress("answers", done, total)) if progress else None,
     )  # fmt: skip
-    return replace(result, skipped=len(chosen.skipped) + len(chosen) - len(taken))
-
-
-def _settings(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """The settings of a verb as plain values, for the recipe."""
-    plain = {}
-    for name in names:
-        value = given[name]
-        if isinstance(value, Path | Pattern):
-            value = str(value)
-        elif callable(value):
-            value = _name(value)
-        elif isinstance(value, Mapping):
-            value = dict(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        plain[name] = value
-    return plain
-
-
-def _name(method: Any) -> str:
-    return method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-
-
-def _base(model: str | Path) -> str:
-    """How a record names the model it came from: a folder by its whole path, a hub name as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-
-
-def _whole(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SparsightError(f"{option}: {value!r} is not a whole number of at least 1")
-
-
-def _ranks(rank: str | Mapping[str, int] | None) -> dict[str, int]:
-    """Read `vision=4,connector=2,language=8`; a component that is not named keeps its default."""
-    if rank is None:
-        return {}
-    pairs = parse_pairs(rank, "--rank", "vision=4,connector=2,language=8") if isinstance(rank, str) else dict(rank)
-    ranks = {}
-    for component, value in pairs.items():
-        check_component(component, "--rank")
-        least = 0 if component == "connector" else 1
-        if not str(value).isdigit() or int(value) < least:
-            raise SparsightError(f"--rank: {component}={value} is not a whole number of at least {least}")
-        ranks[component] = int(value)
-    return ranks
+    return replace(result, skipped=len(chosen.skipped) + len(encoder.skipped))

@@ -293,6 +293,28 @@ def test_templates_that_hide_the_answer_are_refused():
         Encoder(processor, model).encode([ONE])
 
 
+BROKEN = {
+    "syntax": (lambda good: good + "{% if", "unexpected 'end of template'"),
+    "unknown name": (lambda good: good + "{{ a.b.c }}", "'a' is undefined"),
+    "text added to parts": (lambda good: good + "{{ messages[0].content + 'x' }}", "can only concatenate"),
+    "no images": (lambda good: good.replace("<image>", ""), "Found total 0 <image> tokens and 1 images"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_template_is_one_line(case):
+    model, processor = zoo.build("llava")
+    harm, reason = BROKEN[case]
+    processor.chat_template = harm(processor.chat_template)
+    encoder = Encoder(processor, model, skip_bad=True)
+    for call in (encoder.encode, encoder.prompts):
+        with pytest.raises(SparsightError, match=r"sample 'one' cannot be written by .*" + reason + ".*template") as caught:
+            call([ONE])
+        assert "\n" not in str(caught.value)
+        with pytest.raises(SparsightError, match="sample 'one' or one in its batch cannot be written"):
+            call([ONE, TWO])
+
+
 def test_a_tokenizer_that_closes_the_prompt_is_refused():
     model, processor = zoo.build("instructblip-llama")
     closed = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -317,6 +339,25 @@ def test_blip_stops_where_its_language_model_does():
     model.config.text_config.eos_token_id = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     labels = Encoder(processor, model).encode([ONE]).inputs["labels"]
     assert spoken(processor, labels) == [[" red\n"]]
+
+
+def test_usable_samples_are_known_before_any_is_encoded(built):
+    model, processor = built("blip2-t5")
+    bad, mute = ask("bad", (), ("what?", "red")), Sample("mute", (A,), (Turn("what?", ()),))
+    encoder = Encoder(processor, model)
+    assert encoder.usable([ONE, TALK]) == [ONE, TALK]
+    with pytest.raises(SparsightError, match="sample 'bad': this model takes exactly one image, got 0"):
+        encoder.usable([ONE, bad, mute])
+    encoder = Encoder(processor, model, skip_bad=True)
+    assert encoder.usable([bad, ONE, mute, TWO]) == [ONE, TWO]
+    assert [name for name, _ in encoder.skipped] == ["bad", "mute"]
+    assert encoder.usable([bad]) == []
+    assert len(encoder.skipped) == 2, "the same sample is listed once"
+
+
+def test_shifted_is_known_before_any_batch(family):
+    name, _, _, encoder = family
+    assert encoder.shifted == encoder.encode([ONE]).shifted == (name not in SEQ2SEQ)
 
 
 def test_batches_keep_the_order(built):

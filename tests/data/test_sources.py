@@ -6,8 +6,10 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sparsight.data import Sample, Turn, read
+from sparsight.data.records import BadRecord, in_memory
 from sparsight.errors import SparsightError
 
 import zoo
@@ -15,7 +17,7 @@ import zoo
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the images a.png, b.jpg, sub/c.png and broken.png, and a secret.png beside it."""
+    """A folder with the images a.png, b.jpg, sub/c.png, broken.png and cut.jpg, and a secret.png beside it."""
     home = tmp_path / "data"
     (home / "sub").mkdir(parents=True)
     a, b, c = zoo.images(3)
@@ -24,6 +26,8 @@ def folder(tmp_path):
     c.save(home / "sub" / "c.png")
     a.save(tmp_path / "secret.png")
     (home / "broken.png").write_bytes((home / "a.png").read_bytes()[:200])
+    content = (home / "b.jpg").read_bytes()
+    (home / "cut.jpg").write_bytes(content[: len(content) // 2])
     return home
 
 
@@ -104,6 +108,7 @@ BAD = [
     ('{"prompt": "\\ud800", "answer": "x"}', "surrogate"),
     ({**GOOD, "image": "none.png"}, "image 'none.png' does not exist"),
     ({**GOOD, "image": "broken.png"}, "image 'broken.png' cannot be read"),
+    ({**GOOD, "image": "cut.jpg"}, "image 'cut.jpg' cannot be read: image file is truncated"),
     ({**GOOD, "image": "sub"}, "image 'sub' does not exist"),
     ({**GOOD, "image": "data.jsonl"}, "image 'data.jsonl' cannot be read"),
     ({**GOOD, "image": "../secret.png"}, "image path '../secret.png' leaves the folder"),
@@ -184,11 +189,17 @@ def test_a_linked_data_folder_is_a_data_folder(folder, tmp_path):
 
 
 def test_an_image_cut_short_names_its_sample(folder):
-    content = (folder / "b.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
-    (sample,) = read(write(folder, {**GOOD, "image": "cut.jpg", "id": "x"}))
+    """As a file may be that changed after it was read."""
+    with Image.open(folder / "cut.jpg") as image:
+        image.verify()  # which is why reading does not trust it
+    sample = Sample("x", (folder / "cut.jpg",), (Turn("what?", ("red",)),))
     with pytest.raises(SparsightError, match=r"sample 'x': cannot decode .*cut\.jpg"):
         sample.load_images()
+
+
+def test_an_image_in_memory_is_decoded_when_it_is_read(folder):
+    with Image.open(folder / "cut.jpg") as image, pytest.raises(BadRecord, match="cannot be read: image file is truncated"):
+        in_memory(image)
 
 
 def test_llava_json_list_counts_lines(folder):

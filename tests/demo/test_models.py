@@ -46,11 +46,12 @@ def test_linear_maps_divide_into_groups_of_eight(kind: str) -> None:
     assert all(module.in_features % 8 == 0 for module in maps)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_digits_never_seen_are_read(kind: str) -> None:
-    results = score(*load(MODELS[kind]), samples(120, 16, seed=11))
-    assert results["questions"] >= 0.9
-    assert results["caption"] >= 0.7
+@pytest.mark.parametrize(("kind", "questions"), [("instructblip", 0.9), ("llava", 0.6)])
+def test_digits_never_seen_are_read(kind: str, questions: float) -> None:
+    """LLaVA describes scenes but does not look things up (docs/demo-models.md), hence its lower bar for questions."""
+    results = score(*load(MODELS[kind]), samples(120, 32, seed=11))
+    assert results["questions"] >= questions
+    assert results["caption"] >= 0.85
 
 
 @pytest.mark.parametrize("kind", KINDS)

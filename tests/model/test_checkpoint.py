@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sparsight import SparsightError, verbs
-from sparsight.model.checkpoint import atomic_folder
-
-import zoo
+from sparsight.model.checkpoint import atomic_folder, check_output
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 
@@ -119,7 +118,7 @@ def fails(out, error, overwrite=False):
 
 
 def test_an_error_leaves_nothing_behind(tmp_path):
-    with pytest.raises(SparsightError, match=r"could not be written.*nothing was left behind"):
+    with pytest.raises(SparsightError, match=r"out: could not be written \(.*No space left"):
         fails(tmp_path / "new" / "deep" / "out", OSError(28, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
 
@@ -144,6 +143,32 @@ def test_overwrite_never_deletes_what_is_not_a_model(tmp_path):
     assert (tmp_path / "thesis.tex").is_file()
 
 
-def test_the_zoo_is_untouched(zoo_folder):
-    model, _ = zoo.build("llava")
-    assert all((p != 0).any() for p in model.parameters())
+def test_a_swap_that_fails_half_way_puts_the_old_folder_back(pruned, tmp_path, monkeypatch):
+    out = shutil.copytree(pruned, tmp_path / "out")
+    rename, calls = Path.rename, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) == 2:  # the old folder is away, the new one does not arrive
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(SparsightError, match="could not be written"), atomic_folder(out, overwrite=True) as folder:
+        (folder / "x").write_text("x")
+    assert len(calls) == 3
+    assert verbs.verify(out)["differences"] == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(SparsightError, match="is a mount point"):
+        check_output(tmp_path)
+
+
+def test_outputs_that_cannot_be_folders(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out, says in ((tmp_path / "file" / "out", "is a file"), (tmp_path / ("x" * 300), "cannot be a folder")):
+        with pytest.raises(SparsightError, match=says):
+            check_output(out)

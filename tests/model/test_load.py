@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsight import SparsightError, load
-from sparsight.model.load import DTYPES
+from sparsight.model import load as module
+from sparsight.model.load import DTYPES, check_device, load_model
 
 import zoo
 
@@ -36,6 +37,40 @@ def test_dtype_is_explicit(zoo_folder):
         load(zoo_folder("llava"), dtype="fp16")
 
 
+DEVICES = {
+    "tpu9": "'tpu9' is not a device that Sparsight runs on; use cpu, cuda or cuda:N",
+    "mps": "'mps' is not a device that Sparsight runs on",
+    "meta": "'meta' is not a device that Sparsight runs on",
+    "cuda:2": "'cuda:2' was asked for, but torch sees cuda:0 to cuda:1 only",
+    "cuda:99": "'cuda:99' was asked for",
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_that_are_not_there(device, zoo_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for call in (load, load_model):
+        with pytest.raises(SparsightError, match=DEVICES[device]):
+            call(zoo_folder("llava"), device=device)
+    for good in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        check_device(good)
+    with pytest.raises(SparsightError, match="CUDA_VISIBLE_DEVICES=1"):
+        check_device("cuda:1", one_gpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SparsightError, match="sees no CUDA device; use --device cpu"):
+        check_device("cuda")
+
+
+def test_a_model_that_a_device_has_no_room_for_is_one_line(zoo_folder, monkeypatch):
+    def full(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(SparsightError, match=r"could not be moved to cpu: CUDA out of memory\.$"):
+        load_model(zoo_folder("llava"))
+
+
 def copied(zoo_folder, tmp_path):
     return shutil.copytree(zoo_folder("llava"), tmp_path / "copy")
 
@@ -43,6 +78,8 @@ def copied(zoo_folder, tmp_path):
 def test_folders_that_are_no_model(zoo_folder, tmp_path):
     for given, says in [
         (tmp_path / "nowhere", "no such folder"),
+        ("x" * 300, r"cannot be opened \(File name too long\)"),
+        (tmp_path / ("x" * 300), r"cannot be opened \(File name too long\)"),
         (tmp_path, r"no config\.json"),
         ("nowhere", "no such folder"),
     ]:
@@ -68,6 +105,75 @@ def test_a_missing_weight_is_named(zoo_folder, tmp_path):
     del tensors[gone]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SparsightError, match=r"weights missing .*layers\.0\.mlp\.up_proj\.weight"):
+        load(folder)
+
+
+def test_a_weight_of_another_shape_is_named(zoo_folder, tmp_path, capfd):
+    folder = copied(zoo_folder, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if key.endswith("layers.0.mlp.up_proj.weight"))
+    tensors[key] = tensors[key][:, :10].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SparsightError, match=r"shape .*up_proj\.weight is \[96, 10\] and should be \[96, 48\]; give"):
+        load(folder)
+    assert capfd.readouterr().err == ""
+
+
+WRONG = {
+    "a dtype that is none": ("config.json", {"dtype": "float12"}, "'float12'"),
+    "a field of another type": ("config.json", {"image_token_index": "x"}, "'image_token_index' expected int"),
+    "a part of another type": ("config.json", {"text_config": [1]}, "Field 'text_config'"),
+    "sizes that do not fit": (
+        "config.json",
+        {"text_config": {"model_type": "llama", "hidden_size": 50, "num_attention_heads": 4}},
+        "not a multiple of the number of attention heads",
+    ),
+    "a type that is a list": ("config.json", {"model_type": []}, "no model configuration could be read"),
+    "a list": ("config.json", None, "no model configuration could be read"),
+    "a processor that is a list": ("processor_config.json", None, "no processor could be loaded"),
+    "a tokenizer that is a list": ("tokenizer.json", None, "no processor could be loaded"),
+    "a tokenizer's settings that are a list": ("tokenizer_config.json", None, "no processor could be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_hold_the_wrong_thing_are_one_line(case, zoo_folder, tmp_path):
+    folder = copied(zoo_folder, tmp_path)
+    name, change, says = WRONG[case]
+    held = [1] if change is None else json.loads((folder / name).read_text(encoding="utf-8")) | change
+    (folder / name).write_text(json.dumps(held), encoding="utf-8")
+    with pytest.raises(SparsightError) as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_needs_no_processor_where_none_is_asked_for(zoo_folder, tmp_path):
+    folder = copied(zoo_folder, tmp_path)
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    model = load_model(folder, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    with pytest.raises(SparsightError, match="copy: no processor could be loaded"):
+        load(folder)
+
+
+def test_a_missing_processor_is_known_before_the_weights_are_read(zoo_folder, tmp_path, monkeypatch):
+    folder = copied(zoo_folder, tmp_path)
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(SparsightError, match="no processor could be loaded"):
+        load(folder)
+
+
+def test_a_folder_named_after_a_video_does_not_need_torchvision(zoo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "is_torchvision_available", lambda: False)
+    folder = shutil.copytree(zoo_folder("llava"), tmp_path / "video-llava")
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(SparsightError, match="no processor could be loaded"):
         load(folder)
 
 

@@ -104,3 +104,9 @@ def test_bad_patterns_say_what_is_allowed(text, says):
 def test_bad_sparsities_say_what_is_allowed(value):
     with pytest.raises(SparsightError, match="fraction of zeros, from 0 to below 1"):
         Pattern.row(value)
+
+
+@pytest.mark.parametrize(("n", "m"), [(256, 512), (1, 300), (299, 300)])
+def test_groups_may_be_large(n, m):
+    keep = Pattern.nm(n, m).keep(torch.rand(2, 2 * m, generator=torch.Generator().manual_seed(0)))
+    assert (keep.view(2, 2, m).sum(2) == n).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsight import SparsightError, anatomy
+from sparsight import Pattern, SparsightError, anatomy
 from sparsight.plan.budget import parse_budget
 from sparsight.plan.plan import make_plan, shares
 
@@ -100,3 +100,16 @@ def test_a_function_is_a_policy(body):
     plan = make_plan(body, policy=lambda layers, budget: {x.name: 0.25 for x in layers[:2]})
     assert {str(p) for p in plan.values()} == {"row 0.25"}
     assert len(plan) == 2
+
+
+def test_a_pattern_object_brings_its_own_sparsity(body):
+    assert {str(p) for p in make_plan(body, pattern=Pattern.row(0.7)).values()} == {"row 0.7"}
+    assert len(make_plan(body, pattern=Pattern.tensor(0.3), sparsity="language=0.3")) == 21
+    with pytest.raises(SparsightError, match=r"language=0\.5 contradicts --pattern row 0\.7"):
+        make_plan(body, pattern=Pattern.row(0.7), sparsity="language=0.5")
+
+
+@pytest.mark.parametrize("amount", [1.3, -0.1, float("nan")])
+def test_a_policy_that_plans_the_impossible_is_refused(body, amount):
+    with pytest.raises(SparsightError, match=r"--policy: for model\.\S+: \S+ is not a sparsity"):
+        make_plan(body, policy=lambda layers, budget: {layers[0].name: amount})

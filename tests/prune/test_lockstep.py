@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import replace
 
@@ -51,22 +50,53 @@ def test_logits_after_a_walk_equal_a_plain_forward_bit_for_bit(name):
         assert torch.equal(got[i], logits)
 
 
+def mask_of(batch, layer):
+    """Which of a layer's inputs are real tokens, told by the module's place; None for all of them."""
+    if layer.component == "vision":
+        return batch.padding.get("vision")
+    if "decoder" not in batch.padding or ".encoder." in layer.name:
+        return batch.padding["text"]
+    crossing = layer.name.endswith(("EncDecAttention.k", "EncDecAttention.v"))  # these read what the encoder has written
+    return batch.padding["text" if crossing else "decoder"]
+
+
+@torch.no_grad()
+def column_norms(model, layers, ready):
+    """||x_j||_2 of every layer's real inputs, from one plain forward per batch."""
+    squares, current = {}, []
+
+    def hook(layer):
+        def add(module, args):
+            X, mask = args[0].flatten(0, -2), mask_of(current[-1], layer)
+            if mask is not None:
+                assert mask.numel() == len(X), layer.name
+                X = X[mask.flatten()]
+            squares[layer.name] = squares.get(layer.name, torch.zeros(X.shape[1])) + (X * X).sum(0)
+
+        return layer.module.register_forward_pre_hook(add)
+
+    hooks = [hook(layer) for layer in layers]
+    for batch in ready:
+        current.append(batch)
+        plain(model, batch)
+    for handle in hooks:
+        handle.remove()
+    return {name: total.sqrt() for name, total in squares.items()}
+
+
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_masks_equal_those_of_the_exact_procedure(name):
     """Exact: a full forward of every batch for every block, with hooks; then that block is pruned."""
     model, processor = zoo.build(name)
     ready = calibration(model, processor)
+    assert not all(bool(batch.padding["text"].all()) for batch in ready)
     body = anatomy(model)
     plan = make_plan(body, sparsity=0.5)
     for block in body.blocks_with(set(plan)):
         layers = [layer for layer in body.layers if layer.block == block.name and layer.name in plan]
-        watch = Watch(layers, len(ready))
-        with watch.open():
-            for batch in ready:
-                with watch.during(batch.padding):
-                    plain(model, batch)
+        norms = column_norms(model, layers, ready)
         for layer in layers:
-            score = layer.weight.abs() * watch.moments[layer.name].norm
+            score = layer.weight.abs() * norms[layer.name]
             layer.weight[~plan[layer.name].keep(score)] = 0
     exact = {layer.name: layer.weight.clone() for layer in body.layers if layer.name in plan}
 
@@ -158,16 +188,78 @@ def test_an_error_unwinds_every_forward_and_removes_every_hook(where):
     assert model.hooks() == 0
 
 
-def test_nothing_of_a_walk_stays_in_memory():
-    model = Toy()
-    kept = []
+def residual(self, x):
+    x = x * 1  # the batch's own tensor lives as long as the batch
+    for block in self.blocks:
+        x = x + block(x)
+    return x
+
+
+@pytest.mark.parametrize("which", ["toy", "llava"])
+def test_a_walk_holds_one_block_s_inputs_and_leaves_nothing(which):
+    """While a block is visited the inputs of those before it are gone already, and after the walk all are.
+
+    Of LLaVA the language blocks behind the first, whose input the model's own forward keeps, as it does every state of
+    the vision tower.
+    """
+    if which == "toy":
+        model = Toy(residual)
+        blocks, batches = model.named(), inputs()
+    else:
+        model, processor = zoo.build("llava")
+        blocks = [(block.name, block.module) for block in anatomy(model).blocks if block.component == "language"][1:]
+        batches = [batch.inputs for batch in calibration(model, processor, 6, 2)]
+    assert len(blocks) > 1
+    met = {name: [] for name, _ in blocks}  # weak references to each block's inputs, of every batch
+
+    def note(name):
+        def hook(module, args, kwargs):
+            met[name].append(weakref.ref(args[0] if args else kwargs["hidden_states"]))
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in blocks]
+    order, alive = [], {}
 
     def visit(name, block, calls):
-        kept.append(weakref.ref(calls[0]()))
+        assert len(calls) == len(batches)
+        assert len(met[name]) == len(batches)
+        alive[name] = {other: sum(ref() is not None for ref in met[other]) for other in [*order, name]}
+        order.append(name)
+        for call in calls.values():
+            call()
 
-    lockstep(model, model.named(), inputs(), visit)
-    gc.collect()
-    assert all(ref() is None for ref in kept)
+    lockstep(model, blocks, batches, visit)
+    for hook in hooks:
+        hook.remove()
+    for name in order:
+        assert alive[name].pop(name) == len(batches)
+        assert not any(alive[name].values()), f"at {name} inputs of earlier blocks are still held"
+    assert [len(met[name]) for name in order] == [2 * len(batches)] * len(blocks)
+    assert not any(ref() is not None for refs in met.values() for ref in refs)
+
+
+def test_a_walk_under_autocast_sees_changed_weights():
+    """Autocast keeps the weights that it has cast, so a block changed after it has run would run as it was."""
+    model = Toy(residual)
+    seen, got = [], []
+
+    def visit(name, block, calls):
+        before = calls[0]()
+        assert before.dtype == torch.bfloat16
+        assert before.any()
+        block.weight.data.zero_()
+        block.bias.data.zero_()
+        seen.append(calls[0]())
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lockstep(model, model.named(), inputs(), visit, done=lambda i, y: got.append((i, y)))
+        assert torch.is_autocast_cache_enabled()
+    assert len(seen) == 2
+    assert not any(output.any() for output in seen)
+    assert len(got) == 3
+    for i, y in got:  # what is left of it is the sum's other part
+        assert torch.equal(y, inputs()[i]["x"])
 
 
 def test_grad_mode_and_autocast_belong_to_each_side_of_a_switch():
@@ -279,6 +371,27 @@ def test_padded_patches_are_not_in_the_moments():
     assert {watch.moments[layer.name].count for layer in layers} == {real}
 
 
+def test_padding_is_not_in_the_moments_of_an_encoder_decoder():
+    """The encoder and the keys and values of its states have the text's padding, the decoder has its own."""
+    model, processor = zoo.build("instructblip-t5")
+    batch = calibration(model, processor, 4, 4)[0]
+    text, decoder = batch.padding["text"], batch.padding["decoder"]
+    told, said = int(text.sum()), int(decoder.sum())
+    assert len({told, said, text.numel(), decoder.numel()}) == 4
+    layers = list(anatomy(model).component("language"))
+    watch = Watch(layers, 1)
+    with watch.open(), watch.during(batch.padding):
+        plain(model, batch)
+    places = {"encoder": 0, "crossing": 0, "decoder": 0}
+    for layer in layers:
+        place = "encoder" if ".encoder.block." in layer.name else "decoder"
+        if layer.name.endswith(("EncDecAttention.k", "EncDecAttention.v")):
+            place = "crossing"
+        places[place] += 1
+        assert watch.moments[layer.name].count == (said if place == "decoder" else told), layer.name
+    assert places == {"encoder": 14, "crossing": 4, "decoder": 18}
+
+
 def test_padding_of_the_q_formers_text_is_not_in_the_moments():
     model, processor = zoo.build("instructblip-t5")
     batch = calibration(model, processor, 4, 4)[0]
@@ -296,14 +409,31 @@ def test_padding_of_the_q_formers_text_is_not_in_the_moments():
     assert counts["intermediate_query.dense"] == 4 * queries
 
 
-def test_the_q_formers_text_is_never_as_long_as_its_queries():
+def test_the_q_formers_masks_fit_nothing_else_by_their_length():
+    """At every length of the question: the queries, and the image's features that they attend to, have no padding."""
     model, processor = zoo.build("instructblip-t5")
     encoder = Encoder(processor, model)
-    lengths = set()
-    for words in range(1, 2 * model.config.num_query_tokens):
-        sample = Sample("0", tuple(zoo.images(1)), (Turn(" ".join(["red"] * words), ("red",)),))
-        inputs = encoder.encode([sample]).inputs
-        lengths.add(inputs["qformer_input_ids"].shape[1])
-        assert inputs["qformer_input_ids"].shape == inputs["qformer_attention_mask"].shape
-    assert model.config.num_query_tokens not in lengths
-    assert model.config.num_query_tokens + 1 in lengths
+    queries, features = model.config.num_query_tokens, (32 // 8) ** 2 + 1
+    layers = list(anatomy(model).component("connector"))
+    lengths, moved = set(), 0
+    for words in range(1, features + 6):
+        short, long = (Turn(" ".join(["red"] * n), ("red",)) for n in (1, words))
+        batch = encoder.encode([Sample(str(i), tuple(zoo.images(1)), (turn,)) for i, turn in enumerate((short, long))])
+        told = batch.padding["instruction"]
+        length = told.shape[1]
+        lengths.add(length)
+        moved += not bool(told[1].all())
+        assert batch.inputs["qformer_input_ids"].shape == told.shape == batch.inputs["qformer_attention_mask"].shape
+        assert not {length, queries + length} & {queries, features}
+        watch = Watch(layers, 1)
+        with watch.open(), watch.during(batch.padding):
+            plain(model, batch)
+        counts = {name: moments.count for name, moments in watch.moments.items()}
+        crossing = {n: c for n, c in counts.items() if "crossattention" in n}
+        assert len(crossing) >= 4
+        for name, count in crossing.items():
+            assert count == 2 * (features if name.endswith(("key", "value")) else queries), (words, name)
+        own = [c for n, c in counts.items() if n.endswith("layer.0.attention.attention.query")]
+        assert own == [2 * queries + int(told.sum())]
+    assert moved == 3  # of as many questions of a length to avoid
+    assert {queries + 1, features + 1, features - queries + 1} <= lengths

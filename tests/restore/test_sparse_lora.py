@@ -54,6 +54,7 @@ def test_gradient_agrees_with_plain_autograd(dtype):
         grads.append([t.grad.float().flatten() for t in (xs, As, Bs)])
     for a, b in zip(*grads, strict=True):
         assert torch.nn.functional.cosine_similarity(a, b, dim=0) > (0.9999 if dtype != torch.float16 else 0.999)
+        assert float(a.norm() / b.norm()) == pytest.approx(1, abs=1e-5 if dtype == torch.float32 else 0.01)
 
 
 def test_backward_keeps_one_bit_per_weight():
@@ -103,7 +104,7 @@ def stir(wrapped, scale=0.05):
         B.data = torch.randn(B.shape, generator=g) * scale
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["instructblip-t5", "llava", "gemma3"])
 def test_what_was_trained_is_what_is_merged(name, dtype):
     model, body, masks, layers = sparse_model(name, dtype)
@@ -128,8 +129,9 @@ def test_what_was_trained_is_what_is_merged(name, dtype):
         assert not torch.equal(module.weight.data, dense[n])
 
 
-def test_unmerge_gives_the_base_weight_back():
-    model, _, masks, layers = sparse_model("llava", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unmerge_gives_the_base_weight_back(dtype):
+    model, _, masks, layers = sparse_model("llava", dtype)
     dense = {n: model.get_submodule(n).weight.data.clone() for n in masks}
     wrapped = add_adapters(model, layers)
     stir(wrapped)

@@ -120,14 +120,6 @@ def _find_answers(processor: Any, sample: Sample) -> tuple[str, list[Span]]:
     return text, spans
 
 
-def _end_pattern(processor: Any) -> re.Pattern[str]:
-    """Match a special token, but not an image's, and a space before it."""
-    image_token = str(getattr(processor, "image_token", None) or "")
-    added = processor.tokenizer.added_tokens_decoder.values()
-    ends = [re.escape(token.content) for token in added if token.special and token.content != image_token]
-    return re.compile(f" ?(?:{'|'.join(sorted(ends, key=len, reverse=True))})" if ends else r"(?!)")
-
-
 def _render_marked(processor: Any, dialogue: list[Message]) -> tuple[str, list[Span]]:
     """Render a dialogue, with the (start, stop) of its answers if the template marks them, else with none."""
     source = template(processor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from sparsight.data import chat, paligemma, qformer
@@ -56,12 +57,15 @@ def answers_of(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, T
     return logits[where], labels[where]
 
 
+Write = Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Style:
     """How one kind of processor wants to be called. Each function takes (processor, samples, config)."""
 
-    encode: Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
-    prompts: Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
+    encode: Write
+    prompts: Write
     refuse: Callable[[Sample], str | None]  # why a sample cannot be taken
     turns: bool  # whether one sequence holds a whole dialogue
 
@@ -98,6 +102,11 @@ class Encoder:
                 f"{self.config.model_type!r} model; save a chat template with the processor"
             )
 
+    @property
+    def shifted(self) -> bool:
+        """Whether the labels lie on the input tokens, as `Batch.shifted` says of every batch: not in encoder-decoders."""
+        return not self.config.get_text_config().is_encoder_decoder
+
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """Encode questions with their answers, padded on the right.
 
@@ -116,7 +125,7 @@ class Encoder:
             rows = [Sample(s.id, s.images, (turn,), s.kind) for s in rows for turn in s.turns]
         rows = self._without(rows, [self.refusal(sample) for sample in rows])
         while rows:
-            inputs = self._cast(self.style.encode(self.processor, rows, self.config))
+            inputs = self._call(self.style.encode, rows)
             kept = self._without(rows, self._too_long(inputs))
             if len(kept) == len(rows):
                 return Batch(inputs, padding_masks(inputs, self.config), tuple(rows))
@@ -133,9 +142,28 @@ class Encoder:
                 raise SparsightError(f"sample {sample.id!r}: {reason}")
         if not self.style.turns:
             samples = [Sample(s.id, s.images, s.turns[-1:], s.kind) for s in samples]
-        return self._cast(self.style.prompts(self.processor, samples, self.config))
+        return self._call(self.style.prompts, samples)
 
-    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def usable(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Give the samples that the model can take, before any is encoded.
+
+        `SparsightError` names the first that it cannot; with `skip_bad` those are left out and listed in `skipped`, and
+        it is an error only if none is left.
+        """
+        kept = self._without(samples, [self.refusal(sample) for sample in samples])
+        if not kept:
+            raise SparsightError(f"none of the {len(samples)} samples can be taken; the first: {self.skipped[0][1]}")
+        return kept
+
+    def _call(self, write: Write, rows: Sequence[Sample]) -> dict[str, Tensor]:
+        try:
+            inputs = write(self.processor, rows, self.config)
+        except (ValueError, TypeError, TemplateError) as error:  # what a template or a processor may raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            who = f"sample {rows[0].id!r}" + (" or one in its batch" if len(rows) > 1 else "")
+            raise SparsightError(
+                f"{who} cannot be written by the model's processor: {reason}; mend its files, above all the chat template"
+            ) from error
         return {key: t.to(self.dtype) if t.is_floating_point() and self.dtype else t for key, t in inputs.items()}
 
     def refusal(self, sample: Sample) -> str | None:
@@ -153,7 +181,7 @@ class Encoder:
         reasons = [f"{n} tokens, more than max_length={self.max_length}" for n in lengths.tolist()]
         return [reason if n > self.max_length else None for n, reason in zip(lengths.tolist(), reasons, strict=True)]
 
-    def _without(self, rows: list[Sample], reasons: list[str | None]) -> list[Sample]:
+    def _without(self, rows: Sequence[Sample], reasons: list[str | None]) -> list[Sample]:
         kept = []
         for sample, reason in zip(rows, reasons, strict=True):
             if reason is None:

@@ -69,11 +69,26 @@ def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _apart(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Make the Q-Former's text one token longer where it is as long as its queries: a mask is known by its length."""
-    if "qformer_input_ids" in inputs and inputs["qformer_input_ids"].shape[1] == config.num_query_tokens:
+    """Make the Q-Former's text longer until its masks, alone and behind the queries, fit no other input by their length.
+
+    Such inputs are the queries and the image's P features, which the queries attend to.
+    """
+    if "qformer_input_ids" not in inputs:
+        return inputs
+    queries, features = config.num_query_tokens, _features(config.vision_config)
+    length = inputs["qformer_input_ids"].shape[1]
+    width = length
+    while width in (queries, features, features - queries):
+        width += 1
+    if width > length:
         for key in ("qformer_input_ids", "qformer_attention_mask"):
-            inputs[key] = torch.nn.functional.pad(inputs[key], (0, 1))
+            inputs[key] = torch.nn.functional.pad(inputs[key], (0, width - length))
     return inputs
+
+
+def _features(vision: Any) -> int:
+    """The number P of an image's features: one per patch, and one of the whole."""
+    return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
 def _prompt(sample: Sample) -> str:

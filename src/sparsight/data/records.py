@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from sparsight.data.sample import PLACEHOLDER, Sample, Turn
+from sparsight.data.sample import PLACEHOLDER, Sample, Turn, upright
 
 Find = Callable[[Any], tuple[Path | Image.Image, str]]  # an image entry -> the image and the hash of its content
 
@@ -69,7 +69,7 @@ def parse(record: Any, number: int, find: Find) -> tuple[Sample, tuple[str, ...]
 def finder(folder: Path) -> Find:
     """Look images up by their path relative to `folder`; nothing outside of it is ever read.
 
-    Absolute paths, `..`, addresses and links that lead out are refused, and so is what Pillow cannot identify.
+    Absolute paths, `..`, addresses and links that lead out are refused, and so is what Pillow cannot decode whole.
     """
     root = folder.resolve()
 
@@ -92,6 +92,8 @@ def finder(folder: Path) -> Find:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 image.verify()
+            with Image.open(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
+                upright(image)
         except UnidentifiedImageError as error:
             raise BadRecord(f"image {entry!r} cannot be read: not an image that Pillow knows") from error
         except Exception as error:  # Pillow raises nearly everything on a broken file
@@ -105,8 +107,13 @@ def in_memory(entry: Any) -> tuple[Image.Image, str]:
     """Take an image that a dataset has already decoded."""
     if not isinstance(entry, Image.Image):
         raise BadRecord(f"the image column must hold images, got {_type(entry)}")
+    try:
+        content = entry.tobytes()
+        upright(entry)
+    except Exception as error:  # it may be decoded only now
+        raise BadRecord(f"the image cannot be read: {_first_line(error)}") from error
     digest = hashlib.sha256(f"{entry.mode} {entry.size} ".encode())
-    digest.update(entry.tobytes())
+    digest.update(content)
     return entry, digest.hexdigest()
 
 

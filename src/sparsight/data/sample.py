@@ -56,9 +56,14 @@ class Sample:
     def _load(self, image: Path | Image.Image) -> Image.Image:
         try:
             if isinstance(image, Image.Image):
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return upright(image)
             with Image.open(image) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
+                return upright(opened)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             name = image if isinstance(image, Path) else "an image in memory"
             raise SparsightError(f"sample {self.id!r}: cannot decode {name}: {error}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an image as RGB, turned as its EXIF data says."""
+    return ImageOps.exif_transpose(image).convert("RGB")

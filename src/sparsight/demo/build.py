@@ -174,12 +174,14 @@ def llava(processor: Any) -> LlavaForConditionalGeneration:
     language = {
         "model_type": "llama",
         "vocab_size": len(words),
-        "hidden_size": 160,
-        "intermediate_size": 416,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "num_hidden_layers": 5,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 256,
+        "initializer_range": 0.06,
+        "tie_word_embeddings": True,
         "pad_token_id": words.pad_token_id,
         "bos_token_id": words.bos_token_id,
         "eos_token_id": words.eos_token_id,
@@ -190,6 +192,7 @@ def llava(processor: Any) -> LlavaForConditionalGeneration:
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=PATCHES,
         vision_feature_layer=-1,
+        tie_word_embeddings=True,
     )
     return _greedy(LlavaForConditionalGeneration(config), words, bos_token_id=words.bos_token_id)
 

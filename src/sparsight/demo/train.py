@@ -6,8 +6,12 @@
    then thrown away. Trained end to end from the start, a model of this size never begins to look.
 2. **connect**: the tower learns to tell where each patch is, too, and the Q-Former to carry the digit and the colour of
    cell i in query i, again through heads that are thrown away; BLIP-2, too, trains its Q-Former before its language model.
+   LLaVA's projector learns to write each patch as a sum of the language model's own word vectors.
 3. **answer**: the tower is frozen; connector and language model learn to answer and to describe.
-4. **polish**: everything together, at a low rate.
+4. **polish** (InstructBLIP): everything together.
+5. **practise**: as 3, with the hard kinds of question asked three times as often; LLaVA is asked one question of every
+   kind about each scene, packed into one row, which is five times the questions in the same time.
+6. **refine** (LLaVA): everything together, the hard kinds twice as often.
 
 The model is saved after every stage, in float16 as it ships; `--start STAGE` goes on from what lies in OUT,
 `--end STAGE` stops early.
@@ -28,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsight.demo.build import PATCH, build
-from sparsight.demo.feed import batch, captions, check, pixels, pool, questions
-from sparsight.demo.scenes import CELL, NAMES, SIZE, Drawing, draw
+from sparsight.demo.feed import batch, captions, check, llava_pack, pixels, pool, questions
+from sparsight.demo.scenes import CELL, KINDS, NAMES, SIZE, Drawing, ask, draw
 from sparsight.demo.score import load, samples, score
 
-STAGES = ("see", "connect", "answer", "polish")
+STAGES = ("see", "connect", "answer", "polish", "practise", "refine")
 NAMED = 11 + len(NAMES) + 1  # classes of digits and of colours, each with nothing
 
 
@@ -44,13 +48,27 @@ class Course:
     connect: int = 600
     answer: int = 800
     polish: int = 1000
+    practise: int = 700
+    refine: int = 0
     see_size: int = 64
     answer_size: tuple[int, int] = (48, 12)  # questions, captions
-    rates: tuple[float, float, float, float] = (1e-3, 1e-3, 1.5e-3, 1e-3)
+    packed: int = 0  # in practice, scenes a step with one question of every kind each, packed; LLaVA's way
+    rates: tuple[float, ...] = (1e-3, 1e-3, 1.5e-3, 1e-3, 7e-4, 0)
+    hard: tuple[str, ...] = ("count", "beside", "compare", "exists")  # asked three times as often in practice
     pool: int = 30_000
 
 
-COURSES = {"instructblip": Course(), "llava": Course(connect=200, answer=1000, rates=(1e-3, 1e-3, 2e-3, 1e-3))}
+LLAVA = Course(
+    connect=400,
+    answer=400,
+    polish=0,
+    practise=1200,
+    refine=1500,
+    rates=(1e-3, 1e-3, 2e-3, 0, 2e-3, 1.5e-3),
+    packed=24,
+    hard=("count", "where", "beside", "exists"),
+)
+COURSES = {"instructblip": Course(), "llava": LLAVA}
 
 
 @dataclass
@@ -140,9 +158,11 @@ def naming(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> None:
-    """Teach the tower, in place, to say the cell of each patch too, and the Q-Former to carry cell i in query i.
+    """Teach the tower, in place, to say the cell of each patch too, and the connector to pass on what the tower reads.
 
-    The tower has no need of places to name what is there, but Q-Former and LLaMA know the patches by nothing else.
+    The tower has no need of places to name what is there, but the connector knows the patches by nothing else. The
+    Q-Former learns to carry cell i in query i. LLaVA's projector learns to write each patch as a sum of the language
+    model's own words, digit and colour and place, so that a word of the question is found again in the picture.
     """
     scenes, cells = pool(course.pool, seed, crowd=False), patch_cells()
     rng = np.random.default_rng([seed, 2])
@@ -153,7 +173,6 @@ def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> 
     def loss() -> Tensor:
         index, prompts, _ = questions(scenes, course.see_size, rng)
         (values, colors), images = targets(scenes, index), pixels(scenes.pixels[index])
-        total = torch.zeros(())
         if former:
             text = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
             seen = model.get_image_features(images, text["input_ids"], text["attention_mask"])
@@ -161,6 +180,7 @@ def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> 
             total = naming(asked[..., :11], values) + naming(asked[..., 11:], colors)
         else:
             seen = tower(model)(images)
+            total = worded(model, processor, seen.last_hidden_state[:, 1:], values[:, cells], colors[:, cells], cells)
         named = patch(seen.last_hidden_state[:, 1:])
         total = total + naming(named[..., :11], values[:, cells]) + naming(named[..., 11:NAMED], colors[:, cells])
         return total + naming(named[..., NAMED:], cells.expand(len(index), -1))
@@ -168,8 +188,31 @@ def connect(model: Any, processor: Any, course: Course, seed: int, log: Log) -> 
     trained = [*tower(model).parameters(), *query.parameters(), *patch.parameters()]
     if former:
         trained += [model.query_tokens, *former.parameters()]
+    else:
+        trained += [*model.model.multi_modal_projector.parameters(), model.get_input_embeddings().weight]
     fit(trained, loss, course.connect, course.rates[1], 0.01, log)
     log.end()
+
+
+def worded(model: Any, processor: Any, seen: Tensor, values: Tensor, colors: Tensor, cells: Tensor) -> Tensor:
+    """How badly projected patches (n, patches, width) spell what they show in the language model's word vectors.
+
+    `values` and `colors` (n, patches) are classes, the last of which is nothing and is not spelt.
+    """
+    passed = model.model.multi_modal_projector(seen)
+    passed = passed * passed.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    total = torch.zeros(())
+    groups = [
+        (list("0123456789"), values),
+        (list(NAMES), colors),
+        (["top", "bottom"], (cells // 2).expand(len(values), -1)),
+        (["left", "right"], (cells % 2).expand(len(values), -1)),
+    ]
+    for words, classes in groups:
+        vectors = model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids(words)]
+        there = classes < len(words)
+        total = total + cross_entropy(passed[there] @ vectors.T, classes[there], label_smoothing=0.05)
+    return total
 
 
 def targets(drawing: Drawing, index: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -192,18 +235,30 @@ def legible(model: Any, head: nn.Module) -> dict[str, float]:
 
 
 def answer(model: Any, processor: Any, course: Course, stage: str, seed: int, log: Log) -> None:
-    """Teach the model, in place, to answer and to describe; stage "answer" leaves the vision tower as it is."""
+    """Teach the model, in place, to answer and to describe; only stage "polish" touches the vision tower."""
     scenes = pool(course.pool, seed, crowd=False)
     check(processor, scenes)
     rng = np.random.default_rng([seed, 1 + STAGES.index(stage)])
-    tower(model).requires_grad_(stage != "answer")
+    tower(model).requires_grad_(stage in ("polish", "refine"))
+    kinds = (*KINDS, *course.hard, *course.hard) if stage == "practise" else tuple(KINDS)
+
+    def spoken(sampler: Any, size: int, *more: Any) -> Tensor:
+        index, prompts, answers = sampler(scenes, size, rng, *more)
+        return model(**batch(processor, pixels(scenes.pixels[index]), prompts, answers)).loss
+
+    def packed() -> Tensor:
+        index = rng.integers(len(scenes.values), size=course.packed)
+        asked = []
+        for i in index:
+            found = [ask(scenes.digits(int(i)), kind, rng) for kind in (*KINDS, *(course.hard if stage == "refine" else ()))]
+            asked.append([(question.prompt, question.answer) for question in found if question])
+        return model(**llava_pack(processor, pixels(scenes.pixels[index]), asked)).loss
 
     def loss() -> Tensor:
-        total = torch.zeros(())
-        for sampler, size in zip((questions, captions), course.answer_size, strict=True):
-            index, prompts, answers = sampler(scenes, size, rng)
-            total = total + model(**batch(processor, pixels(scenes.pixels[index]), prompts, answers)).loss
-        return total
+        n_questions, n_captions = course.answer_size
+        if stage in ("practise", "refine") and course.packed:
+            return packed() + spoken(captions, n_captions)
+        return spoken(questions, n_questions, kinds) + spoken(captions, n_captions)
 
     number = STAGES.index(stage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -221,7 +276,7 @@ def save(model: Any, processor: Any, folder: Path, log: Log, **facts: Any) -> No
 
 
 def train(
-    kind: str, folder: Path, seed: int = 0, course: Course | None = None, start: str = "see", end: str = "polish"
+    kind: str, folder: Path, seed: int = 0, course: Course | None = None, start: str = "see", end: str = "refine"
 ) -> None:
     """Train a demo model of one kind, saving it after each stage; a later `start` goes on from the folder."""
     course = course or COURSES[kind]
@@ -255,7 +310,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", choices=STAGES, default="see", help="go on with this stage from what lies in OUT")
-    parser.add_argument("--end", choices=STAGES, default="polish", help="stop after this stage")
+    parser.add_argument("--end", choices=STAGES, default="refine", help="stop after this stage")
     for stage in STAGES:
         parser.add_argument(f"--{stage}", type=int, help=f"steps of stage {stage}")
     options = parser.parse_args()

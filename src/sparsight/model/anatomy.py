@@ -12,6 +12,9 @@ from torch import nn
 from sparsight.errors import SparsightError
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
 
+SPARSE_FROM = 0.01
+ROUTERS = ("router", "gate")  # what mixture-of-experts models call the layer that chooses experts
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -30,6 +33,11 @@ class Layer:
     @property
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the layer was pruned, by its zeros; trained weights hold a stray zero now and then."""
+        return int((self.weight == 0).sum()) >= SPARSE_FROM * self.weight.numel()
 
     def write(self, weight: torch.Tensor) -> None:
         """Put `weight` (out, in) in place of the layer's values, in the layer's own dtype and storage."""
@@ -64,6 +72,10 @@ class Anatomy:
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
     parameters: int
+
+    def __getitem__(self, name: str) -> Layer:
+        """The layer of that name; `KeyError` if there is none."""
+        return next(layer for layer in self.layers if layer.name == name)
 
     def component(self, name: str) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.component == name)
@@ -105,7 +117,7 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
             if parameter.dim() < 2:
                 vectors += parameter.numel()
                 continue
-            reason = _reason(name, module, parameter, block, known, tied, output)
+            reason = _reason(name, module, parameter, block, tied, output)
             if reason is None and block is not None:
                 layers.append(Layer(name, block.component, block.name, cast(nn.Linear, module)))
             else:
@@ -155,7 +167,6 @@ def _reason(
     module: nn.Module,
     parameter: nn.Parameter,
     block: Block | None,
-    family: Family,
     tied: set[int],
     output: nn.Module | None,
 ) -> str | None:
@@ -173,7 +184,7 @@ def _reason(
         return "linear layer outside the blocks"
     if shared:
         return "weight tied to another module"
-    if any(name.endswith("." + ending) for ending in (*family.skip, "router")):
+    if name.rpartition(".")[2] in ROUTERS:
         return "router"
     return None
 

@@ -21,7 +21,7 @@ def component_totals(sparsity: Mapping[str, Any]) -> dict[str, tuple[int, int, i
     return totals
 
 
-def model_card(sparsity: Mapping[str, Any], metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def model_card(sparsity: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     base = str(sparsity["base_model"])
     name = base.rstrip("/").split("/")[-1]
     hub = not base.startswith((".", "/")) and base.count("/") == 1
@@ -37,7 +37,7 @@ def model_card(sparsity: Mapping[str, Any], metrics: Mapping[str, Any], recipe: 
         f"# A sparse {name}",
         "",
         f"Pruned with Sparsight from `{base if hub else name}` by `{sparsity['method']}`, pattern {', '.join(patterns)}"
-        + (", then restored with SparseLoRA." if "restore" in recipe else "."),
+        + (f", then restored with {recipe['restore']['adapter']}." if "restore" in recipe else "."),
         "It loads with `from_pretrained` like any other model; a pruned weight is an exact zero in the ordinary files.",
         "",
         "| component | layers pruned | zeros | sparsity |",
@@ -45,11 +45,6 @@ def model_card(sparsity: Mapping[str, Any], metrics: Mapping[str, Any], recipe: 
     ]
     for component, (count, zeros, size) in component_totals(sparsity).items():
         lines.append(f"| {component} | {count} | {zeros:,} | {zeros / size:.2%} |")
-    if scores := metrics.get("evaluation"):
-        lines += ["", "| kind | metric | score | 95 % interval | samples |", "|---|---|---:|---|---:|"]
-        for row in scores:
-            interval = f"{row['low']:.2f} to {row['high']:.2f}"
-            lines.append(f"| {row['kind']} | {row['metric']} | {row['value']:.2f} | {interval} | {row['n']} |")
     lines += [
         "",
         "`sparsight verify .` recounts every zero against `sparsity.json`; `recipe.yaml` holds every setting.",

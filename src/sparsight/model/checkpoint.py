@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from sparsight.errors import SparsightError
+from sparsight.errors import NotWritten, SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.card import model_card
 from sparsight.model.families import Family
@@ -30,6 +32,7 @@ from sparsight.model.unfinished import parents
 from sparsight.plan.pattern import Pattern
 
 FORMAT = 1
+LAYER_FACTS = {"component", "block", "shape", "dtype", "pattern", "asked", "got", "zeros", "mask", "weight"}
 
 
 @dataclass(frozen=True)
@@ -87,43 +90,62 @@ def sparsity_record(
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """Read `sparsity.json`; None if the folder has none."""
     path = Path(folder) / "sparsity.json"
-    if not path.is_file():
+    record = _read(path, json.loads)
+    if record is None:
         return None
     try:
-        record = json.loads(path.read_text())
         if record["format"] != FORMAT:
             raise SparsightError(f"{path}: format {record['format']} is not {FORMAT}; use the version that wrote it")
-        return {**record, "layers": dict(record["layers"])}
-    except (ValueError, KeyError, TypeError) as error:
+        for entry in record["layers"].values():
+            missing = LAYER_FACTS - set(entry)
+            if missing:
+                raise KeyError(f"a layer without {', '.join(sorted(missing))}")
+        if not record["layers"]:
+            raise KeyError("no layers")
+        return {key: record[key] for key in ("base_model", "method", "mask_only", "family", "layers")} | record
+    except (KeyError, TypeError, AttributeError) as error:
         raise SparsightError(f"{path}: is damaged ({error}); write the folder again") from error
+
+
+def _read(path: Path, parse: Any) -> Any:
+    """Parse a file beside the weights; None if it is not there."""
+    try:
+        there = path.is_file()
+    except OSError:  # a name too long to be a file's
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8")) if there else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise SparsightError(f"{path}: is damaged ({reason}); delete it, or write the folder again") from error
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:
     """Read `metrics.json`; empty if there is none."""
-    path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _read(Path(folder) / "metrics.json", json.loads) or {}
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
     """Read `recipe.yaml`; empty if there is none."""
-    path = Path(folder) / "recipe.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return _read(Path(folder) / "recipe.yaml", yaml.safe_load) or {}
 
 
-def found_plan(anatomy: Anatomy, names: set[str]) -> dict[str, Pattern]:
-    """The plan of a folder without a record, read from the zeros of the named layers."""
-    layers = [layer for layer in anatomy.layers if layer.name in names]
-    return {layer.name: Pattern.tensor(int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
+def found_plan(anatomy: Anatomy) -> dict[str, Pattern]:
+    """The plan of a model without a record, read from the zeros of its sparse layers."""
+    layers = [layer for layer in anatomy.layers if layer.sparse]
+    return {layer.name: Pattern("tensor", int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
 
 
-def read_plan(record: Mapping[str, Any]) -> dict[str, Pattern]:
-    """The plan that a `sparsity.json` was written from."""
+def read_plan(record: Mapping[str, Any] | None) -> dict[str, Pattern]:
+    """The plan that a `sparsity.json` was written from; empty without one."""
+    if record is None:
+        return {}
     return {name: _pattern(entry["pattern"]) for name, entry in record["layers"].items()}
 
 
 def _pattern(text: str) -> Pattern:
     kind, _, sparsity = text.partition(" ")
-    return Pattern.parse(kind, float(sparsity or 0.5))
+    return Pattern(kind, float(sparsity)) if sparsity else Pattern.parse(kind)
 
 
 def read_anatomy(model: Any, record: Mapping[str, Any] | None) -> Anatomy:
@@ -136,16 +158,27 @@ def recorded_family(record: Mapping[str, Any] | None) -> Family | None:
     return Family.parse(record["family"]) if record and record["family"] else None
 
 
-def check_output(folder: str | Path, overwrite: bool = False) -> Path:
-    """Refuse an output folder that would lose something; touch nothing."""
+def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:
+    """Refuse an output folder that would lose something, one of the `inputs` among it; touch nothing."""
     out = Path(folder)
-    if out.is_file():
-        raise SparsightError(f"{out}: is a file; give a folder to write to")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add --overwrite")
-        if not (out / "config.json").is_file():
-            raise SparsightError(f"{out}: is not a model folder, so --overwrite does not delete it; choose another")
+    try:
+        if out.is_file():
+            raise SparsightError(f"{out}: is a file; give a folder to write to")
+        blocking = next((parent for parent in out.parents if parent.is_file()), None)
+        if blocking:
+            raise SparsightError(f"{out}: {blocking} is a file; give a folder to write to")
+        if os.path.ismount(out):
+            raise SparsightError(f"{out}: is a mount point and cannot be replaced; give a folder inside it")
+        for given in inputs:
+            if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(out.resolve()):
+                raise SparsightError(f"{out}: holds what is read ({given}); give another folder to write to")
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add --overwrite")
+            if not (out / "config.json").is_file():
+                raise SparsightError(f"{out}: is not a model folder, so --overwrite does not delete it; choose another")
+    except OSError as error:
+        raise SparsightError(f"{str(out)[:80]}: cannot be a folder ({error.strerror}); choose another") from error
     return out
 
 
@@ -166,17 +199,23 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk into an error of its own
-        raise SparsightError(f"{out}: could not be written ({error}); nothing was left behind") from error
+        raise NotWritten(f"{out}: could not be written ({error})") from error
 
 
 def _take_place(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; an old `out` is deleted after it has been moved away."""
+    """Rename `new` to `out`; an old `out` is moved away first, deleted last, and put back if anything goes wrong."""
     if not out.exists():
         new.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(old / "folder")
-    new.rename(out)
+    try:
+        out.rename(old / "folder")
+        new.rename(out)
+    except BaseException:
+        if (old / "folder").exists() and not out.exists():
+            (old / "folder").rename(out)
+        old.rmdir()
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -184,8 +223,26 @@ def save(model: Any, processor: Any, record: Record, folder: Path) -> None:
     """Write model, processor and record into `folder`, which is there and empty (see `atomic_folder`)."""
     with quiet():
         model.save_pretrained(folder)
+    dtypes = Counter(entry["dtype"] for entry in record.sparsity["layers"].values())
+    _name_dtype(folder / "config.json", dtypes.most_common(1)[0][0])
     processor.save_pretrained(folder)
-    (folder / "sparsity.json").write_text(json.dumps(record.sparsity, indent=1) + "\n")
-    (folder / "metrics.json").write_text(json.dumps(record.metrics, indent=1) + "\n")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(record.recipe, sort_keys=False))
-    (folder / "README.md").write_text(model_card(record.sparsity, record.metrics, record.recipe))
+    files = {
+        "sparsity.json": json.dumps(record.sparsity, indent=1) + "\n",
+        "metrics.json": json.dumps(record.metrics, indent=1) + "\n",
+        "recipe.yaml": yaml.safe_dump(record.recipe, sort_keys=False),
+        "README.md": model_card(record.sparsity, record.recipe),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _name_dtype(config: Path, dtype: str) -> None:
+    """Write the dtype of most layers into the configuration.
+
+    A model that keeps a few parameters in float32 (T5 and BLIP in float16) is saved as if all of it were float32, and
+    would come back with every layer in another dtype.
+    """
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if content.get("dtype") not in (None, dtype):
+        content["dtype"] = dtype
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,12 +15,11 @@ COMPONENTS = ("vision", "connector", "language")
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model type keeps its blocks, in forward order, and the name endings that are never pruned."""
+    """Where a model type keeps its blocks, in forward order."""
 
     vision: tuple[str, ...]
     connector: tuple[str, ...]
     language: tuple[str, ...]
-    skip: tuple[str, ...] = ()
 
     def paths(self, component: str) -> tuple[str, ...]:
         return getattr(self, component)
@@ -59,7 +58,6 @@ _QWEN = Family(
     vision=("model.visual.blocks",),
     connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     language=("model.language_model.layers",),
-    skip=("mlp.gate",),  # the router of the mixture-of-experts variants
 )
 _TOWER = Family(  # one vision tower, one projector, one decoder
     vision=("model.vision_tower.encoder.layers",),

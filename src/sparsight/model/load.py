@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from sparsight.errors import SparsightError
@@ -24,27 +24,49 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "
     `path` is a folder that `save_pretrained` wrote, or a hub name. `dtype` is one of `auto` (as stored), `float32`,
     `bfloat16`, `float16`, or a torch dtype.
 
-    **Raises** `SparsightError` in one line if there is no such folder, no configuration, no safetensors, a missing
-    weight, no processor, or a processor that needs a package that is not installed.
+    **Raises** `SparsightError` in one line if there is no such folder, no configuration, no safetensors, a weight that is
+    missing or of another shape, no processor, or a processor that needs a package that is not installed.
     """
+    parse_dtype(dtype)
+    check_device(device)
+    _config(str(path))
+    processor = load_processor(path)  # first, since it is quick
+    return load_model(path, dtype=dtype, device=device), processor
+
+
+def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Any:
+    """Load the model alone, as `load` does, from a folder that may hold no processor."""
     where = str(path)
     wanted = parse_dtype(dtype)
     check_device(device)
-    _check_folder(where)
     _config(where)
     with quiet():
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                where, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                where,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SparsightError(f"{where}: the model could not be loaded: {_first_line(error)}") from error
+        except Exception as error:  # files and configurations can be wrong in any way
+            raise SparsightError(f"{where}: the model could not be loaded: {_reason(error)}") from error
     model, info = loaded
-    lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    if lost:
+    if misfits := sorted(info["mismatched_keys"]):
+        key, stored, expected = misfits[0]
+        more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
+        raise SparsightError(
+            f"{where}: weights of another shape than config.json asks for: {key} is {list(stored)} and should be "
+            f"{list(expected)}{more}; give the config.json that was saved with the weights"
+        )
+    if lost := sorted(info["missing_keys"]):
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise SparsightError(f"{where}: weights missing from the files or of another shape: {', '.join(lost[:3])}{more}")
-    return model.eval().to(device), load_processor(where)
+        raise SparsightError(f"{where}: weights missing from the files: {', '.join(lost[:3])}{more}; save the model again")
+    try:
+        return model.eval().to(device)
+    except RuntimeError as error:
+        raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
 
 
 def load_processor(path: str | Path) -> Any:
@@ -52,14 +74,17 @@ def load_processor(path: str | Path) -> Any:
     try:
         with quiet():
             return AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
-    except (ImportError, ValueError, OSError, TypeError) as error:
-        if "torchvision" in str(error).lower() or "video" in str(error).lower():
+    except Exception as error:  # files can be wrong in any way, and packages missing
+        said = str(error).replace(str(path), "").lower()
+        if not is_torchvision_available() and ("torchvision" in said or "video" in said):
             raise SparsightError(
                 f"{path}: this model's processor needs torchvision for its video part: pip install torchvision"
             ) from error
-        if "num2words" in str(error):
+        if "num2words" in said:
             raise SparsightError(f"{path}: this model's processor needs num2words: pip install num2words") from error
-        raise SparsightError(f"{path}: no processor could be loaded: {_first_line(error)}") from error
+        raise SparsightError(
+            f"{path}: no processor could be loaded: {_reason(error)}; save the model's processor beside it"
+        ) from error
 
 
 def parse_dtype(dtype: str | torch.dtype) -> Any:
@@ -75,9 +100,14 @@ def check_device(device: str, one_gpu: bool = False) -> None:
     try:
         kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
-        raise SparsightError(f"--device: {device!r} is not a device; use cpu, cuda or cuda:N") from None
+        kind, index = "", None
+    if kind not in ("cpu", "cuda"):
+        raise SparsightError(f"--device: {device!r} is not a device that Sparsight runs on; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise SparsightError(f"--device: {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    if kind == "cuda" and (index or 0) >= (count := torch.cuda.device_count()):
+        known = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise SparsightError(f"--device: {device!r} was asked for, but torch sees {known} only; use --device cuda:0")
     if one_gpu and index:
         raise SparsightError(f"--device: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and --device cuda")
 
@@ -95,15 +125,24 @@ def _check_folder(where: str) -> None:
         raise SparsightError(f"{where}: no such folder; give the folder of a model or a hub name such as owner/model")
 
 
-def _config(where: str) -> Any:
+def _config(where: str) -> None:
+    """Refuse a folder, or a hub name, without a configuration that can be read."""
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SparsightError(f"{where}: no model configuration could be read: {_first_line(error)}") from error
+        _check_folder(where)
+    except OSError as error:  # a name too long, no permission
+        reason = error.strerror or _reason(error)
+        raise SparsightError(f"{where}: cannot be opened ({reason}); give the folder of a model or a hub name") from error
+    try:
+        with quiet():
+            AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # what stands in the file can be wrong in any way
+        raise SparsightError(f"{where}: no model configuration could be read: {_reason(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager

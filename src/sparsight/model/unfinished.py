@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparsight.errors import Interrupted, SparsightError
+from sparsight.errors import Interrupted, NotWritten, SparsightError
 
 SETTINGS = "settings.json"
 
@@ -34,35 +34,49 @@ def parents(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unfinished(out: Path, settings: Mapping[str, Any], resume: bool) -> Iterator[Path]:
+def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
     """Give the folder to keep intermediate results in; it is deleted once the block ends without an error.
 
-    Ctrl-C leaves it in place and raises `Interrupted` with a line about how to go on, and a process that is killed leaves
-    it too; any error deletes it.
+    Ctrl-C leaves it in place and raises `Interrupted` with a line about how to go on. A full disk, a crash and a killed
+    process leave it too, if anything was done by then; an error in what was given (`SparsightError`) deletes it.
 
-    **Raises** `SparsightError` if `resume` finds no such folder, or one of other work.
+    **Raises** `SparsightError` if `resume` finds no such folder or one of other work, and if there is one that neither
+    `resume` nor `overwrite` speaks of.
     """
     folder = out.with_name(out.name + ".unfinished")
     wanted = json.loads(json.dumps(settings, default=str))
     if resume:
         _check(folder, wanted)
-    with parents(folder):
-        try:
-            if not resume:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                (folder / SETTINGS).write_text(json.dumps(wanted, indent=1))
-            yield folder
-        except KeyboardInterrupt as stop:
-            raise Interrupted(
-                f"interrupted; what was done is in {folder}: the same command with --resume goes on from there"
-            ) from stop
-        except BaseException as error:
+    elif folder.exists() and not overwrite:
+        raise SparsightError(f"{folder}: holds interrupted work; go on with --resume, or start over with --overwrite")
+    goes_on = f"what was done is in {folder}: the same command with --resume goes on from there"
+    try:
+        with parents(folder):
+            try:
+                if not resume:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    (folder / SETTINGS).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+                yield folder
+            except BaseException as error:
+                wrong_input = isinstance(error, SparsightError) and not isinstance(error, NotWritten)
+                if wrong_input or not (isinstance(error, KeyboardInterrupt) or _anything_done(folder)):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError | SafetensorError):  # safetensors wraps a full disk into an error of its own
-                raise SparsightError(f"{folder}: could not be written ({error}); nothing was left behind") from error
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted; {goes_on}") from stop
+    except (OSError, SafetensorError, NotWritten) as error:  # safetensors wraps a full disk into an error of its own
+        said = str(error) if isinstance(error, NotWritten) else f"{folder}: could not be written ({error})"
+        raise NotWritten(f"{said}; {goes_on if _anything_done(folder) else 'nothing was left behind'}") from error
+    except Exception as error:
+        if _anything_done(folder):
+            error.add_note(goes_on)
+        raise
+
+
+def _anything_done(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != SETTINGS for path in folder.iterdir())
 
 
 def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -70,7 +84,7 @@ def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise SparsightError(f"--resume: there is no interrupted work in {folder}; leave --resume out to start")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SparsightError(f"--resume: {path} is damaged; leave --resume out to start over") from error
     for key in {**found, **wanted}:

@@ -10,7 +10,7 @@ import torch
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.model.checkpoint import read_anatomy, read_plan, read_record
-from sparsight.model.load import load
+from sparsight.model.load import load_model
 from sparsight.model.masks import mask_hash, pack, unpack, weight_hash
 
 
@@ -28,8 +28,7 @@ def verify(folder: str | Path, against: str | Path | None = None) -> dict[str, A
     if record is None and against is None:
         raise SparsightError(f"{folder}: has no sparsity.json to verify; name a sparse folder to compare with --against")
     promised = _masks(against) if against is not None else {}
-    model, _ = load(folder)
-    body = read_anatomy(model, record)
+    body = read_anatomy(load_model(folder), record)
     differences: dict[str, list[str]] = {}
     if record is not None:
         differences = _against_record(body, record)
@@ -84,12 +83,9 @@ def _against_record(body: Anatomy, record: dict[str, Any]) -> dict[str, list[str
 
 
 def _masks(folder: str | Path) -> dict[str, tuple[torch.Tensor, tuple[int, int]]]:
-    """The zeros of a folder, one bit each: of the recorded layers, or of every layer that has any."""
-    record = read_record(folder)
-    model, _ = load(folder)
-    body = read_anatomy(model, record)
-    chosen = [layer for layer in body.layers if (record is None or layer.name in record["layers"])]
-    masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in chosen if (layer.weight == 0).any()}
+    """The zeros of a folder, one bit each, of every sparse layer."""
+    body = read_anatomy(load_model(folder), read_record(folder))
+    masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in body.layers if layer.sparse}
     if not masks:
         raise SparsightError(f"{folder}: holds no zeros to compare with; give a pruned folder to --against")
     return masks

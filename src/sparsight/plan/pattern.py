@@ -127,7 +127,7 @@ def keep_of_group(score: torch.Tensor, n: int) -> torch.Tensor:
     """Mark the `n` largest of the last dimension (small): rank every entry by comparing all pairs."""
     m = score.shape[-1]
     column = score.unbind(-1)
-    rank = [torch.zeros_like(column[0], dtype=torch.uint8) for _ in range(m)]
+    rank = [torch.zeros_like(column[0], dtype=torch.int16) for _ in range(m)]
     for i in range(m):
         for j in range(i + 1, m):
             later_wins = column[j] > column[i]

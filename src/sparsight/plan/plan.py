@@ -11,7 +11,7 @@ from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.model.families import COMPONENTS
 from sparsight.plan.budget import nearest, parse_budget
-from sparsight.plan.pattern import Pattern
+from sparsight.plan.pattern import Pattern, check_sparsity
 from sparsight.plan.uniform import uniform
 
 Plan = dict[str, Pattern]
@@ -41,6 +41,7 @@ def make_plan(
     layers = _without(anatomy.layers, ignore)
     plan = {}
     for name, amount in rule([layer for layer in layers if budget[layer.component]], budget).items():
+        check_sparsity(amount, f"--policy: for {name}")
         plan[name] = fixed if fixed.kind == "n:m" else Pattern(fixed.kind, amount)
     plan = {name: p for name, p in plan.items() if p.sparsity}
     shapes = {layer.name: layer.shape for layer in layers}
@@ -63,9 +64,12 @@ def find_policy(policy: str | Policy) -> Policy:
 def planned_budget(
     pattern: str | Pattern, sparsity: str | float | Mapping[str, float] | None
 ) -> tuple[Pattern, dict[str, float]]:
-    """Read a pattern and a sparsity per component, and refuse two that contradict each other."""
+    """Read a pattern and a sparsity per component, and refuse two that contradict each other.
+
+    `n:m` and a `Pattern` object carry a sparsity of their own; the names `row` and `tensor` do not (0.5 by default).
+    """
     fixed = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
-    if fixed.kind != "n:m":
+    if fixed.kind != "n:m" and not isinstance(pattern, Pattern):
         return fixed, parse_budget(0.5 if sparsity is None else sparsity)
     budget = parse_budget(fixed.sparsity if sparsity is None else sparsity)
     for component, amount in budget.items():

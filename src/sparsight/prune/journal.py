@@ -27,7 +27,7 @@ class Journal:
         tensors = {x.name: pack(x.weight != 0) if self.mask_only else x.weight.contiguous() for x in layers}
         path = self._path(block)
         save_file(tensors, path.with_suffix(".part"))
-        path.with_suffix(".json").write_text(json.dumps(facts))
+        path.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
         path.with_suffix(".part").replace(path)
 
     @torch.no_grad()
@@ -36,12 +36,12 @@ class Journal:
         path = self._path(block)
         if not path.is_file():
             return None
-        tensors = load_file(path)
+        tensors = load_file(path, device=str(layers[0].weight.device))
         for layer in layers:
             found = tensors[layer.name]
             W = layer.weight
             layer.write(W.masked_fill(~unpack(found, W.shape), 0) if self.mask_only else found)
-        return json.loads(path.with_suffix(".json").read_text())
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"

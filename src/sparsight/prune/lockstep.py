@@ -43,7 +43,8 @@ def lockstep(
     `visit` or from the model, unwinds every waiting forward and removes every hook.
     """
     walk = _Walk(model, blocks, batches, visit, done)
-    with _cache_off(model), torch.no_grad():
+    with _cache_off(model), torch.no_grad(), _own_thread_state():
+        torch.set_autocast_cache_enabled(False)  # it would go on casting a weight that a visit has changed
         walk.run()
 
 

@@ -27,7 +27,7 @@ class Moments:
     device: torch.device
     count: int = 0
     squares: torch.Tensor = field(init=False)  # (in,) sum of x_j^2
-    rows: list[torch.Tensor] = field(default_factory=list)  # each (k, in): the first tokens of every batch
+    rows: list[torch.Tensor] = field(default_factory=list)  # each (k, in): tokens from all over a batch
 
     def __post_init__(self) -> None:
         self.squares = torch.zeros(self.columns, dtype=torch.float32, device=self.device)
@@ -41,7 +41,7 @@ class Moments:
         self.count += X.shape[0]
         self.squares += X.float().square().sum(0)
         if keep_rows:
-            self.rows.append(X[:keep_rows].clone())
+            self.rows.append(X[:: -(-X.shape[0] // keep_rows)].clone())
 
     def sample(self) -> torch.Tensor:
         """The kept inputs, (k, in) with k <= `ERROR_ROWS`."""

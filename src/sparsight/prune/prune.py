@@ -68,6 +68,7 @@ def prune(
             raise SparsightError("--data: this method needs calibration samples; give --data, or --method magnitude")
         for layer in walk.layers:
             layer.write(how.prune(layer.weight, None, plan[layer.name], generator=walk.generator(layer)))
+        walk.record.seconds = time.perf_counter() - began
         return walk.record
     blocks = [(block.name, block.module) for block in anatomy.blocks_with(set(plan))]
     training = model.training
@@ -154,7 +155,13 @@ class _Pruning:
         if not torch.isfinite(moments.squares).all():
             raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
         W = layer.weight  # (out, in)
-        pruned = self.method.prune(W, moments, self.plan[layer.name], generator=self.generator(layer))
+        pattern = self.plan[layer.name]
+        pruned = self.method.prune(W, moments, pattern, generator=self.generator(layer))
+        if (pruned.shape, pruned.dtype) != (W.shape, W.dtype) or not pattern.holds(pruned) or not pruned.isfinite().all():
+            raise SparsightError(
+                f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
+                f"{pattern}; put zeros where `pattern.keep(score)` is False"
+            )
         X = moments.sample().float()  # (k, in)
         difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
         reference = torch.linalg.norm(X @ W.float().T)

@@ -145,7 +145,7 @@ def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
     columns = ("model", "questions %", "captions %", "vision", "language", "MB", "packed", "s")
     return [
         table(f"Digit scenes, InstructBLIP, Wanda {facts['pattern']}", columns, rows),
-        "[dim]Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out[/dim]",
+        "Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out",
         *verify_lines(facts["verify"]),
         f"Report: {facts['report']}",
     ]

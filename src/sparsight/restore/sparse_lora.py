@@ -131,6 +131,8 @@ class SparseLoraLinear(LoraLinear):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the effective weight in place of the base weight; the base weight is kept for `unmerge`."""
+        if self.merged:
+            raise ValueError("the adapter is merged already; unmerge it first")
         base = self._base()
         merged = self.effective((adapter_names or self.active_adapters)[0])
         if safe_merge and not torch.isfinite(merged).all():

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError
-from sparsight.model.anatomy import Anatomy
-from sparsight.model.checkpoint import read_anatomy, read_record
-from sparsight.model.load import load
+from sparsight.model.anatomy import Anatomy, anatomy
+from sparsight.model.checkpoint import found_plan, read_record, recorded_family
+from sparsight.model.families import Family
+from sparsight.model.load import load_model, load_processor
 from sparsight.plan.budget import nearest
+from sparsight.plan.pattern import Pattern
 from sparsight.restore.sparse_lora import add_adapters
-from sparsight.restore.teacher import Masks, Teacher, live_teacher, masked_hashes, read_masks, shared_teacher
+from sparsight.restore.teacher import (
+    Masks,
+    Teacher,
+    live_teacher,
+    masked_hashes,
+    pruned_too,
+    read_masks,
+    shared_teacher,
+)
 
 ADAPTERS = ("sparselora", "lora")
 DEFAULT_RANKS = {"vision": 4, "connector": 2, "language": 8}
@@ -21,14 +32,17 @@ DEFAULT_RANKS = {"vision": 4, "connector": 2, "language": 8}
 
 @dataclass
 class Student:
+    """`weight_bytes` counts student and teacher together, adapters left out; `dense_bytes` one dense copy."""
+
     wrapped: Any  # the PeftModel
     processor: Any
     anatomy: Anatomy
     masks: Masks
+    plan: dict[str, Pattern]  # the zeros found in the sparse model
     teacher: Teacher | None
     mode: str  # "shared", "live" or "none"
-    weight_bytes: int  # student and teacher together, adapters left out
-    dense_bytes: int  # one dense copy
+    weight_bytes: int
+    dense_bytes: int
 
 
 def check_adapter(adapter: str) -> None:
@@ -46,6 +60,7 @@ def make_student(
     seed: int = 0,
     dtype: Any = "auto",
     device: str = "cpu",
+    family: Family | None = None,
 ) -> Student:
     """Load the sparse model, find its masks in its zeros, put adapters on it, and arrange for the teacher.
 
@@ -54,41 +69,50 @@ def make_student(
     teacher's copy serves both; it is then the only one in memory.
     """
     rank = {**DEFAULT_RANKS, **(ranks or {})}
-    record = read_record(sparse)
-    model, processor = load(sparse, dtype=dtype, device=device)
-    body = read_anatomy(model, record)
-    masks = read_masks(body, set(record["layers"]) if record else None)
-    if not any((layer.weight == 0).any() for layer in body.layers if layer.name in masks):
+    processor = load_processor(sparse)
+    model = load_model(sparse, dtype=dtype, device=device)
+    body = anatomy(model, family or recorded_family(read_record(sparse)))
+    masks, plan = read_masks(body), found_plan(body)
+    if not masks:
         raise SparsightError(f"{sparse}: holds no zeros, so there is nothing to restore; give a pruned folder")
-    mode, teach, second = "none", None, 0
-    kind = next(model.parameters()).dtype
-    if teacher is not None:
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        shareable = masked_hashes(model, masks) if adapter == "sparselora" else {}
-        del model, body
-        dense, _ = load(teacher, dtype=kind, device=device)
-        if {name: tuple(p.shape) for name, p in dense.named_parameters()} != shapes:
-            raise SparsightError(f"--teacher: {teacher} is not the same architecture as {sparse}; give its dense original")
-        if shareable and masked_hashes(dense, masks) == shareable:
-            mode, model = "shared", dense
-        else:
-            mode, teach, second = "live", live_teacher(dense), _bytes(dense)
-            model, _ = load(sparse, dtype=kind, device=device)
-        body = read_anatomy(model, record)
-    dense_bytes = _bytes(model)
-    layers = {
+    chosen = {
         layer.name: (rank[layer.component], masks.get(layer.name) if adapter == "sparselora" else None)
         for layer in body.layers
         if layer.name in masks or layer.component == "connector"
     }
-    for name, (r, _) in layers.items():
+    for name, (r, _) in chosen.items():
         if name in masks and r < 1:
             raise SparsightError(f"--rank: {name} is pruned and its rank is {r}; give its component a rank of at least 1")
-    wrapped = add_adapters(model, {n: v for n, v in layers.items() if v[0]}, alpha=alpha, seed=seed)
+    mode, teach, second = "none", None, 0
+    if teacher is not None:
+        # the dtype of most layers: a model may keep a few parameters in float32
+        kind = Counter(body[name].weight.dtype for name in masks).most_common(1)[0][0]
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shareable = masked_hashes(model, masks) if adapter == "sparselora" else {}
+        del model, body
+        dense = load_model(teacher, dtype=kind, device=device)
+        if {name: tuple(p.shape) for name, p in dense.named_parameters()} != shapes:
+            raise SparsightError(f"--teacher: {teacher} is not the same architecture as {sparse}; give its dense original")
+        if pruned_too(dense, masks):
+            raise SparsightError(f"--teacher: {teacher} is itself pruned where {sparse} is; give its dense original")
+        if shareable and masked_hashes(dense, masks) == shareable:
+            mode, model = "shared", dense
+        else:
+            mode, teach, second = "live", live_teacher(dense), _bytes(dense)
+            model = load_model(sparse, dtype=kind, device=device)
+        body = anatomy(model, family or recorded_family(read_record(sparse)))
+    dense_bytes = _bytes(model)
+    wrapped = add_adapters(model, {n: v for n, v in chosen.items() if v[0]}, alpha=alpha, seed=seed)
     if mode == "shared":
         teach = shared_teacher(wrapped)
     packed = sum(m.numel() for m in masks.values()) if adapter == "sparselora" else 0
-    return Student(wrapped, processor, body, masks, teach, mode, dense_bytes + second + packed, dense_bytes)
+    return Student(wrapped, processor, body, masks, plan, teach, mode, dense_bytes + second + packed, dense_bytes)
+
+
+def zeros_left(student: Student) -> dict[str, Pattern]:
+    """The zeros that the pruned layers still hold; plain LoRA, merged, leaves about none."""
+    layers = [layer for layer in student.anatomy.layers if layer.name in student.masks]
+    return {layer.name: Pattern("tensor", int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
 
 
 def _bytes(model: Any) -> int:

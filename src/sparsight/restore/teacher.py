@@ -8,7 +8,7 @@ student is the masked weight, the teacher the same layers with their adapters di
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def shared_teacher(wrapped: Any) -> Teacher:
         try:
             for layer in adapted:
                 layer.enable_adapters(False)
-            return wrapped(**inputs).logits
+            return wrapped(**inputs, use_cache=False).logits
         finally:
             for layer in adapted:
                 layer.enable_adapters(True)
@@ -47,16 +47,27 @@ def live_teacher(model: nn.Module) -> Teacher:
 
     @torch.no_grad()
     def logits(inputs: Mapping[str, Any]) -> torch.Tensor:
-        return model(**inputs).logits
+        return model(**inputs, use_cache=False).logits
 
     return logits
 
 
 @torch.no_grad()
-def read_masks(anatomy: Anatomy, names: set[str] | None = None) -> Masks:
-    """The packed masks of the named layers, or of every layer that holds zeros, read from the zeros."""
-    layers = [layer for layer in anatomy.layers if names is None or layer.name in names]
-    return {layer.name: pack(layer.weight != 0) for layer in layers if names is not None or (layer.weight == 0).any()}
+def read_masks(anatomy: Anatomy) -> Masks:
+    """The packed masks of every sparse layer, read from the zeros, whoever put them there."""
+    return {layer.name: pack(layer.weight != 0) for layer in anatomy.layers if layer.sparse}
+
+
+@torch.no_grad()
+def pruned_too(model: nn.Module, masks: Masks) -> bool:
+    """Whether most of what the masks leave out is zero in `model` as well: then it is no dense teacher."""
+    gone = zero = 0
+    for name, packed in masks.items():
+        W = cast(nn.Linear, model.get_submodule(name)).weight
+        out = ~unpack(packed, W.shape)
+        gone += int(out.sum())
+        zero += int((W[out] == 0).sum())
+    return zero > gone / 2
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.data.encoding import Encoder, answers_of
 from sparsight.errors import SparsightError
@@ -19,8 +18,10 @@ from sparsight.plan.budget import nearest
 from sparsight.restore.losses import distillation
 from sparsight.restore.sparse_lora import ADAPTER, adapters
 from sparsight.restore.teacher import Teacher
+from sparsight.settings import check_above_zero, check_whole
 
 SCHEDULERS = ("cosine", "linear", "constant")
+COMPLETE = "complete"  # a file that a checkpoint gets last
 ADAPTER_FILE = "sparse_lora.safetensors"
 
 
@@ -42,12 +43,12 @@ class Schedule:
 
     def check(self) -> None:
         """Refuse values that cannot train, by the option's name."""
-        for option, value in (("--steps", self.steps), ("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
-            if value is not None and value < 1:
-                raise SparsightError(f"{option}: {value} is not a whole number of at least 1")
+        check_whole("--steps", self.steps, optional=True)
+        for option, count in (("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
+            check_whole(option, count)
+        check_whole("--save-every", self.save_every)
         for option, amount in (("--lr", self.lr), ("--epochs", self.epochs), ("--temperature", self.temperature)):
-            if not (math.isfinite(amount) and amount > 0):
-                raise SparsightError(f"{option}: {amount:g} is not a number above 0")
+            check_above_zero(option, amount)
         if not 0 <= self.kl <= 1:
             raise SparsightError(f"--kl: {self.kl:g} is not a weight from 0 to 1")
         if self.scheduler not in SCHEDULERS:
@@ -73,10 +74,12 @@ class RestoreTrainer(Trainer):
         if model.training:
             model.eval()
         labels = inputs["labels"]
+        if self.shifted:  # the model need not compute a loss of its own; an encoder-decoder feeds its decoder with them
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
         taught = None
         if self.teacher is not None:
             taught, _ = answers_of(self.teacher(inputs), labels, self.shifted)
-        output = model(**inputs)
+        output = model(**inputs, use_cache=False)
         student, targets = answers_of(output.logits, labels, self.shifted)
         loss = distillation(student, taught, targets, self.schedule.kl, self.schedule.temperature)
         if not torch.isfinite(loss.total):
@@ -89,6 +92,16 @@ class RestoreTrainer(Trainer):
         self._apart["tokens"] += loss.tokens
         total = loss.total / (num_items_in_batch if num_items_in_batch is not None else loss.tokens)
         return (total, output) if return_outputs else total
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Count the answer tokens of a step as the loss does; the base class would shift an encoder-decoder's labels."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        count = sum(int((b["labels"][:, int(self.shifted) :] != -100).sum()) for b in batches)
+        return batches, torch.tensor(count, device=self.args.device) if count else None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._apart["tokens"] and "loss" in logs:
@@ -158,22 +171,29 @@ def train(
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one GPU; more would silently multiply the batch
     trainer = RestoreTrainer(
         model=wrapped,
         args=arguments,
         train_dataset=samples,
         data_collator=lambda chosen: encoder.encode(chosen).inputs,
         teacher=teacher,
-        shifted=encoder.encode([samples[0]]).shifted,
+        shifted=encoder.shifted,
         schedule=schedule,
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     trainer.add_callback(_Progress(progress))
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     return [row for row in trainer.state.log_history if "ce" in row]
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    done = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(done, key=lambda path: int(path.name.rpartition("-")[2]))) if done else None
 
 
 def adapter_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
