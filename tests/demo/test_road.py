@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -70,7 +71,7 @@ def test_the_table_on_the_terminal(quick):
     from rich.console import Console
 
     facts, out = quick
-    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(record=True, width=160, file=io.StringIO())
     for part in tables.demo_tables(facts):
         console.print(part)
     text = console.export_text()

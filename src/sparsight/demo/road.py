@@ -28,7 +28,7 @@ from sparsight.model.checkpoint import read_metrics, read_record
 from sparsight.report.page import write_page
 
 PATTERN = "2:4"
-RESTORE: dict[str, Any] = {"batch_size": 32, "lr": 2e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
+RESTORE: dict[str, Any] = {"batch_size": 32, "lr": 3e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
 LABELS = {
     "dense": "dense",
     "pruned": f"pruned (Wanda, {PATTERN})",
@@ -47,7 +47,7 @@ class Effort:
 
     train: int = 2400
     test: int = 200
-    steps: int = 300
+    steps: int = 200
 
 
 def road(

@@ -34,7 +34,7 @@ STYLE: Any = {
 def scores(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Exact match of questions and captions per model, with 95 % intervals."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.5), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, key, title in ((left, "questions", "Questions"), (right, "captions", "Captions")):
             for i, (name, run) in enumerate(runs.items()):
@@ -50,27 +50,27 @@ def scores(runs: Mapping[str, Mapping[str, Any]]) -> str:
         return _svg(figure, "Exact match of every model with intervals")
 
 
-def layer_sparsity(layers: Sequence[Mapping[str, Any]]) -> str:
+def layer_sparsity(layers: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> str:
     """The sparsity of every pruned layer, in forward order, for each result."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.2), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.3), layout="constrained")
         axes = figure.subplots()
         for name, size in (("pruned", 26), ("lora", 14), ("sparselora", 8)):
             values = [100 * layer[name] for layer in layers]
             marks: Any = {"s": size, "color": COLORS[name], "marker": MARKS[name], "linewidths": 0}
-            axes.scatter(range(len(values)), values, label=name, alpha=0.9, **marks)
+            axes.scatter(range(len(values)), values, label=labels[name], alpha=0.9, **marks)
         _component_lines(axes, [layer["component"] for layer in layers])
         axes.set_ylabel("zeros, %")
         axes.set_xlabel("pruned layer, in forward order")
         axes.set_ylim(-4, 62)
-        axes.legend(ncols=3, loc="center right", bbox_to_anchor=(1, 0.45), handletextpad=0.2)
+        axes.legend(loc="center right", bbox_to_anchor=(1, 0.45), handletextpad=0.2, fontsize=7.5)
         return _svg(figure, "Sparsity of every layer")
 
 
 def block_errors(errors: Mapping[str, float], components: Mapping[str, str]) -> str:
     """The relative output error that pruning caused in every block, in the order of the walk."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.2), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.3), layout="constrained")
         axes = figure.subplots()
         hatches = {"vision": "", "connector": "..", "language": "///"}
         kinds = [components[name] for name in errors]
@@ -87,7 +87,7 @@ def block_errors(errors: Mapping[str, float], components: Mapping[str, str]) -> 
 def loss_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], labels: Mapping[str, str]) -> str:
     """Cross entropy and divergence during restoration, per adapter."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.4), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         for axes, key, title in ((left, "ce", "Cross entropy"), (right, "kl", "KL(dense ‖ sparse)")):
             for name, rows in curves.items():
@@ -96,8 +96,8 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], labels: Map
             axes.set_title(title, loc="left", fontsize=9, color=INK)
             axes.set_xlabel("step")
             axes.set_ylabel("nats per answer token")
-            axes.set_yscale("log")
-        right.legend(loc="upper right")
+            axes.set_ylim(bottom=0)
+        right.legend(loc="upper right", fontsize=7.5)
         return _svg(figure, "Loss during restoration")
 
 

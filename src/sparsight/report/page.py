@@ -32,7 +32,7 @@ def write_page(facts: Mapping[str, Any], path: Path) -> Path:
     labels = {name: run["label"] for name, run in facts["runs"].items()}
     drawn = {
         "scores": figures.scores(facts["runs"]),
-        "layers": figures.layer_sparsity(facts["layers"]),
+        "layers": figures.layer_sparsity(facts["layers"], labels),
         "errors": figures.block_errors(facts["errors"]["block_errors"], components),
         "losses": figures.loss_curves(facts["curves"], labels),
     }
