@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-pytest.importorskip("sklearn")
-
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.demo import MODELS
 from sparsight.demo.build import LONGEST_ANSWER, build
-from sparsight.demo.feed import check, conversation, pool
-from sparsight.demo.scenes import CAPTION_PROMPT, scenes
+from sparsight.demo.feed import batch, check, conversation, llava_pack, pixels, pool
+from sparsight.demo.scenes import CAPTION_PROMPT, ask, scenes
+from sparsight.demo.scenes import KINDS as QUESTIONS
 from sparsight.demo.score import answer, load, samples, score
 from sparsight.demo.train import Course, train
 
@@ -63,7 +62,7 @@ def test_at_least_95_per_cent_of_the_questions(kind: str) -> None:
 def test_packed_questions_give_the_logits_they_give_one_by_one() -> None:
     model, processor = load(MODELS["llava"])
     drawing, rng = pool(3, 0, crowd=False), np.random.default_rng(0)
-    found = [[ask(drawing.digits(i), name, rng) for name in scenes.KINDS] for i in range(3)]
+    found = [[ask(drawing.digits(i), name, rng) for name in QUESTIONS] for i in range(3)]
     asked = [[(question.prompt, question.answer) for question in row if question] for row in found]
     packed = llava_pack(processor, pixels(drawing.pixels), asked)
     labels = packed.pop("labels")[:, 1:]
