@@ -13,6 +13,7 @@ import pytest
 
 from sparsight import SparsightError, verbs
 from sparsight.errors import Interrupted
+from sparsight.restore.trainer import last_checkpoint
 
 from test_road import digest
 
@@ -91,13 +92,17 @@ def test_ctrl_c_on_the_command_line(zoo_folder, scenes, tmp_path):
     assert line.startswith("restore: 1/100000")
     time.sleep(0.5)
     work.send_signal(signal.SIGINT)
-    _, rest = work.communicate(timeout=60)
+    try:
+        _, rest = work.communicate(timeout=60)
+    finally:
+        work.kill()
     assert work.returncode == 130
     last = rest.strip().splitlines()[-1]
     assert last.startswith("sparsight: interrupted; what was done is in")
     assert "--resume" in last
     assert "Traceback" not in rest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished", "sparse"]
+    assert last_checkpoint(tmp_path / "out.unfinished") is not None  # the step that was under way is not lost
 
 
 def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):

@@ -351,7 +351,8 @@ def test_usable_samples_are_known_before_any_is_encoded(built):
     encoder = Encoder(processor, model, skip_bad=True)
     assert encoder.usable([bad, ONE, mute, TWO]) == [ONE, TWO]
     assert [name for name, _ in encoder.skipped] == ["bad", "mute"]
-    assert encoder.usable([bad]) == []
+    with pytest.raises(SparsightError, match="none of the 1 samples can be taken; the first: this model takes exactly"):
+        encoder.usable([bad])
     assert len(encoder.skipped) == 2, "the same sample is listed once"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -121,8 +124,33 @@ class RestoreTrainer(Trainer):
 
 
 class _Progress(TrainerCallback):
+    """Reports every step, and ends the training after the step in which Ctrl-C came, with a checkpoint.
+
+    A `KeyboardInterrupt` that strikes inside a destructor or a foreign callback is lost; a flag is not. A second Ctrl-C
+    stops at once.
+    """
+
     def __init__(self, report: Callable[[str, int, int], None] | None) -> None:
-        self.report, self.note = report, "restore"
+        self.report, self.note, self.stop = report, "restore", False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen for Ctrl-C, which only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def hear(*_: Any) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.stop:
+            raise KeyboardInterrupt
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if logs and "ce" in logs:
@@ -131,6 +159,8 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.report:
             self.report(self.note, state.global_step, state.max_steps)
+        if self.stop:
+            control.should_save = control.should_training_stop = True
 
 
 def train(
@@ -185,8 +215,10 @@ def train(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
-    trainer.add_callback(_Progress(progress))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+    watching = _Progress(progress)
+    trainer.add_callback(watching)
+    with watching.listening():
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     return [row for row in trainer.state.log_history if "ce" in row]
 
 
