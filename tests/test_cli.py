@@ -339,4 +339,9 @@ def test_an_unknown_model_type_is_helped(run, zoo_folder, scenes, tmp_path_facto
     words = ("prune", zoo_folder("llava"), "out", "--data", scenes, "--samples", 4, "--quiet")
     assert run(*words, "--family", ready)[0] == 0
     assert run("verify", "out")[0] == 0  # the family is in the record
-    assert run("restore", "out", "again", "--data", scenes, "--steps", 1, "--batch-size", 2, "--quiet")[0] == 0
+    restore = ("restore", "out", "again", "--data", scenes, "--steps", 1, "--batch-size", 2, "--quiet")
+    assert run(*restore)[0] == 0
+    (tmp_path / "out" / "sparsity.json").unlink()
+    unknown = (*restore, "--overwrite", "--teacher", zoo_folder("llava"))
+    assert refused(run(*unknown), "--family vision=")
+    assert run(*unknown, "--family", ready)[0] == 0

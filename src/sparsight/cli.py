@@ -165,6 +165,7 @@ def restore(
     samples: Samples = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints for --resume.")] = 100,
     seed: Seed = 0,
+    family: FamilyOption = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     save_adapter: Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")] = False,
@@ -183,7 +184,8 @@ def restore(
         record = verbs.restore(
             sparse, out, data=data, teacher=teacher, adapter=adapter, rank=rank, alpha=alpha, kl=kl,
             temperature=temperature, lr=lr, scheduler=scheduler, epochs=epochs, steps=steps, batch_size=batch_size,
-            accumulate=accumulate, samples=samples, save_every=save_every, seed=seed, dtype=dtype, device=device,
+            accumulate=accumulate, samples=samples, save_every=save_every, seed=seed, family=family,
+            dtype=dtype, device=device,
             save_adapter=save_adapter, skip_bad=skip_bad, overwrite=overwrite, resume=resume, progress=progress,
         )  # fmt: skip
     _show(

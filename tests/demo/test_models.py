@@ -118,7 +118,11 @@ def test_unknown_model_is_refused_by_name() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_seed_trains_the_same_weights(kind: str, tmp_path: Path) -> None:
-    course = Course(see=2, answer=2, polish=2, see_size=4, answer_size=(4, 2), pool=64)
+    steps = dict.fromkeys(("see", "connect", "answer", "polish", "practise", "refine"), 2)
+    rates = (1e-3,) * len(steps)
+    course = Course(
+        **steps, rates=rates, see_size=4, answer_size=(4, 2), packed=2 * (kind == "llava"), pool=64, scored=(8, 2)
+    )
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         train(kind, tmp_path / name, seed, course)
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}

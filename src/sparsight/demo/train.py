@@ -56,6 +56,7 @@ class Course:
     rates: tuple[float, ...] = (1e-3, 1e-3, 1.5e-3, 1e-3, 7e-4, 0)
     hard: tuple[str, ...] = ("count", "beside", "compare", "exists")  # asked three times as often in practice
     pool: int = 30_000
+    scored: tuple[int, int] = (400, 100)  # held-out questions and captions after a stage
 
 
 LLAVA = Course(
@@ -263,7 +264,7 @@ def answer(model: Any, processor: Any, course: Course, stage: str, seed: int, lo
     number = STAGES.index(stage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fit(trained, loss, getattr(course, stage), course.rates[number], 0.01, log)
-    log.end(held_out=score(model, processor, samples(400, 100, seed=1)))
+    log.end(held_out=score(model, processor, samples(*course.scored, seed=1)))
 
 
 def save(model: Any, processor: Any, folder: Path, log: Log, **facts: Any) -> None:
