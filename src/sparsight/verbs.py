@@ -150,7 +150,7 @@ def prune(
         calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
         skipped = len(chosen.skipped) + len(encoder.skipped)
         settings["fingerprint"] = chosen.fingerprint
-    sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if body[n].sparse}}
+    sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}}
     with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         record = prune_in_place(
             loaded, body, planned, calibration, method=how, propagate=propagate, seed=seed,

@@ -83,9 +83,11 @@ def _against_record(body: Anatomy, record: dict[str, Any]) -> dict[str, list[str
 
 
 def _masks(folder: str | Path) -> dict[str, tuple[torch.Tensor, tuple[int, int]]]:
-    """The zeros of a folder, one bit each, of every sparse layer."""
-    body = read_anatomy(load_model(folder), read_record(folder))
-    masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in body.layers if layer.sparse}
+    """The zeros of a folder, one bit each, of every sparse or recorded layer that has any."""
+    record = read_record(folder)
+    body = read_anatomy(load_model(folder), record)
+    chosen = [layer for layer in body.layers if layer.sparse or (record and layer.name in record["layers"])]
+    masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in chosen if (layer.weight == 0).any()}
     if not masks:
         raise SparsightError(f"{folder}: holds no zeros to compare with; give a pruned folder to --against")
     return masks

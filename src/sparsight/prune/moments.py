@@ -41,7 +41,7 @@ class Moments:
         self.count += X.shape[0]
         self.squares += X.float().square().sum(0)
         if keep_rows:
-            self.rows.append(X[:: -(-X.shape[0] // keep_rows)].clone())
+            self.rows.append(X[:: max(1, -(-X.shape[0] // keep_rows))].clone())
 
     def sample(self) -> torch.Tensor:
         """The kept inputs, (k, in) with k <= `ERROR_ROWS`."""

@@ -71,9 +71,10 @@ def make_student(
     rank = {**DEFAULT_RANKS, **(ranks or {})}
     processor = load_processor(sparse)
     model = load_model(sparse, dtype=dtype, device=device)
-    body = anatomy(model, family or recorded_family(read_record(sparse)))
-    masks, plan = read_masks(body), found_plan(body)
-    if not masks:
+    record = read_record(sparse)
+    body = anatomy(model, family or recorded_family(record))
+    masks, plan = read_masks(body, record["layers"] if record else ()), found_plan(body)
+    if not any((body[name].weight == 0).any() for name in masks):
         raise SparsightError(f"{sparse}: holds no zeros, so there is nothing to restore; give a pruned folder")
     chosen = {
         layer.name: (rank[layer.component], masks.get(layer.name) if adapter == "sparselora" else None)
@@ -100,7 +101,7 @@ def make_student(
         else:
             mode, teach, second = "live", live_teacher(dense), _bytes(dense)
             model = load_model(sparse, dtype=kind, device=device)
-        body = anatomy(model, family or recorded_family(read_record(sparse)))
+        body = anatomy(model, family or recorded_family(record))
     dense_bytes = _bytes(model)
     wrapped = add_adapters(model, {n: v for n, v in chosen.items() if v[0]}, alpha=alpha, seed=seed)
     if mode == "shared":

@@ -7,7 +7,7 @@ student is the masked weight, the teacher the same layers with their adapters di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, cast
 
 import torch
@@ -53,9 +53,10 @@ def live_teacher(model: nn.Module) -> Teacher:
 
 
 @torch.no_grad()
-def read_masks(anatomy: Anatomy) -> Masks:
-    """The packed masks of every sparse layer, read from the zeros, whoever put them there."""
-    return {layer.name: pack(layer.weight != 0) for layer in anatomy.layers if layer.sparse}
+def read_masks(anatomy: Anatomy, recorded: Container[str] = ()) -> Masks:
+    """The packed masks of every sparse layer, whoever pruned it, and of the recorded ones, read from the zeros."""
+    layers = [layer for layer in anatomy.layers if layer.sparse or layer.name in recorded]
+    return {layer.name: pack(layer.weight != 0) for layer in layers}
 
 
 @torch.no_grad()
