@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sparsight import SparsightError, load, load_adapter, verbs
 from sparsight.model.checkpoint import read_anatomy, read_record
+from sparsight.prune.methods import Method
 
 import zoo
 
@@ -205,6 +206,9 @@ def test_a_method_that_breaks_its_promise_is_named(zoo_folder, scenes, tmp_path)
     for method in (lambda W, moments, pattern, generator: W * 0.5, lambda W, moments, pattern, generator: W * float("nan")):
         with pytest.raises(SparsightError, match=r"layers\.0\.\S+: the method gave no finite .* holds the pattern"):
             verbs.prune(zoo_folder("llava"), tmp_path / "out", data=scenes, samples=8, method=method)
+    without_data = Method(lambda W, moments, pattern, generator: W, needs=None)
+    with pytest.raises(SparsightError, match=r"the method gave no finite"):
+        verbs.prune(zoo_folder("llava"), tmp_path / "out", method=without_data)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -67,7 +67,7 @@ def prune(
         if how.needs is not None:
             raise SparsightError("--data: this method needs calibration samples; give --data, or --method magnitude")
         for layer in walk.layers:
-            layer.write(how.prune(layer.weight, None, plan[layer.name], generator=walk.generator(layer)))
+            layer.write(walk.pruned(layer, None))
         walk.record.seconds = time.perf_counter() - began
         return walk.record
     blocks = [(block.name, block.module) for block in anatomy.blocks_with(set(plan))]
@@ -154,19 +154,23 @@ class _Pruning:
         """Prune one layer in place; its relative output error on the kept inputs."""
         if not torch.isfinite(moments.squares).all():
             raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
-        W = layer.weight  # (out, in)
-        pattern = self.plan[layer.name]
+        W, pruned = layer.weight, self.pruned(layer, moments)  # (out, in)
+        X = moments.sample().float()  # (k, in)
+        difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
+        reference = torch.linalg.norm(X @ W.float().T)
+        layer.write(pruned)
+        return _ratio(difference, reference)
+
+    def pruned(self, layer: Layer, moments: Moments | None) -> torch.Tensor:
+        """What the method makes of a layer's weight (out, in), held to its promise."""
+        W, pattern = layer.weight, self.plan[layer.name]
         pruned = self.method.prune(W, moments, pattern, generator=self.generator(layer))
         if (pruned.shape, pruned.dtype) != (W.shape, W.dtype) or not pattern.holds(pruned) or not pruned.isfinite().all():
             raise SparsightError(
                 f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
                 f"{pattern}; put zeros where `pattern.keep(score)` is False"
             )
-        X = moments.sample().float()  # (k, in)
-        difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
-        reference = torch.linalg.norm(X @ W.float().T)
-        layer.write(pruned)
-        return _ratio(difference, reference)
+        return pruned
 
     def generator(self, layer: Layer) -> torch.Generator:
         """Random numbers that depend on the seed and the layer's name only."""
