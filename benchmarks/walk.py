@@ -1,7 +1,8 @@
-"""How long a lockstep walk of 128 batches takes, in plain forwards of the same batches.
+"""How long a lockstep walk of 128 batches takes, and pruning a whole model, in plain forwards of the same batches.
 
 A walk that only pauses needs one forward; one that also runs every block once per batch (moments, then the pruned
-block) needs two. Prints the ratio of minima over interleaved runs, with torch's default threads.
+block) needs two. Pruning adds the moments and the selection or the solver. Prints the ratio of minima over interleaved
+runs, with torch's default threads (OMP_NUM_THREADS=1 for one).
 
     python benchmarks/walk.py [--runs 3]
 """
@@ -13,11 +14,14 @@ import csv
 import datetime
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sparsight import anatomy, lockstep
+from sparsight.plan.plan import make_plan
+from sparsight.prune.prune import prune
 
 BATCHES, ROWS, TEXT = 128, 2, 48
 
@@ -48,7 +52,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     runs = parser.parse_args().runs
     model, batches = build()
-    blocks = [(b.name, b.module) for b in anatomy(model).blocks if b.component != "connector"]
+    body = anatomy(model)
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    ready = [SimpleNamespace(inputs=b, padding={"text": b["attention_mask"].bool()}) for b in batches]
+    blocks = [(b.name, b.module) for b in body.blocks if b.component != "connector"]
     ends = {"done": lambda i, output: None}
 
     def plain() -> None:
@@ -60,11 +67,18 @@ def main() -> None:
         for call in calls.values():
             call()
 
+    def pruned(**how):
+        return lambda: prune(model, body, make_plan(body, sparsity=0.5), ready, **how)
+
     variants = {
         "plain forward": plain,
         "walk, pausing only": lambda: lockstep(model, blocks, batches, lambda *_: None, **ends),
         "walk, each block run once more": lambda: lockstep(model, blocks, batches, visit, **ends),
         "the same, cut short after the last block": lambda: lockstep(model, blocks, batches, visit),
+        "prune, Wanda, block": pruned(),
+        "prune, Wanda, stage": pruned(propagate="stage"),
+        "prune, SparseGPT, block": pruned(method="sparsegpt"),
+        "prune, SparseGPT, stage": pruned(method="sparsegpt", propagate="stage"),
     }
     best = dict.fromkeys(variants, float("inf"))
     for _ in range(runs):
@@ -72,6 +86,7 @@ def main() -> None:
             start = time.perf_counter()
             run()
             best[name] = min(best[name], time.perf_counter() - start)
+            model.load_state_dict(dense)
     rows = [(name, f"{seconds:.2f}", f"{seconds / best['plain forward']:.2f}") for name, seconds in best.items()]
     print(f"{BATCHES} batches, {torch.get_num_threads()} threads, torch {torch.__version__}, minimum of {runs}")
     for name, seconds, ratio in rows:

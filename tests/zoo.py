@@ -43,12 +43,13 @@ NAMES: tuple[str, ...] = (
     "llava",
     "qwen2.5-vl",
     "qwen3-vl",
+    "qwen3-vl-moe",
     "paligemma",
     "gemma3",
     "smolvlm",
 )
 
-NEEDS_TORCHVISION = ("qwen2.5-vl", "qwen3-vl", "smolvlm")
+NEEDS_TORCHVISION = ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "smolvlm")
 
 _VISION = {
     "hidden_size": 32,
@@ -172,7 +173,7 @@ def _llava() -> tuple[Any, Any]:
     return processor, hf.LlavaForConditionalGeneration(config)
 
 
-def _qwen(version: int) -> tuple[Any, Any]:
+def _qwen(version: int, experts: int = 0) -> tuple[Any, Any]:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     words = zoo_text.tokenizer("bytes", [*specials, "<|video_pad|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = {f"{key}_token_id": words.convert_tokens_to_ids(f"<|{token}|>") for key, token in (
@@ -193,6 +194,9 @@ def _qwen(version: int) -> tuple[Any, Any]:
         kind, template, video = "Qwen3VL", zoo_text.QWEN, hf.Qwen3VLVideoProcessor
     picture = _image_processor("Qwen2VLImageProcessor", **pixels)
     processor = getattr(hf, f"{kind}Processor")(picture, words, video(patch_size=4), chat_template=template)
+    if experts:
+        kind += "Moe"
+        text |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
     config = getattr(hf, f"{kind}Config")(vision_config=vision, text_config=text, **ids)
     return processor, getattr(hf, f"{kind}ForConditionalGeneration")(config)
 
@@ -268,6 +272,7 @@ _BUILDERS = {
     "llava": _llava,
     "qwen2.5-vl": lambda: _qwen(2),
     "qwen3-vl": lambda: _qwen(3),
+    "qwen3-vl-moe": lambda: _qwen(3, experts=4),
     "paligemma": _paligemma,
     "gemma3": _gemma3,
     "smolvlm": _smolvlm,

@@ -39,7 +39,13 @@ Sparsity = Annotated[
     typer.Option(help="Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. [default: 0.5]"),
 ]
 PatternOption = Annotated[str, typer.Option("--pattern", help="row, tensor, or n:m (n kept of every m inputs).")]
-Policy = Annotated[str, typer.Option(help="How the budget is shared between layers: uniform.")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="How layers share the budget: uniform, owl, alpha, ecoflap, ecoflap-first, sensitivity, language-only "
+        "or vision-only."
+    ),
+]
 Ignore = Annotated[Optional[list[str]], typer.Option(help="Leave these layers dense (name, part, glob); repeatable.")]  # noqa: UP045
 FamilyOption = Annotated[
     Optional[str],  # noqa: UP045
@@ -88,14 +94,28 @@ def plan(
     policy: Policy = "uniform",
     ignore: Ignore = None,
     family: FamilyOption = None,
+    data: Annotated[Optional[str], typer.Option(help="Samples to measure on, for policies that do.")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(help="How many of them.")] = 128,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    skip_bad: SkipBad = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show where the zeros will be; nothing is changed."""
     from sparsight import verbs
     from sparsight.plan.plan import plan_facts
     from sparsight.report import tables
+    from sparsight.report.progress import shown
 
-    made = verbs.plan(model, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore or (), family=family)
+    with shown("plan", quiet) as progress:
+        made = verbs.plan(
+            model, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore or (), family=family, data=data,
+            samples=samples, batch_size=batch_size, seed=seed, dtype=dtype, device=device, skip_bad=skip_bad,
+            progress=progress,
+        )  # fmt: skip
     facts = plan_facts(made.anatomy, made.plan)
     _show(facts, as_json, tables.plan_table(facts["components"]))
 
@@ -105,13 +125,29 @@ def prune(
     model: Model,
     out: Out,
     data: Annotated[Optional[str], typer.Option(help="Calibration data; see README.")] = None,  # noqa: UP045
-    method: Annotated[str, typer.Option(help="wanda, magnitude or random.")] = "wanda",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="wanda, ria, magnitude, random, snip, fisher, sparsegpt, alps; or a paper's composition: dsnot, "
+            "sparseswaps, owl, ecoflap."
+        ),
+    ] = "wanda",
+    refine: Annotated[Optional[str], typer.Option(help="Move the zeros: dsnot or swaps.")] = None,  # noqa: UP045
+    update: Annotated[Optional[str], typer.Option(help="Solve for the kept weights: pcg.")] = None,  # noqa: UP045
+    reconstruct: Annotated[int, typer.Option(help="Epochs of fitting each block to its dense outputs.")] = 0,
+    permute: Annotated[bool, typer.Option("--permute", help="Regroup channels first, for n:m.")] = False,
+    tokens: Annotated[
+        str, typer.Option(help="Which calibration tokens count: all, text, image, balanced, atv or tamp.")
+    ] = "all",
     sparsity: Sparsity = None,
     pattern: PatternOption = "row",
     policy: Policy = "uniform",
     ignore: Ignore = None,
     family: FamilyOption = None,
-    propagate: Annotated[str, typer.Option(help="block: later blocks see pruned ones; dense: they do not.")] = "block",
+    propagate: Annotated[
+        str,
+        typer.Option(help="block: later blocks see pruned ones; stage: later layers too, in one forward; dense: none do."),
+    ] = "block",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
@@ -130,14 +166,15 @@ def prune(
 
     with shown("prune", quiet) as progress:
         record = verbs.prune(
-            model, out, data=data, method=method, sparsity=sparsity, pattern=pattern, policy=policy,
-            ignore=ignore or (), family=family, propagate=propagate, samples=samples, batch_size=batch_size, seed=seed,
-            dtype=dtype, device=device, skip_bad=skip_bad, overwrite=overwrite, resume=resume, progress=progress,
+            model, out, data=data, method=method, refine=refine, update=update, reconstruct=reconstruct, permute=permute,
+            tokens=tokens, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore or (), family=family,
+            propagate=propagate, samples=samples, batch_size=batch_size, seed=seed, dtype=dtype, device=device,
+            skip_bad=skip_bad, overwrite=overwrite, resume=resume, progress=progress,
         )  # fmt: skip
     _show(
         {"out": out, **record.sparsity, "metrics": record.metrics},
         as_json,
-        tables.pruned_table(record.sparsity, f"Pruned by {method}"),
+        tables.pruned_table(record.sparsity, f"Pruned by {record.sparsity['method']}"),
         *tables.prune_notes(record.metrics, out),
     )
 

@@ -37,7 +37,6 @@ from sparsight.settings import (
     check_above_zero,
     check_seed,
     check_whole,
-    name_of,
     parse_ranks,
     plain,
     whole_name,
@@ -74,15 +73,47 @@ def plan(
     *,
     sparsity: Budget | None = None,
     pattern: str | Pattern = "row",
-    policy: str | Policy = "uniform",
+    policy: str | Callable = "uniform",
     ignore: Sequence[str] = (),
     family: str | None = None,
+    data: str | Path | None = None,
+    samples: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    skip_bad: bool = False,
+    progress: Progress | None = None,
 ) -> Planned:
-    """Plan where the zeros will be; nothing is changed and nothing is written."""
-    find_policy(policy)
-    planned_budget(pattern, sparsity)
-    body, _ = inspect(model, family=family)
-    return Planned(body, make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore))
+    """Plan where the zeros will be; nothing is changed and nothing is written.
+
+    Some policies measure the model first, on `samples` of `data`. `policy` may be a function `(layers, budget)` or
+    `(layers, budget, measure)` that gives a sparsity by layer name; `measure` is None without `data`.
+    """
+    from sparsight.data import Encoder, batches
+    from sparsight.model.load import check_device, load, load_model, parse_dtype
+    from sparsight.plan.measure import Measure
+
+    find_policy(policy, data=data is not None)
+    planned_budget(pattern, sparsity, policy)
+    chosen_family = Family.parse(family) if family else recorded_family(read_record(model))
+    parse_dtype(dtype)
+    check_device(device)
+    check_seed(seed)
+    check_whole("--samples", samples)
+    check_whole("--batch-size", batch_size)
+    measure = None
+    if data is None:
+        body = anatomy(load_model(model, dtype=dtype, device=device), chosen_family)
+    else:
+        chosen = read(data, limit=samples, seed=seed, skip_bad=skip_bad)
+        loaded, processor = load(model, dtype=dtype, device=device)
+        body = anatomy(loaded, chosen_family)
+        encoder = Encoder(processor, loaded, skip_bad=skip_bad)
+        calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
+        measure = Measure(loaded, body, calibration, seed, progress)
+    made = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore, measure=measure)
+    return Planned(body, made)
 
 
 def prune(
@@ -91,6 +122,11 @@ def prune(
     *,
     data: str | Path | None = None,
     method: Any = "wanda",
+    refine: Any = None,
+    update: Any = None,
+    reconstruct: int = 0,
+    permute: bool = False,
+    tokens: Any = "all",
     sparsity: Budget | None = None,
     pattern: str | Pattern = "row",
     policy: str | Policy = "uniform",
@@ -110,26 +146,33 @@ def prune(
     """Prune `model` with a few calibration samples and write the sparse model to `out`.
 
     `data` is a source as `sparsight.data.read` takes it; `samples` of it are drawn with `seed`. Methods that look at the
-    weights only (random, magnitude) work without `data`, but then no errors are measured. What was pruned before stays
-    recorded, with the dense model it came from. Interrupted, it leaves `OUT.unfinished`, and `resume` goes on from the
-    last finished block.
+    weights only (random, magnitude) work without `data`, but then no errors are measured. `method` makes the zeros,
+    `refine` moves them, `update` changes the kept weights, `reconstruct` fits them to the dense block's outputs for that
+    many epochs, `permute` regroups channels for n:m first, `tokens` says which calibration tokens count; wherever a name
+    is taken, a function is. What was pruned before stays recorded, with the dense model it came from. Interrupted, it
+    leaves `OUT.unfinished`, and `resume` goes on from the last finished block.
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data; then no folder
     is left behind.
     """
     from sparsight.data import Encoder, batches
     from sparsight.model.load import check_device, load, parse_dtype
+    from sparsight.plan.measure import Measure
+    from sparsight.prune.choice import choose, named, preset_policy
     from sparsight.prune.journal import Journal
-    from sparsight.prune.methods import find_method
-    from sparsight.prune.prune import check_propagate
     from sparsight.prune.prune import prune as prune_in_place
 
-    settings = plain(locals(), "model", "data", "method", "sparsity", "pattern", "policy", "ignore", "family")
+    policy = preset_policy(method, policy)
+    settings = plain(locals(), "model", "data", "method", "refine", "update", "reconstruct", "permute", "tokens")
+    settings |= plain(locals(), "sparsity", "pattern", "policy", "ignore", "family")
     settings |= plain(locals(), "propagate", "samples", "batch_size", "seed", "dtype")
-    how = find_method(method)
-    find_policy(policy)
-    check_propagate(propagate)
-    planned_budget(pattern, sparsity)
+    how = choose(
+        method, refine=refine, update=update, reconstruct=reconstruct, permute=permute, tokens=tokens,
+        propagate=propagate, pattern=pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern),
+    )  # fmt: skip
+    called = named(method, refine, update, reconstruct, permute)
+    find_policy(policy, data=data is not None)
+    planned_budget(pattern, sparsity, policy)
     earlier = read_record(model)
     chosen_family = Family.parse(family) if family else recorded_family(earlier)
     parse_dtype(dtype)
@@ -138,30 +181,31 @@ def prune(
     check_whole("--samples", samples)
     check_whole("--batch-size", batch_size)
     target = check_output(out, overwrite, inputs=(model, data))
-    if data is None and how.needs is not None:
-        raise SparsightError(f"--data: method {method} needs calibration samples; give a JSONL file or a folder of them")
+    if data is None and how.needs:
+        raise SparsightError(f"--data: method {called} needs calibration samples; give a JSONL file or a folder of them")
     chosen = read(data, limit=samples, seed=seed, skip_bad=skip_bad) if data is not None else None
     loaded, processor = load(model, dtype=dtype, device=device)
     body = anatomy(loaded, chosen_family)
-    planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore)
     calibration, skipped = [], 0
     if chosen is not None:
         encoder = Encoder(processor, loaded, skip_bad=skip_bad)
         calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
         skipped = len(chosen.skipped) + len(encoder.skipped)
         settings["fingerprint"] = chosen.fingerprint
+    measure = Measure(loaded, body, calibration, seed=seed, progress=progress) if calibration else None
+    planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore, measure=measure)
     sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}}
     with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         record = prune_in_place(
-            loaded, body, planned, calibration, method=how, propagate=propagate, seed=seed,
-            journal=Journal(folder, how.mask_only), progress=progress,
+            loaded, body, planned, calibration, method=how, seed=seed, journal=Journal(folder, how.mask_only),
+            progress=progress,
         )  # fmt: skip
         written = Record(
             sparsity_record(
                 body,
                 {**sparse_before, **planned},
                 base_model=(earlier or {}).get("base_model") or whole_name(model),
-                method=" + ".join([*([earlier["method"]] if earlier else []), name_of(method)]),
+                method=" + ".join([*([earlier["method"]] if earlier else []), called]),
                 mask_only=how.mask_only and (earlier or {}).get("mask_only", True),
                 family=chosen_family,
             ),

@@ -12,7 +12,7 @@ from sparsight.errors import SparsightError
 
 import zoo
 
-CHAT = ("llava", "qwen2.5-vl", "qwen3-vl", "gemma3", "smolvlm")
+CHAT = ("llava", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "gemma3", "smolvlm")
 PLAIN = tuple(name for name in zoo.NAMES if name not in CHAT)
 SEQ2SEQ = ("instructblip-t5", "blip2-t5")
 BLIP = ("instructblip-t5", "instructblip-llama", "blip2-opt", "blip2-t5")

@@ -18,6 +18,7 @@ EXPECTED = {  # family: layers per block of vision and language
     "llava": {6, 7},
     "qwen2.5-vl": {5, 7},
     "qwen3-vl": {4, 7},
+    "qwen3-vl-moe": {4, 4 + 2 * 4},  # q, k, v, o and two tensors of four experts
     "paligemma": {6, 7},
     "gemma3": {6, 7},
     "smolvlm": {6, 7},
@@ -35,9 +36,14 @@ def test_every_linear_layer_of_every_block_is_found(name):
     }
     assert counts == EXPECTED[name]
     for layer in body.layers:
-        module = model.get_submodule(layer.name)
-        assert module is layer.module
-        assert isinstance(module, nn.Linear)
+        if layer.expert:
+            key, index = layer.expert
+            assert model.get_submodule(layer.name.removesuffix(f".{key}.{index}")) is layer.module
+            assert layer.weight.data_ptr() == layer.module.get_parameter(key)[index].data_ptr()
+        else:
+            module = model.get_submodule(layer.name)
+            assert module is layer.module
+            assert isinstance(module, nn.Linear)
         assert layer.name == layer.block or layer.name.startswith(layer.block + ".")
     order = [b.name for b in body.blocks]
     assert [layer.block for layer in body.layers] == sorted((x.block for x in body.layers), key=order.index)

@@ -23,8 +23,8 @@ class Batch:
     each of them; for a decoder-only model they lie on `input_ids`, unshifted, as transformers wants them. `padding` has
     boolean masks, true at real tokens: "text" (B, T), "decoder" (B, Td) for an encoder-decoder, where Td is never T, so
     that a mask is known by its length, "vision" (images, patches) where images are padded, and for a Q-Former that reads
-    the question "instruction" (B, Tq) and "queries" (B, queries + Tq). `samples` has the sample of each row, of one turn
-    each where the model takes only one.
+    the question "instruction" (B, Tq) and "queries" (B, queries + Tq); "image" (B, T) is true where a token of the text
+    stands for a part of an image. `samples` has the sample of each row, of one turn each where the model takes only one.
     """
 
     inputs: dict[str, Tensor]
@@ -197,6 +197,9 @@ class Encoder:
 def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """The masks of real tokens of one encoded batch; see `Batch`."""
     masks = {"text": inputs["attention_mask"].bool()}
+    image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if image_token is not None:
+        masks["image"] = inputs["input_ids"] == image_token
     if "decoder_attention_mask" in inputs:
         masks["decoder"] = inputs["decoder_attention_mask"].bool()
     if "qformer_attention_mask" in inputs:

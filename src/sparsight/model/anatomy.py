@@ -13,26 +13,38 @@ from sparsight.errors import SparsightError
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
 
 SPARSE_FROM = 0.01
+FUSED = ("gate_up_proj", "down_proj")  # (experts, out, in) each
 ROUTERS = ("router", "gate")  # what mixture-of-experts models call the layer that chooses experts
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable linear map, known by its module name."""
+    """One prunable linear map, known by its module name.
+
+    A fused tensor of experts (experts, out, in) is one layer per expert: `expert` is the tensor's name in `module` and
+    the expert's index, and `name` ends in both.
+    """
 
     name: str
     component: str
     block: str
-    module: nn.Linear
+    module: nn.Module
+    expert: tuple[str, int] | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Where the weights are kept: (out, in), or (experts, out, in)."""
+        return cast(nn.Parameter, getattr(self.module, self.expert[0] if self.expert else "weight"))
 
     @property
     def weight(self) -> torch.Tensor:
         """The (out, in) matrix itself, not a copy."""
-        return self.module.weight.data
+        return self.parameter.data[self.expert[1]] if self.expert else self.parameter.data
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features
+        rows, columns = self.weight.shape
+        return rows, columns
 
     @property
     def sparse(self) -> bool:
@@ -41,7 +53,7 @@ class Layer:
 
     def write(self, weight: torch.Tensor) -> None:
         """Put `weight` (out, in) in place of the layer's values, in the layer's own dtype and storage."""
-        self.module.weight.data.copy_(weight)
+        self.weight.copy_(weight)
 
 
 @dataclass(frozen=True)
@@ -118,10 +130,13 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
                 vectors += parameter.numel()
                 continue
             reason = _reason(name, module, parameter, block, tied, output)
+            full = ".".join(part for part in (name, key) if part)
             if reason is None and block is not None:
-                layers.append(Layer(name, block.component, block.name, cast(nn.Linear, module)))
+                experts = range(len(parameter)) if parameter.dim() == 3 else ()
+                layers += [Layer(f"{full}.{i}", block.component, block.name, module, (key, i)) for i in experts] or [
+                    Layer(name, block.component, block.name, module)
+                ]
             else:
-                full = ".".join(part for part in (name, key) if part)
                 skipped.append(Skipped(full, block.component if block else "", reason or "", parameter.numel()))
     skipped.append(Skipped("norms and biases", "", "vectors, never pruned", vectors))
     order = {block.name: i for i, block in enumerate(blocks)}
@@ -178,15 +193,17 @@ def _reason(
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution (patch embedding)"
+    if parameter.dim() == 3 and block and hasattr(module, "_apply_gate"):  # transformers' mark of fused experts
+        fused = {id(module._parameters.get(key)) for key in FUSED}
+        plain = id(parameter) in fused and not (module.is_transposed or module.has_bias) and module.has_gate
+        return None if plain else "fused experts of an unknown layout"
+    if name.rpartition(".")[2] in ROUTERS and block:
+        return "router"
     if not isinstance(module, nn.Linear):
-        return "fused experts, not prunable yet" if block and parameter.dim() == 3 else "bare parameter"
+        return "bare parameter"
     if block is None:
         return "linear layer outside the blocks"
-    if shared:
-        return "weight tied to another module"
-    if name.rpartition(".")[2] in ROUTERS:
-        return "router"
-    return None
+    return "weight tied to another module" if shared else None
 
 
 def block_lists(model: nn.Module) -> dict[str, list[str]]:

@@ -71,6 +71,7 @@ FAMILIES: dict[str, Family] = {
     "llava": _TOWER,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "paligemma": _TOWER,
     "gemma3": _TOWER,
     "smolvlm": Family(

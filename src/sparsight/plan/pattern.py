@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsight.errors import SparsightError
+from sparsight.prune import kernels
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def keep_largest(score: torch.Tensor, count: int) -> torch.Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     if count >= score.shape[1]:
         return torch.ones_like(score, dtype=torch.bool)
+    if (keep := kernels.keep_largest(score, count)) is not None:
+        return keep
     threshold = score.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     keep = score >= threshold
     crowded = (keep.sum(1) > count).nonzero().flatten()  # rows with a tie across the threshold
@@ -125,6 +128,8 @@ def keep_largest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 def keep_of_group(score: torch.Tensor, n: int) -> torch.Tensor:
     """Mark the `n` largest of the last dimension (small): rank every entry by comparing all pairs."""
+    if (keep := kernels.keep_of_group(score, n)) is not None:
+        return keep
     m = score.shape[-1]
     column = score.unbind(-1)
     rank = [torch.zeros_like(column[0], dtype=torch.int16) for _ in range(m)]

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,9 @@ class Journal:
 
     def store(self, block: str, layers: Sequence[Layer], facts: dict) -> None:
         """Write the pruned layers of `block` and what was measured; the entry appears whole or not at all."""
-        tensors = {x.name: pack(x.weight != 0) if self.mask_only else x.weight.contiguous() for x in layers}
+        tensors = {x.name: pack(x.weight != 0) if self.mask_only else x.weight.clone() for x in layers}
+        if not self.mask_only:  # a permutation reorders biases, too
+            tensors |= {f"{x.name}.bias": _bias(x).clone() for x in layers if _bias(x) is not None}
         path = self._path(block)
         save_file(tensors, path.with_suffix(".part"))
         path.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
@@ -41,7 +44,14 @@ class Journal:
             found = tensors[layer.name]
             W = layer.weight
             layer.write(W.masked_fill(~unpack(found, W.shape), 0) if self.mask_only else found)
+            if (bias := _bias(layer)) is not None and f"{layer.name}.bias" in tensors:
+                bias.copy_(tensors[f"{layer.name}.bias"])
         return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"
+
+
+def _bias(layer: Layer) -> Any:
+    bias = None if layer.expert else getattr(layer.module, "bias", None)
+    return None if bias is None else bias.data

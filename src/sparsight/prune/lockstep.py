@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
-Call = Callable[[], Any]
+Call = partial  # of the block, with the arguments that the model gave it in `.args` and `.keywords`
 Visit = Callable[[str, nn.Module, Mapping[int, Call]], None]
 
 
@@ -34,10 +35,11 @@ def lockstep(
     """Walk `batches` through `model`, stopping in front of every block.
 
     `blocks` are (name, module) in forward order. `visit(name, block, calls)` may change the block's weights in place;
-    `calls[i]()` runs the block on batch `i` with the arguments the model gave it, and only batches that reach the block
-    are in `calls`. `done(i, output)` receives what the model returned; without it a batch is dropped once it was visited
-    in front of every block, which saves the last of them and the output head. Runs under `no_grad`; `use_cache` is
-    off meanwhile. Memory: the paused activations of all batches. Cost: one forward per batch plus what `visit` runs.
+    `calls[i]()` runs the block on batch `i` with the arguments the model gave it (`calls[i].args`, `.keywords`), and only
+    batches that reach the block are in `calls`. Any modules may be the blocks, single layers too. `done(i, output)`
+    receives what the model returned; without it a batch is dropped once it was visited in front of every block, which
+    saves the last of them and the output head. Runs under `no_grad`; `use_cache` is off meanwhile. Memory: the paused
+    activations of all batches. Cost: one forward per batch plus what `visit` runs.
 
     **Raises** `RuntimeError` if a forward enters a block twice, or after the block's turn is over. Any error, from
     `visit` or from the model, unwinds every waiting forward and removes every hook.
@@ -82,7 +84,7 @@ class _Walk:
         here = sorted(i for i, (where, _, _) in self.standing.items() if where == position)
         self.visited.add(position)
         with _own_thread_state():
-            self.visit(name, block, {i: self._call(block, *self.standing[i][1:]) for i in here})
+            self.visit(name, block, {i: self._call(block, i) for i in here})
         for i in here:
             del self.standing[i]
             if self.done is None and len(self.entered[i]) == len(self.blocks):  # nothing left to see
@@ -90,9 +92,9 @@ class _Walk:
             else:
                 self._walk_on(i)
 
-    @staticmethod
-    def _call(block: nn.Module, args: tuple, kwargs: dict) -> Call:
-        return lambda: block(*args, **kwargs)
+    def _call(self, block: nn.Module, i: int) -> Call:
+        _, args, kwargs = self.standing[i]
+        return partial(block, *args, **kwargs)
 
     def _forward(self, i: int) -> None:
         """The body of a greenlet: one plain forward of one batch."""

@@ -1,67 +1,189 @@
-"""What is known of a layer's inputs, gathered while a block runs: column norms, counts, a few rows to measure errors on.
+"""What is known of a layer's inputs, gathered while a block runs: sums over tokens, and a few rows to measure errors on.
 
-Padding is left out: a token that a batch only carries to fill its rectangle says nothing about the data. Layers that are
-fed the very same tensor (q/k/v, gate/up) share one accumulator.
+Padding is left out: a token that a batch only carries to fill its rectangle says nothing about the data. Tokens of text
+and of images are summed apart, so that a rule (`prune/tokens.py`) can weigh them. Layers that are fed the very same
+tensor (q/k/v, gate/up) share one accumulator. A Gram matrix is gathered as an upper triangle of panels, which is little
+more than half the work of a full product.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from sparsight.model.anatomy import Layer
+from sparsight.prune.factor import inverse_factor
 
 MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "language": ("text", "decoder")}
 ERROR_ROWS = 512  # inputs of a layer kept to measure its output error on
+PANEL = 256  # columns of the Gram matrix per product
+
+Weigh = Callable[[Mapping[str, int]], Mapping[str, float]]  # tokens seen of each kind -> what one of them counts
+
+
+def alike(counts: Mapping[str, int]) -> dict[str, float]:
+    return dict.fromkeys(counts, 1.0)
+
+
+class Sums:
+    """Plain float32 sums over the tokens of one kind."""
+
+    def __init__(self, columns: int, device: torch.device, gram: bool) -> None:
+        self.count = 0
+        self.sums = torch.zeros(columns, dtype=torch.float32, device=device)  # (in,) sum of x_j
+        self.squares = torch.zeros_like(self.sums)  # (in,) sum of x_j^2
+        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
+
+    def add(self, X: torch.Tensor) -> None:  # (tokens, in)
+        X = X.float()
+        self.count += X.shape[0]
+        self.sums += X.sum(0)
+        self.squares += X.square().sum(0)
+        if self.upper is not None:
+            for start in range(0, X.shape[1], PANEL):
+                self.upper[start : start + PANEL, start:].addmm_(X[:, start : start + PANEL].T, X[:, start:])
 
 
 @dataclass
 class Moments:
-    """Sums over the tokens a layer has seen; float32, on the layer's device."""
+    """What a layer's inputs were, on the layer's device.
+
+    `weigh` says what a token of each kind counts; a layer that saw one kind only takes every token as one.
+    `sensitivity` is, for methods that need it, how the loss answers to the layer's weights (`prune/gradients.py`).
+    """
 
     columns: int
     device: torch.device
-    count: int = 0
-    squares: torch.Tensor = field(init=False)  # (in,) sum of x_j^2
+    with_gram: bool = False
+    weigh: Weigh = alike
+    kinds: dict[str, Sums] = field(default_factory=dict)  # "text", "image"
+    sequences: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)  # each (k, in): tokens from all over a batch
+    sensitivity: Any = None
+    damping: float = 0.0  # of the Gram matrix's factor, in units of its mean diagonal
+    _gram: torch.Tensor | None = None
+    _factor: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.squares = torch.zeros(self.columns, dtype=torch.float32, device=self.device)
+    def add(
+        self, X: torch.Tensor, keep_rows: int = 0, *, image: torch.Tensor | None = None, sequences: int = 1
+    ) -> None:  # X (tokens, in), image (tokens,)
+        self.sequences += sequences
+        text = torch.ones(len(X), dtype=torch.bool, device=X.device) if image is None else ~image
+        for kind, chosen in (("text", text), ("image", ~text)):
+            if bool(chosen.any()):
+                sums = self.kinds.setdefault(kind, Sums(self.columns, self.device, self.with_gram))
+                sums.add(X if bool(chosen.all()) else X[chosen])
+        if keep_rows:
+            self.rows.append(X[:: max(1, -(-X.shape[0] // keep_rows))].clone())
+
+    @property
+    def tokens(self) -> int:
+        return sum(kind.count for kind in self.kinds.values())
+
+    @property
+    def count(self) -> float:
+        """Tokens, each as often as it counts."""
+        return self._weighted(lambda kind: kind.count)
+
+    @property
+    def squares(self) -> torch.Tensor:  # (in,)
+        return self._weighted(lambda kind: kind.squares)
 
     @property
     def norm(self) -> torch.Tensor:  # (in,)
         """||x_j||_2 over all tokens, for every input column."""
         return self.squares.sqrt()
 
-    def add(self, X: torch.Tensor, keep_rows: int) -> None:  # X (tokens, in)
-        self.count += X.shape[0]
-        self.squares += X.float().square().sum(0)
-        if keep_rows:
-            self.rows.append(X[:: max(1, -(-X.shape[0] // keep_rows))].clone())
+    @property
+    def sums(self) -> torch.Tensor:  # (in,)
+        return self._weighted(lambda kind: kind.sums)
+
+    @property
+    def variance(self) -> torch.Tensor:  # (in,)
+        return (self.squares / self.count - (self.sums / self.count).square()).clamp(min=0)
+
+    @property
+    def gram(self) -> torch.Tensor:  # (in, in)
+        """X^T X over all tokens."""
+        if self._gram is None:
+            if not self.with_gram:
+                raise ValueError("this method was not given a Gram matrix; declare it with needs='gram'")
+            upper = self._weighted(lambda kind: kind.upper)
+            self._gram = upper.triu().add_(upper.triu(1).T)
+        return self._gram
+
+    def inverse_factor(self) -> torch.Tensor:  # (in, in)
+        """Upper triangular U with U^T U = (gram, damped)^-1; computed once for all layers that share these moments."""
+        if self._factor is None:
+            self._factor, self.damping = inverse_factor(self.gram)
+        return self._factor
 
     def sample(self) -> torch.Tensor:
         """The kept inputs, (k, in) with k <= `ERROR_ROWS`."""
         return torch.cat(self.rows) if self.rows else torch.zeros(0, self.columns, device=self.device)
 
+    def _weighted(self, part: Callable[[Sums], Any]) -> Any:
+        weights = self.weigh({name: kind.count for name, kind in self.kinds.items()}) if len(self.kinds) > 1 else {}
+        return sum((part(kind) * weights.get(name, 1.0) for name, kind in self.kinds.items()), start=0)
+
+    @classmethod
+    def pooled(cls, several: Sequence[Moments]) -> Moments:
+        """The moments of all their tokens together."""
+        first = several[0]
+        whole = cls(first.columns, first.device, first.with_gram, first.weigh)
+        for moments in several:
+            whole.sequences += moments.sequences
+            whole.rows += moments.rows
+            for name, kind in moments.kinds.items():
+                sums = whole.kinds.setdefault(name, Sums(first.columns, first.device, first.with_gram))
+                sums.count += kind.count
+                sums.sums += kind.sums
+                sums.squares += kind.squares
+                if sums.upper is not None and kind.upper is not None:
+                    sums.upper += kind.upper
+        return whole
+
+    def permuted(self, order: torch.Tensor) -> Moments:  # order (in,)
+        """The moments of the same inputs with their columns in another order."""
+        other = Moments(self.columns, self.device, self.with_gram, self.weigh, sequences=self.sequences)
+        other.rows = [rows[:, order] for rows in self.rows]
+        for name, kind in self.kinds.items():
+            sums = other.kinds[name] = Sums(self.columns, self.device, False)
+            sums.count, sums.sums, sums.squares = kind.count, kind.sums[order], kind.squares[order]
+            if kind.upper is not None:
+                whole = kind.upper.triu() + kind.upper.triu(1).T
+                sums.upper = whole[order][:, order]
+        return other
+
 
 class Watch:
     """Open accumulators on the layers of one block; `during(batch)` says whose tokens run, `moments` holds the sums."""
 
-    def __init__(self, layers: Sequence[Layer], batches: int) -> None:
+    def __init__(self, layers: Sequence[Layer], batches: int, *, gram: bool = False, weigh: Weigh = alike) -> None:
         self.moments: dict[str, Moments] = {}
+        self.gram, self.weigh = gram, weigh
         self._layers = layers
         self._rows_each = max(1, -(-ERROR_ROWS // max(1, batches)))
         self._padding: Mapping[str, torch.Tensor] = {}
+        self._drop: torch.Tensor | None = None
         self._component = layers[0].component if layers else ""
         self._seen: list[tuple[torch.Tensor, Moments]] = []
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Watch]:
-        hooks = [layer.module.register_forward_pre_hook(self._hook(layer)) for layer in self._layers]
+        experts: dict[int, list[Layer]] = {}
+        hooks = []
+        for layer in self._layers:
+            if layer.expert is None:
+                hooks.append(layer.module.register_forward_pre_hook(self._hook(layer)))
+            else:
+                experts.setdefault(id(layer.module), []).append(layer)
+        for group in experts.values():
+            hooks.append(group[0].module.register_forward_pre_hook(self._hook_experts(group)))
         try:
             yield self
         finally:
@@ -69,40 +191,80 @@ class Watch:
                 hook.remove()
 
     @contextlib.contextmanager
-    def during(self, padding: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Run one batch with these masks of real tokens."""
-        self._padding, self._seen = padding, []
+    def during(self, padding: Mapping[str, torch.Tensor], drop: torch.Tensor | None = None) -> Iterator[None]:
+        """Run one batch with these masks of real tokens; `drop` marks language tokens (B, T) that a rule leaves out."""
+        self._padding, self._drop, self._seen = padding, drop, []
         try:
             yield
         finally:
-            self._padding, self._seen = {}, []
+            self._padding, self._drop, self._seen = {}, None, []
+
+    def see(self, layer: Layer, X: torch.Tensor) -> Moments:
+        """Add the inputs X (..., in) of one layer; those of a tensor seen before in this batch are there already."""
+        for tensor, moments in self._seen:
+            if tensor is X:
+                self.moments[layer.name] = moments
+                return moments
+        moments = self._of(layer, X)
+        self._seen.append((X, moments))
+        flat, image = real_tokens(X, self._padding, self._component, self._drop)
+        self._add(moments, flat, image, X.shape[0] if X.dim() > 2 else 1)
+        return moments
+
+    def _of(self, layer: Layer, X: torch.Tensor) -> Moments:
+        if layer.name not in self.moments:
+            self.moments[layer.name] = Moments(X.shape[-1], X.device, self.gram, self.weigh)
+        return self.moments[layer.name]
+
+    def _add(self, moments: Moments, flat: torch.Tensor, image: torch.Tensor | None, sequences: int) -> None:
+        room = ERROR_ROWS - sum(len(rows) for rows in moments.rows)
+        moments.add(flat, min(room, self._rows_each), image=image, sequences=sequences)
 
     def _hook(self, layer: Layer):
         def gather(module: Any, args: tuple) -> None:
-            X = args[0]
-            for tensor, moments in self._seen:
-                if tensor is X:
-                    self.moments[layer.name] = moments
-                    return
-            if layer.name not in self.moments:
-                self.moments[layer.name] = Moments(X.shape[-1], X.device)
-            moments = self.moments[layer.name]
-            self._seen.append((X, moments))
-            room = ERROR_ROWS - sum(len(rows) for rows in moments.rows)
-            moments.add(real_tokens(X, self._padding, self._component), min(room, self._rows_each))
+            self.see(layer, args[0])
+
+        return gather
+
+    def _hook_experts(self, layers: Sequence[Layer]):
+        """Fused experts get (tokens, in) and which experts each token goes to; every expert sees its own tokens only."""
+
+        def gather(module: Any, args: tuple) -> None:
+            X, chosen = args[0], args[1]  # (tokens, in), (tokens, k)
+            places = torch.arange(X.shape[0], device=X.device).unsqueeze(1)
+            real, image = real_tokens(places, self._padding, self._component, self._drop)
+            for layer in layers:
+                key, index = layer.expert  # type: ignore[misc]
+                here = (chosen[real[:, 0]] == index).any(1)
+                inputs = X[real[here, 0]]
+                if key == "down_proj":
+                    inputs = module._apply_gate(torch.nn.functional.linear(inputs, module.gate_up_proj[index]))
+                if len(inputs):
+                    self._add(self._of(layer, inputs), inputs, None if image is None else image[here], 1)
 
         return gather
 
 
-def real_tokens(X: torch.Tensor, padding: Mapping[str, torch.Tensor], component: str) -> torch.Tensor:
-    """Flatten X (..., in) to (tokens, in) without its padding.
+def real_tokens(
+    X: torch.Tensor, padding: Mapping[str, torch.Tensor], component: str, drop: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Flatten X (..., in) to (tokens, in) without its padding, and say which of the tokens are an image's.
 
     Each component has masks of its own, told apart by their number of tokens (those of encoder and decoder, and of the
-    Q-Former's text and queries, differ by construction). Inputs that fit no mask have no padding.
+    Q-Former's text and queries, differ by construction). Inputs that fit no mask have no padding. Image tokens are those
+    of the language model's inputs that stand for an image, and all of vision's; None if there are none.
     """
     flat = X.reshape(-1, X.shape[-1])
+    everywhere = torch.ones(flat.shape[0], dtype=torch.bool, device=flat.device)
     for name in MASKS[component]:
         mask = padding.get(name)
-        if mask is not None and mask.numel() == flat.shape[0]:
-            return flat if bool(mask.all()) else flat[mask.reshape(-1).to(flat.device)]
-    return flat
+        if mask is None or mask.numel() != flat.shape[0]:
+            continue
+        mask = mask.reshape(-1).to(flat.device)
+        image = padding["image"].reshape(-1).to(flat.device) if name == "text" and "image" in padding else None
+        if drop is not None and name == "text":
+            mask = mask & ~drop.reshape(-1).to(flat.device)
+        if not bool(mask.all()):
+            flat, image = flat[mask], image if image is None else image[mask]
+        return flat, everywhere[: len(flat)] if component == "vision" else image
+    return flat, everywhere if component == "vision" else None

@@ -1,7 +1,15 @@
-"""The loop: walk the calibration batches through the blocks, gather moments, prune, measure what it cost."""
+"""The loop: walk the calibration batches through the blocks, gather moments, prune, measure what it cost.
+
+`propagate="block"` stops in front of every block, as the papers do: one run of the block to gather moments, one to walk
+on, so two forwards in all. `"dense"` does the same and changes no weight before the walk is over. `"stage"` stops in
+front of every layer, in the order in which the model calls them: a layer's inputs are in its stop's arguments, and later
+layers of the same block see what the pruned earlier ones put out; nothing runs twice, so one forward in all, at the price
+of holding the activations inside a block for all batches.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,25 +21,44 @@ from torch import nn
 
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
-from sparsight.plan.budget import nearest
 from sparsight.plan.plan import Plan
+from sparsight.prune.choice import Choice, choose
+from sparsight.prune.gradients import gradients
 from sparsight.prune.journal import Journal
 from sparsight.prune.lockstep import Call, lockstep
-from sparsight.prune.methods import Method, find_method
 from sparsight.prune.moments import Moments, Watch, real_tokens
+from sparsight.prune.permute import permute_block
+from sparsight.prune.reconstruct import Reconstruction, first, parent
+from sparsight.prune.tokens import Flow, attended
 
-PROPAGATE = ("dense", "block")
 ERROR_BATCHES = 4  # batches a block's output error is measured on
+FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all experts of its tensor
 
 
 @dataclass
 class PruneRecord:
-    """What pruning did: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block."""
+    """What pruning did: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block.
+
+    `tokens` are the calibration tokens that each block (layer, with `stage`) has seen, per kind, without padding; `pooled`
+    the experts that saw too few and were pruned with the moments of all; `damping` what a Gram matrix needed beyond
+    the usual 1 % of its mean diagonal; `reconstructed` the errors before and after, per part of a block; `permuted` the
+    layers whose input channels were reordered.
+    """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
     block_errors: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)  # calibration tokens each block has seen, without padding
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)
+    pooled: list[str] = field(default_factory=list)
+    damping: dict[str, float] = field(default_factory=dict)
+    reconstructed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    permuted: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Take what was measured at one stop."""
+        for key, value in facts.items():
+            known = getattr(self, key)
+            known.extend(value) if isinstance(known, list) else known.update(value)
 
 
 def prune(
@@ -40,92 +67,63 @@ def prune(
     plan: Plan,
     batches: Sequence[Any],
     *,
-    method: str | Method | Callable = "wanda",
-    propagate: str = "block",
+    method: str | Choice | Callable | Any = "wanda",
     seed: int = 0,
     journal: Journal | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
 ) -> PruneRecord:
     """Prune `model` in place as `plan` says.
 
-    `batches` have `.inputs` (what `model(**inputs)` takes) and `.padding` (masks of real tokens). `propagate="block"`
-    lets later blocks see what the pruned earlier ones put out; with `"dense"` every block is pruned on the dense model's
-    activations, and no weight changes before the walk is over. Blocks that the `journal` holds are taken from there.
-    `progress(block, done, all)` is called per block.
+    `batches` have `.inputs` (what `model(**inputs)` takes) and `.padding` (masks of real tokens). `method` is a name, a
+    function, a `Method` or a `Choice`; `options` are those of `choose`. Blocks that the `journal` holds are taken from
+    there. `progress(stop, done, all)` is called per stop.
 
-    **Raises** `SparsightError` before anything is changed for an unknown method or `propagate`, and, naming the layer,
-    for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
+    **Raises** `SparsightError` before anything is changed for an unknown name or a combination that makes no sense, and,
+    naming the layer, for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
     """
-    how = find_method(method)
-    check_propagate(propagate)
+    choice = method if isinstance(method, Choice) else choose(method, **options)
     began = time.perf_counter()
-    walk = _Pruning(anatomy, plan, batches, how, propagate, seed, journal, progress)
-    for layer in walk.layers:
+    work = (_Layers if choice.propagate == "stage" else _Blocks)(anatomy, plan, batches, choice, seed, journal, progress)
+    for layer in work.layers:
         if not torch.isfinite(layer.weight).all():
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
     if not batches:
-        if how.needs is not None:
+        if choice.needs:
             raise SparsightError("--data: this method needs calibration samples; give --data, or --method magnitude")
-        for layer in walk.layers:
-            layer.write(walk.pruned(layer, None))
-        walk.record.seconds = time.perf_counter() - began
-        return walk.record
-    blocks = [(block.name, block.module) for block in anatomy.blocks_with(set(plan))]
-    training = model.training
-    model.eval()
-    try:
-        lockstep(model, blocks, [batch.inputs for batch in batches], walk.visit)
-    finally:
-        model.train(training)
-    walk.finish()
-    walk.record.seconds = time.perf_counter() - began
-    return walk.record
-
-
-def check_propagate(propagate: str) -> None:
-    if propagate not in PROPAGATE:
-        raise SparsightError(f"--propagate: unknown value {propagate!r}; {nearest(propagate, PROPAGATE)}")
+        for layer in work.layers:
+            layer.write(work.pruned(layer, None))
+    else:
+        training = model.training
+        model.eval()
+        try:
+            if "gradient" in choice.needs:
+                work.sensitivity = gradients(model, work.layers, batches)
+            lockstep(model, work.stops(anatomy), [batch.inputs for batch in batches], work.visit)
+        finally:
+            model.train(training)
+        work.finish()
+    work.record.seconds = time.perf_counter() - began
+    return work.record
 
 
 class _Pruning:
-    def __init__(self, anatomy, plan, batches, method, propagate, seed, journal, progress) -> None:
+    """What the two ways of walking share: how one layer is pruned, and what is written down."""
+
+    def __init__(self, anatomy, plan, batches, choice, seed, journal, progress) -> None:
         self.layers: list[Layer] = [layer for layer in anatomy.layers if layer.name in plan]
-        self.blocks = len(anatomy.blocks_with(set(plan)))
-        self.plan, self.batches, self.method, self.seed = plan, batches, method, seed
-        self.dense, self.journal, self.progress = propagate == "dense", journal, progress
+        self.plan: Plan = plan
+        self.batches, self.choice, self.seed = batches, choice, seed
+        self.journal, self.progress = journal, progress
         self.record = PruneRecord()
-        self.pending: dict[str, torch.Tensor] = {}
+        self.sensitivity: Mapping[str, Any] = {}
+        self.done = 0
 
-    def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
-        layers = [layer for layer in self.layers if layer.block == name]
-        before = {layer.name: layer.weight.clone() for layer in layers} if self.dense else {}
-        facts = self.journal.recall(name, layers) if self.journal else None
-        if facts is None:
-            facts = self._prune_block(layers, calls)
-            if self.journal:
-                self.journal.store(name, layers, facts)
-        self.record.layer_errors.update(facts["layer_errors"])
-        self.record.block_errors[name] = facts["block_error"]
-        self.record.tokens[name] = facts["tokens"]
-        if self.dense:
-            for layer in layers:
-                self.pending[layer.name] = layer.weight.clone()
-                layer.write(before[layer.name])
-        if self.progress:
-            self.progress(name, len(self.record.block_errors), self.blocks)
+    def stops(self, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
+        raise NotImplementedError
 
-    def _prune_block(self, layers: list[Layer], calls: Mapping[int, Call]) -> dict[str, Any]:
-        moments, targets = self._observe(layers, calls)
-        errors = {}
-        for layer in layers:
-            if layer.name not in moments:
-                raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
-            errors[layer.name] = self._prune(layer, moments[layer.name])
-        return {
-            "layer_errors": errors,
-            "block_error": self._block_error(layers[0].component, calls, targets),
-            "tokens": max(m.count for m in moments.values()),
-        }
+    def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
+        raise NotImplementedError
 
     def finish(self) -> None:
         unreached = [layer.name for layer in self.layers if layer.name not in self.record.layer_errors]
@@ -134,23 +132,25 @@ class _Pruning:
                 f"{unreached[0]}: no calibration sample reached this layer"
                 f"{f' nor {len(unreached) - 1} others' if len(unreached) > 1 else ''}; give samples that use it"
             )
-        for layer in self.layers:
-            if layer.name in self.pending:
-                layer.write(self.pending[layer.name])
 
-    def _observe(self, layers: list[Layer], calls: Mapping[int, Call]) -> tuple[dict[str, Moments], dict]:
-        """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
-        watch = Watch(layers, len(calls))
-        targets: dict[int, torch.Tensor] = {}
-        with watch.open():
-            for i, call in calls.items():
-                with watch.during(self.batches[i].padding):
-                    output = _tensor(call())
-                if len(targets) < ERROR_BATCHES:
-                    targets[i] = output
-        return watch.moments, targets
+    def journalled(self, name: str, layers: Sequence[Layer], work: Callable[[], dict[str, Any]]) -> None:
+        """Take a stop from the journal, or do it and write it there."""
+        facts = self.journal.recall(name, layers) if self.journal else None
+        if facts is None:
+            facts = work()
+            if self.journal:
+                self.journal.store(name, layers, facts)
+        self.record.add(facts)
 
-    def _prune(self, layer: Layer, moments: Moments) -> float:
+    def report(self, name: str, every: int) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(name, self.done, every)
+
+    def watch(self, layers: Sequence[Layer], batches: int) -> Watch:
+        return Watch(layers, batches, gram="gram" in self.choice.needs, weigh=self.choice.tokens.weigh)
+
+    def prune(self, layer: Layer, moments: Moments) -> dict[str, Any]:
         """Prune one layer in place; its relative output error on the kept inputs."""
         if not torch.isfinite(moments.squares).all():
             raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
@@ -159,12 +159,18 @@ class _Pruning:
         difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
         reference = torch.linalg.norm(X @ W.float().T)
         layer.write(pruned)
-        return _ratio(difference, reference)
+        facts: dict[str, Any] = {"layer_errors": {layer.name: _ratio(difference, reference)}}
+        return {**facts, "damping": {layer.name: moments.damping}} if moments.damping > 0.01 else facts
 
     def pruned(self, layer: Layer, moments: Moments | None) -> torch.Tensor:
         """What the method makes of a layer's weight (out, in), held to its promise."""
         W, pattern = layer.weight, self.plan[layer.name]
-        pruned = self.method.prune(W, moments, pattern, generator=self.generator(layer))
+        if moments is not None:
+            moments.sensitivity = self.sensitivity.get(layer.name)
+        try:
+            pruned = self.choice.prune(W, moments, pattern, generator=self.generator(layer.name))
+        except ValueError as error:  # a score or a factor that cannot be
+            raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
         if (pruned.shape, pruned.dtype) != (W.shape, W.dtype) or not pattern.holds(pruned) or not pruned.isfinite().all():
             raise SparsightError(
                 f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
@@ -172,24 +178,163 @@ class _Pruning:
             )
         return pruned
 
-    def generator(self, layer: Layer) -> torch.Generator:
-        """Random numbers that depend on the seed and the layer's name only."""
-        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(layer.name.encode()))
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers that depend on the seed and the name only."""
+        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
 
-    def _block_error(self, component: str, calls: Mapping[int, Call], targets: dict) -> float:
+
+class _Layers(_Pruning):
+    """`stage`: stop in front of every layer, whose inputs are in the stop's arguments."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        for layer in self.layers:
+            if layer.expert is not None:
+                raise SparsightError(f"--propagate: {layer.name} is one of fused experts; stage stops at layers, use block")
+        self.by_name = {layer.name: layer for layer in self.layers}
+        self.inputs: list[torch.Tensor] = []  # of the last stop: q, k and v are fed the very same tensors
+        self.moments: Moments | None = None
+
+    def stops(self, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
+        return [(layer.name, layer.module) for layer in self.layers]
+
+    def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
+        layer = self.by_name[name]
+        self.journalled(name, [layer], lambda: self._prune_layer(layer, calls))
+        self.report(name, len(self.layers))
+
+    def _prune_layer(self, layer: Layer, calls: Mapping[int, Call]) -> dict[str, Any]:
+        inputs = [call.args[0] for call in calls.values()]
+        if self.moments is None or not _same(inputs, self.inputs):
+            watch = self.watch([layer], len(calls))
+            for i, X in zip(calls, inputs, strict=True):
+                with watch.during(self.batches[i].padding):
+                    watch.see(layer, X)
+            self.inputs, self.moments = inputs, watch.moments[layer.name]
+        return self.prune(layer, self.moments) | {"tokens": {layer.name: _seen(self.moments)}}
+
+
+class _Blocks(_Pruning):
+    """`block` and `dense`: stop in front of every block, and run it as often as the work on it needs."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.dense = self.choice.propagate == "dense"
+        self.pending: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.blocks = 0
+
+    def stops(self, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
+        stops = [(block.name, block.module) for block in anatomy.blocks_with(set(self.plan))]
+        self.blocks = len(stops)
+        return stops
+
+    def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
+        layers = [layer for layer in self.layers if layer.block == name]
+        held = {id(p): p for layer in layers for p in layer.module.parameters(recurse=False)} if self.dense else {}
+        before = [p.data.clone() for p in held.values()]
+        self.journalled(name, layers, lambda: self._prune_block(name, block, layers, calls))
+        for p, value in zip(held.values(), before, strict=True):
+            self.pending.append((p, p.data.clone()))
+            p.data.copy_(value)
+        self.report(name, self.blocks)
+
+    def finish(self) -> None:
+        super().finish()
+        for p, value in self.pending:
+            p.data.copy_(value)
+
+    def _prune_block(self, name: str, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call]) -> dict[str, Any]:
+        choice, component = self.choice, layers[0].component
+        fitting = None
+        if choice.reconstruct:
+            fitting = Reconstruction(name, block, layers, calls, lambda i, X: self._real(i, X, component))
+        moments, targets = self._observe(block, layers, calls, fitting)
+        pooled = self._pool(layers, moments)
+        facts: dict[str, Any] = {"tokens": {name: _most(moments)}, "pooled": pooled, "layer_errors": {}, "damping": {}}
+        generator = self.generator(name)
+        if choice.permute:
+            parents = {layer.name: parent(name, block, layer) for layer in layers}
+            facts["permuted"] = permute_block(layers, self.plan, moments, parents, calls, generator)
+        for layer in layers:
+            if layer.name not in moments:
+                raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
+            for key, value in self.prune(layer, moments[layer.name]).items():
+                facts[key].update(value)
+        if fitting:
+            facts["reconstructed"] = fitting.fit(choice.reconstruct, generator)
+        return {**facts, "block_errors": {name: self._block_error(component, calls, targets)}}
+
+    def _observe(
+        self, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call], fitting: Reconstruction | None
+    ) -> tuple[dict[str, Moments], dict[int, torch.Tensor]]:
+        """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
+        watch = self.watch(layers, len(calls))
+        dropped = self._dropped(block, layers[0].component, calls)
+        targets: dict[int, torch.Tensor] = {}
+        with watch.open():
+            for i, call in calls.items():
+                keeping = fitting.watch(i) if fitting else contextlib.nullcontext()
+                with watch.during(self.batches[i].padding, dropped.get(i)), keeping:
+                    output = first(call())
+                if len(targets) < ERROR_BATCHES:
+                    targets[i] = output
+        return watch.moments, targets
+
+    def _dropped(self, block: nn.Module, component: str, calls: Mapping[int, Call]) -> dict[int, torch.Tensor]:
+        """The tokens that the rule leaves out of each batch; one more run of the block, where it looks at outputs."""
+        rule = self.choice.tokens
+        if rule.select is None or component != "language":
+            return {}
+        flows = {}
+        for i, call in calls.items():
+            padding = self.batches[i].padding
+            before = call.args[0] if call.args else call.keywords["hidden_states"]
+            image = padding.get("image")
+            if image is None or image.shape != before.shape[:2]:  # a decoder's tokens are text
+                continue
+            after, attention = attended(block, call, padding["text"]) if rule.attention else (first(call()), None)
+            flows[i] = Flow(before, after, padding["text"], image, attention)
+        return dict(zip(flows, rule.select(list(flows.values())), strict=True)) if flows else {}
+
+    @staticmethod
+    def _pool(layers: Sequence[Layer], moments: dict[str, Moments]) -> list[str]:
+        """Give experts that saw too few tokens the moments of all experts of their tensor; their names."""
+        tensors: dict[int, list[Layer]] = {}
+        for layer in layers:
+            if layer.expert is not None:
+                tensors.setdefault(id(layer.parameter), []).append(layer)
+        pooled = []
+        for experts in tensors.values():
+            seen = [moments[layer.name] for layer in experts if layer.name in moments]
+            poor = [x.name for x in experts if x.name not in moments or moments[x.name].tokens < FEW]
+            if seen and poor:
+                whole = Moments.pooled(seen)
+                moments.update(dict.fromkeys(poor, whole))
+                pooled += poor
+        return pooled
+
+    def _real(self, i: int, X: torch.Tensor, component: str) -> torch.Tensor:
+        return real_tokens(X, self.batches[i].padding, component)[0]
+
+    def _block_error(self, component: str, calls: Mapping[int, Call], targets: dict[int, torch.Tensor]) -> float:
         difference = reference = torch.zeros(())
         for i, target in targets.items():
-            padding = self.batches[i].padding
-            now = real_tokens(_tensor(calls[i]()), padding, component).float()
-            then = real_tokens(target, padding, component).float()
+            now, then = (self._real(i, X, component).float() for X in (first(calls[i]()), target))
             difference = difference + (now - then).square().sum().cpu()
             reference = reference + then.square().sum().cpu()
         return _ratio(difference.sqrt(), reference.sqrt())
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    """A block's hidden states, whether it returns them alone or first in a tuple."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:
+    return len(these) == len(those) and all(a is b for a, b in zip(these, those, strict=True))
+
+
+def _seen(moments: Moments) -> dict[str, int]:
+    return {name: kind.count for name, kind in moments.kinds.items()}
+
+
+def _most(moments: Mapping[str, Moments]) -> dict[str, int]:
+    return _seen(max(moments.values(), key=lambda m: m.tokens)) if moments else {}
 
 
 def _ratio(difference: torch.Tensor, reference: torch.Tensor) -> float:

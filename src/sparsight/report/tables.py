@@ -95,6 +95,17 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if facts["block_errors"]:
         worst = max(facts["block_errors"], key=lambda name: facts["block_errors"][name])
         lines.append(f"Largest relative output error of a block: {facts['block_errors'][worst]:.3f} at {worst}")
+    if fitted := list(facts["reconstructed"].values()):
+        before, after = (sum(pair[i] for pair in fitted) / len(fitted) for i in (0, 1))
+        lines.append(f"Reconstruction: mean relative output error of a part {before:.3f} -> {after:.3f}")
+    if facts["permuted"]:
+        lines.append(f"Channels regrouped in front of {len(facts['permuted'])} layers")
+    if facts["damping"]:
+        worst = max(facts["damping"].values())
+        lines.append(f"{len(facts['damping'])} Gram matrices needed more damping than 0.01, at most {worst:g}")
+    if facts["pooled"]:
+        names = ", ".join(facts["pooled"][:3]) + (" ..." if len(facts["pooled"]) > 3 else "")
+        lines.append(f"{len(facts['pooled'])} experts saw too few tokens and took the moments of all: {names}")
     return [*lines, *left_out(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
 
 

@@ -54,8 +54,11 @@ def live_teacher(model: nn.Module) -> Teacher:
 
 @torch.no_grad()
 def read_masks(anatomy: Anatomy, recorded: Container[str] = ()) -> Masks:
-    """The packed masks of every sparse layer, whoever pruned it, and of the recorded ones, read from the zeros."""
-    layers = [layer for layer in anatomy.layers if layer.sparse or layer.name in recorded]
+    """The packed masks of every sparse layer, whoever pruned it, and of the recorded ones, read from the zeros.
+
+    Fused experts have none: no adapter is put on them, so that they stay as they are.
+    """
+    layers = [layer for layer in anatomy.layers if layer.expert is None and (layer.sparse or layer.name in recorded)]
     return {layer.name: pack(layer.weight != 0) for layer in layers}
 
 

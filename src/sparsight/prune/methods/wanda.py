@@ -12,6 +12,9 @@ from sparsight.plan.pattern import Pattern
 from sparsight.prune.moments import Moments
 
 
+def wanda_score(W: torch.Tensor, moments: Moments) -> torch.Tensor:
+    return W.abs().float() * moments.norm  # (out, in) * (in,)
+
+
 def wanda(W: torch.Tensor, moments: Moments, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
-    score = W.abs().float() * moments.norm  # (out, in) * (in,)
-    return W.masked_fill(~pattern.keep(score), 0)
+    return W.masked_fill(~pattern.keep(wanda_score(W, moments)), 0)

@@ -1,0 +1,34 @@
+"""One run of race.py: prune the folder's model with Sparsight, write the pruned weights, print seconds and peak bytes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from sparsight import anatomy
+from sparsight.plan.plan import make_plan
+from sparsight.prune.prune import prune
+
+folder, method, out, propagate = sys.argv[1:]
+model = LlavaForConditionalGeneration.from_pretrained(f"{folder}/model", dtype="auto").eval()
+tensors = load_file(f"{folder}/batches.safetensors")
+batches = []
+for i in range(len(tensors) // 2):
+    inputs = {key: tensors[f"{i}.{key}"] for key in ("input_ids", "pixel_values")}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    batches.append(SimpleNamespace(inputs=inputs, padding={}))
+body = anatomy(model)
+plan = make_plan(body, sparsity=0.5, pattern="tensor" if method == "sparsegpt" else "row")
+began = time.perf_counter()
+prune(model, body, plan, batches, method=method, propagate=propagate)
+seconds = time.perf_counter() - began
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+save_file({name: body[name].weight.contiguous() for name in plan}, out)
+print(json.dumps({"seconds": seconds, "peak": peak}))

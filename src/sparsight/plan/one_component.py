@@ -1,0 +1,30 @@
+"""One component carries the whole budget: as many zeros as the uniform policy would put into all of them, evenly over one.
+
+"Rethinking Pruning for Vision-Language Models" (He et al., arXiv 2404.02424) finds that pruning the language model only is
+the other good setting beside equal sparsities, the language model being most of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sparsight.errors import SparsightError
+from sparsight.model.anatomy import Layer
+
+
+def language_only(layers: Sequence[Layer], budget: Mapping[str, float], measure: object = None) -> dict[str, float]:
+    return _only("language", layers)
+
+
+def vision_only(layers: Sequence[Layer], budget: Mapping[str, float], measure: object = None) -> dict[str, float]:
+    return _only("vision", layers)
+
+
+def _only(component: str, layers: Sequence[Layer]) -> dict[str, float]:
+    chosen = {layer.name: 1.0 for layer in layers if layer.component == component}
+    if not chosen:
+        raise SparsightError(
+            f"--policy: {component}-only puts every zero into {component}, of which --sparsity and --ignore leave no layer "
+            f"to prune; give {component} a sparsity above 0, or choose another policy"
+        )
+    return chosen

@@ -1,0 +1,82 @@
+"""Compiled selection equals plain torch; how the kernels are built, kept, and done without."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from sparsight.plan.pattern import keep_largest, keep_of_group
+from sparsight.prune import kernels
+
+COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+
+
+@COMPILER
+@pytest.mark.parametrize("shape", [(1, 5), (7, 64), (3, 1000), (2, 70_000)])
+def test_compiled_selection_equals_plain_torch(shape, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    smooth, tied = torch.randn(shape, generator=g), torch.randint(-2, 3, shape, generator=g).float()
+    tied[0, ::2] *= -1  # zeros of both signs are equal
+    cases = [smooth, tied, torch.full(shape, -1.5), smooth.bfloat16(), (tied / 0).nan_to_num(nan=0.0, posinf=float("inf"))]
+    counts = sorted({1, shape[1] // 3, shape[1] // 2, shape[1] - 1} - {0})
+    for score in cases:
+        for count in counts:
+            compiled = kernels.keep_largest(score, count)
+            with monkeypatch.context() as patch:
+                patch.setenv("SPARSIGHT_KERNELS", "0")
+                assert torch.equal(compiled, keep_largest(score, count))
+            assert compiled.sum(1).unique().tolist() == [count]
+
+
+@COMPILER
+@pytest.mark.parametrize("m", [2, 4, 8])
+@pytest.mark.parametrize("groups", [1, 5, 300, 1027])
+def test_compiled_choice_of_a_group_equals_plain_torch(m, groups, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    for score in (torch.randn(groups, m, generator=g), torch.randint(-1, 2, (3, groups, m), generator=g).float()):
+        for n in range(1, m):
+            compiled = kernels.keep_of_group(score, n)
+            with monkeypatch.context() as patch:
+                patch.setenv("SPARSIGHT_KERNELS", "0")
+                assert torch.equal(compiled, keep_of_group(score, n))
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Load the kernels anew, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels.load.cache_clear()
+    yield tmp_path / "cache" / "sparsight" / "kernels"
+    kernels.load.cache_clear()
+
+
+def test_a_compiler_that_fails_is_no_compiler(fresh, monkeypatch, tmp_path, caplog):
+    compiler = tmp_path / "broken"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "internal error" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.INFO, logger="sparsight"):
+        assert kernels.load() is None
+    assert "broken failed: internal error" in caplog.text
+    assert list(fresh.iterdir()) == []
+
+
+@COMPILER
+def test_kernels_are_kept_and_found_again(fresh):
+    assert kernels.load() is not None
+    (kept,) = fresh.iterdir()
+    born = kept.stat().st_mtime_ns
+    kernels.load.cache_clear()
+    assert kernels.load() is not None
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [born]
+
+
+@COMPILER
+def test_without_a_place_to_keep_them_kernels_are_built_for_one_process(fresh):
+    fresh.parent.parent.mkdir(parents=True)
+    fresh.parent.write_text("a file where the folder should be")
+    assert kernels.load() is not None
+    assert fresh.parent.is_file()
