@@ -7,7 +7,7 @@ questions and captions together, that a recipe does not lose. The zeros in the l
 
     python benchmarks/quality.py [--model instructblip llava] [--settings "50 %" "2:4"] [--recipes wanda alps] [--scenes 300]
 
-Results: quality.csv beside this file, one row per model, setting and recipe; rows of an earlier run with the same model,
+Results: quality-MODEL.csv beside this file, one row per setting and recipe; rows of an earlier run with the same model,
 setting, recipe and number of scenes are replaced. `--table` prints the file as Markdown and measures nothing.
 """
 
@@ -84,7 +84,7 @@ COLUMNS = [
     *("questions", "q_low", "q_high", "captions", "c_low", "c_high"),
     *("mean", "low", "high", "regained", "error", "zeros", "s"),
 ]
-FILE = Path(__file__).with_suffix(".csv")
+HERE = Path(__file__).parent
 
 
 def fits(setting: str, recipe: dict[str, Any]) -> bool:
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
-        print(markdown(stored()))
+        print(markdown([row for name in asked.model for row in stored(name)]))
         return
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.model:
@@ -161,10 +161,11 @@ def main() -> None:
                         keep({**fixed, "setting": setting, "recipe": recipe, **found})
 
 
-def stored() -> list[dict[str, Any]]:
-    if not FILE.is_file():
+def stored(model: str) -> list[dict[str, Any]]:
+    path = HERE / f"quality-{model}.csv"
+    if not path.is_file():
         return []
-    with FILE.open(newline="") as file:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -172,14 +173,14 @@ def keep(row: dict[str, Any]) -> None:
     """Put a row into the file in place of its predecessor, and work out anew what every recipe regained."""
     print("  ".join(f"{row.get(c, '')!s:>8}" for c in COLUMNS[2:]), flush=True)
     key = ("model", "setting", "recipe", "scenes")
-    rows = [r for r in stored() if [str(r[k]) for k in key] != [str(row[k]) for k in key]] + [row]
+    rows = [r for r in stored(row["model"]) if [str(r[k]) for k in key] != [str(row[k]) for k in key]] + [row]
     measured = [r for r in rows if r["recipe"] in ("dense", "wanda")]
     base = {(r["model"], r["setting"], str(r["scenes"])): float(r["mean"]) for r in measured}
     for r in rows:
         dense, wanda = (base.get((r["model"], s, str(r["scenes"]))) for s in ("-", r["setting"]))
         known = r["recipe"] != "dense" and dense is not None and wanda is not None and dense > wanda
         r["regained"] = f"{100 * (float(r['mean']) - wanda) / (dense - wanda):.0f}" if known else ""
-    with FILE.open("w", newline="") as file:
+    with (HERE / f"quality-{row['model']}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)

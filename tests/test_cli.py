@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
+import yaml
 
-from sparsight import cli
+from sparsight import anatomy, cli, load
 
 import zoo
 
@@ -250,6 +251,17 @@ BAD = {
     "family": (["--family", "vision=nowhere,language=nowhere"], ["no module 'nowhere'", "--family vision="]),
     "no such option": (["--sparsty", "0.5"], ["--sparsty", "--sparsity"]),
     "resume": (["--resume"], ["no interrupted work"]),
+    "refine": (["--refine", "swap"], ["--refine", "'swap'", "did you mean swaps?"]),
+    "update": (["--update", "cg"], ["--update", "'cg'", "allowed: pcg"]),
+    "reconstruct": (["--reconstruct", "-2"], ["--reconstruct", "-2", "0 or more"]),
+    "tokens": (["--tokens", "texts"], ["--tokens", "'texts'", "did you mean text?"]),
+    "permute": (["--permute"], ["--permute", "n:m", "leave it out"]),
+    "solver and refine": (["--method", "sparsegpt", "--refine", "swaps"], ["--refine", "add --update pcg"]),
+    "preset and refine": (["--method", "dsnot", "--refine", "swaps"], ["--refine", "--method wanda --refine swaps"]),
+    "preset and policy": (["--method", "ecoflap", "--policy", "owl"], ["--policy", "--method wanda --policy owl"]),
+    "stage and reconstruct": (["--propagate", "stage", "--reconstruct", "1"], ["--reconstruct", "use block"]),
+    "mix without a policy": (["--pattern", "2:4", "--sparsity", "0.3"], ["--policy"]),
+    "one component alone": (["--sparsity", "0.9", "--policy", "vision-only"], ["--sparsity", "out of reach"]),
 }
 
 
@@ -279,6 +291,52 @@ def test_bad_settings_of_restore(case, run, zoo_folder, scenes, tmp_path_factory
     words, says = BAD_RESTORE[case]
     assert refused(run("restore", sparse, "out", "--data", scenes, "--quiet", *words), *says)
     assert list(tmp_path.iterdir()) == []
+
+
+COMPOSED = {
+    "solver": ["--method", "sparsegpt", "--propagate", "stage"],
+    "all steps": [
+        "--method",
+        "ria",
+        "--refine",
+        "swaps",
+        "--update",
+        "pcg",
+        "--reconstruct",
+        "1",
+        "--pattern",
+        "2:4",
+        "--permute",
+    ],
+    "preset": ["--method", "ecoflap", "--sparsity", "0.4"],
+    "policy and tokens": ["--method", "alps", "--policy", "owl", "--tokens", "balanced"],
+    "a mix of 2:4 and dense": ["--pattern", "2:4", "--sparsity", "0.3", "--policy", "owl"],
+}
+
+
+@pytest.mark.parametrize("case", COMPOSED)
+def test_composed_methods_write_what_they_say(case, run, zoo_folder, scenes, tmp_path):
+    words = COMPOSED[case]
+    where = ("--data", scenes, "--samples", 8, "--quiet", "--json")
+    code, out, err = run("prune", zoo_folder("llava"), "sparse", *words, *where)
+    assert code == 0, err
+    facts = json.loads(out)
+    named = {"solver": "sparsegpt", "all steps": "permute + ria + swaps + pcg + reconstruct 1", "preset": "ecoflap"}
+    assert facts["method"] == named.get(case, facts["method"])
+    entries = facts["layers"].values()
+    got = sum(x["zeros"] for x in entries) / sum(x["shape"][0] * x["shape"][1] for x in entries)
+    if case == "a mix of 2:4 and dense":
+        assert {x["pattern"] for x in entries} == {"2:4"}  # of a part of the layers
+        model, _ = load(zoo_folder("llava"))
+        size = sum(x.weight.numel() for c in ("vision", "language") for x in anatomy(model).component(c))
+        assert sum(x["zeros"] for x in entries) / size == pytest.approx(0.3, abs=0.005)  # whole layers of a tiny model
+    else:
+        assert got == pytest.approx(0.4 if case == "preset" else 0.5, abs=2e-4)
+    recipe = yaml.safe_load((tmp_path / "sparse" / "recipe.yaml").read_text())["prune"]
+    assert recipe["policy"] == {"preset": "ecoflap", "policy and tokens": "owl", "a mix of 2:4 and dense": "owl"}.get(
+        case, "uniform"
+    )
+    assert run("verify", "sparse")[0] == 0
 
 
 def test_bad_models_and_folders(run, zoo_folder, scenes, tmp_path):

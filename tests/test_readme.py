@@ -75,3 +75,15 @@ def test_the_table_of_families_is_the_table():
     row = next(line for line in TEXT.splitlines() if line.startswith("| families")).lower()
     for name in FAMILIES:
         assert re.sub(r"[^a-z0-9]", "", name) in re.sub(r"[^a-z0-9]", "", row), name
+
+
+@pytest.mark.parametrize("row", ["methods", "then", "policies"])
+def test_the_tables_of_methods_and_policies_are_the_tables(row):
+    from sparsight.plan.plan import POLICIES
+    from sparsight.prune.methods import METHODS, REFINES, UPDATES
+    from sparsight.prune.tokens import TOKENS
+
+    known = {"methods": {*METHODS}, "then": {*REFINES, *UPDATES, *TOKENS} - {"all"}, "policies": {*POLICIES}}[row]
+    line = next(line for line in TEXT.splitlines() if line.startswith(f"| {row}"))
+    named = {word.split()[-1] for word in re.findall(r"`([^`]+)`", line)} - {"EPOCHS", "--permute"}
+    assert named == known
