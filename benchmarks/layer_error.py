@@ -5,6 +5,8 @@ dense model) and over a random 1024-wide layer with correlated inputs. Orders th
 layers where they do not are counted: refined <= start, updated <= mask alone, ALPS <= SparseGPT <= Wanda <= magnitude.
 
     python benchmarks/layer_error.py [--wide 1024]
+
+Results: layer_error.csv beside this file; `--table` prints it as Markdown and measures nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +94,11 @@ def error(W: torch.Tensor, pruned: torch.Tensor, G: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wide", type=int, default=1024)
+    parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
+    if asked.table:
+        print(markdown())
+        return
     rows: list[list[Any]] = []
     today = (datetime.date.today(), torch.__version__)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +128,19 @@ def main() -> None:
                     rows.append([*today, source, setting, f"{better} > {worse}", len(not_so)])
     with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([["date", "torch", "layers of", "setting", "way", "mean error, or layers"], *rows])
+
+
+def markdown() -> str:
+    with Path(__file__).with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sources = list(dict.fromkeys(row["layers of"] for row in rows))
+    values = {(r["layers of"], r["setting"], r["way"]): r["mean error, or layers"] for r in rows}
+    heads = [f"{source}, {setting}" for source in sources for setting in PATTERNS]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for way in (*WAYS, *(f"{better} > {worse}" for better, worse in ORDERS)):
+        cells = [values.get((source, setting, way), "") for source in sources for setting in PATTERNS]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

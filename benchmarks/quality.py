@@ -7,8 +7,8 @@ questions and captions together, that a recipe does not lose. The zeros in the l
 
     python benchmarks/quality.py [--model instructblip llava] [--settings "50 %" "2:4"] [--recipes wanda alps] [--scenes 300]
 
-Results: quality-MODEL.csv beside this file, one row per setting and recipe; rows of an earlier run with the same model,
-setting, recipe and number of scenes are replaced. `--table` prints the file as Markdown and measures nothing.
+Results: quality-MODEL.csv beside this file, one row per setting and recipe. What is there already is not measured again
+unless with `--again`; a plan that cannot be met is left out. `--table` prints the files as Markdown and measures nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sparsight.data import Encoder, batches, read
 from sparsight.demo import MODELS
 from sparsight.demo.road import captions_and_questions
 from sparsight.demo.scenes import write
+from sparsight.errors import SparsightError
 from sparsight.evaluate import bootstrap, evaluate
 from sparsight.plan.measure import Measure
 from sparsight.plan.plan import make_plan
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
@@ -156,8 +158,14 @@ def main() -> None:
             keep({**fixed, "setting": "-", "recipe": "dense", **bench.score(), "zeros": "0"})
             for setting in asked.settings:
                 for recipe in asked.recipes:
-                    if fits(setting, RECIPES[recipe]):
+                    there = any((r["setting"], r["recipe"]) == (setting, recipe) for r in stored(name))
+                    if not fits(setting, RECIPES[recipe]) or (there and not asked.again):
+                        continue
+                    try:
                         found = bench.run(SETTINGS[setting], RECIPES[recipe])
+                    except SparsightError as error:
+                        print(f"{name} {setting} {recipe}: {error}", flush=True)
+                    else:
                         keep({**fixed, "setting": setting, "recipe": recipe, **found})
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 import sparsight
+from sparsight import options as opt
 from sparsight.errors import Interrupted, SparsightError
 
 app = typer.Typer(
@@ -31,37 +32,6 @@ app = typer.Typer(
 # typer has carried its own copy of click since 0.27, so click's own class need not be the one that is raised
 _USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-Model = Annotated[str, typer.Argument(help="Folder of a model, or a hub name.")]
-Out = Annotated[str, typer.Argument(help="Folder to write; it appears once the work is done.")]
-Data = Annotated[str, typer.Option(help="JSONL file, folder with metadata.jsonl, or a `datasets` name.")]
-Sparsity = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. [default: 0.5]"),
-]
-PatternOption = Annotated[str, typer.Option("--pattern", help="row, tensor, or n:m (n kept of every m inputs).")]
-Policy = Annotated[
-    str,
-    typer.Option(
-        help="How layers share the budget: uniform, owl, alpha, ecoflap, ecoflap-first, sensitivity, language-only "
-        "or vision-only."
-    ),
-]
-Ignore = Annotated[Optional[list[str]], typer.Option(help="Leave these layers dense (name, part, glob); repeatable.")]  # noqa: UP045
-FamilyOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--family", help="Where an unknown model type keeps its blocks: vision=PATH,language=PATH."),
-]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same command: the same bytes.")]
-Samples = Annotated[Optional[int], typer.Option(help="How many samples to draw from the data. [default: all]")]  # noqa: UP045
-BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken samples out, and count them.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a model.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted work of the same command.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -72,10 +42,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def inspect(
-    model: Model,
-    family: FamilyOption = None,
+    model: opt.Model,
+    family: opt.FamilyOption = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer by name.")] = False,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Show components, blocks and layers, what is never pruned and why, and the sparsity now."""
     from sparsight import verbs
@@ -88,21 +58,21 @@ def inspect(
 
 @app.command()
 def plan(
-    model: Model,
-    sparsity: Sparsity = None,
-    pattern: PatternOption = "row",
-    policy: Policy = "uniform",
-    ignore: Ignore = None,
-    family: FamilyOption = None,
-    data: Annotated[Optional[str], typer.Option(help="Samples to measure on, for policies that do.")] = None,  # noqa: UP045
-    samples: Annotated[int, typer.Option(help="How many of them.")] = 128,
-    batch_size: BatchSize = 8,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    skip_bad: SkipBad = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    model: opt.Model,
+    sparsity: opt.Sparsity = None,
+    pattern: opt.PatternOption = "row",
+    policy: opt.Policy = "uniform",
+    ignore: opt.Ignore = None,
+    family: opt.FamilyOption = None,
+    data: opt.Calibration = None,
+    samples: opt.CalibrationSamples = 128,
+    batch_size: opt.BatchSize = 8,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    skip_bad: opt.SkipBad = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show where the zeros will be; nothing is changed."""
     from sparsight import verbs
@@ -122,42 +92,31 @@ def plan(
 
 @app.command()
 def prune(
-    model: Model,
-    out: Out,
-    data: Annotated[Optional[str], typer.Option(help="Calibration data; see README.")] = None,  # noqa: UP045
-    method: Annotated[
-        str,
-        typer.Option(
-            help="wanda, ria, magnitude, random, snip, fisher, sparsegpt, alps; or a paper's composition: dsnot, "
-            "sparseswaps, owl, ecoflap."
-        ),
-    ] = "wanda",
-    refine: Annotated[Optional[str], typer.Option(help="Move the zeros: dsnot or swaps.")] = None,  # noqa: UP045
-    update: Annotated[Optional[str], typer.Option(help="Solve for the kept weights: pcg.")] = None,  # noqa: UP045
-    reconstruct: Annotated[int, typer.Option(help="Epochs of fitting each block to its dense outputs.")] = 0,
-    permute: Annotated[bool, typer.Option("--permute", help="Regroup channels first, for n:m.")] = False,
-    tokens: Annotated[
-        str, typer.Option(help="Which calibration tokens count: all, text, image, balanced, atv or tamp.")
-    ] = "all",
-    sparsity: Sparsity = None,
-    pattern: PatternOption = "row",
-    policy: Policy = "uniform",
-    ignore: Ignore = None,
-    family: FamilyOption = None,
-    propagate: Annotated[
-        str,
-        typer.Option(help="block: later blocks see pruned ones; stage: later layers too, in one forward; dense: none do."),
-    ] = "block",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    batch_size: BatchSize = 8,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    model: opt.Model,
+    out: opt.Out,
+    data: opt.Calibration = None,
+    method: opt.Method = "wanda",
+    refine: opt.Refine = None,
+    update: opt.Update = None,
+    reconstruct: opt.Reconstruct = 0,
+    permute: opt.Permute = False,
+    tokens: opt.Tokens = "all",
+    sparsity: opt.Sparsity = None,
+    pattern: opt.PatternOption = "row",
+    policy: opt.Policy = "uniform",
+    ignore: opt.Ignore = None,
+    family: opt.FamilyOption = None,
+    propagate: opt.Propagate = "block",
+    samples: opt.CalibrationSamples = 128,
+    batch_size: opt.BatchSize = 8,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    skip_bad: opt.SkipBad = False,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Prune MODEL with a few calibration samples and write the sparse model to OUT."""
     from sparsight import verbs
@@ -182,8 +141,8 @@ def prune(
 @app.command()
 def restore(
     sparse: Annotated[str, typer.Argument(help="Folder of a sparse model.")],
-    out: Out,
-    data: Data,
+    out: opt.Out,
+    data: opt.Data,
     teacher: Annotated[Optional[str], typer.Option(help="The dense original. [default: the recorded one]")] = None,  # noqa: UP045
     adapter: Annotated[str, typer.Option(help="sparselora, or lora (its merge is dense).")] = "sparselora",
     rank: Annotated[
@@ -197,20 +156,20 @@ def restore(
     scheduler: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")] = None,  # noqa: UP045
-    batch_size: BatchSize = 32,
+    batch_size: opt.BatchSize = 32,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    samples: Samples = None,
+    samples: opt.Samples = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints for --resume.")] = 100,
-    seed: Seed = 0,
-    family: FamilyOption = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
+    seed: opt.Seed = 0,
+    family: opt.FamilyOption = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
     save_adapter: Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")] = False,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    skip_bad: opt.SkipBad = False,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Restore a SPARSE model with SparseLoRA and distillation; every zero is kept."""
     from sparsight import verbs
@@ -235,20 +194,20 @@ def restore(
 
 @app.command("eval")
 def evaluate(
-    model: Model,
-    data: Data,
+    model: opt.Model,
+    data: opt.Data,
     beams: Annotated[int, typer.Option(help="Beams; 1 is greedy.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    batch_size: BatchSize = 32,
-    samples: Samples = None,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    skip_bad: SkipBad = False,
+    batch_size: opt.BatchSize = 32,
+    samples: opt.Samples = None,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    skip_bad: opt.SkipBad = False,
     json_file: Annotated[Optional[str], typer.Option("--json-file", help="Also write the scores here.")] = None,  # noqa: UP045
     predictions: Annotated[Optional[str], typer.Option(help="Write every answer here, as JSONL.")] = None,  # noqa: UP045
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Let MODEL answer held-out samples; scores per kind with 95 % intervals."""
     from sparsight import verbs
@@ -274,9 +233,9 @@ def evaluate(
 
 @app.command()
 def verify(
-    model: Model,
+    model: opt.Model,
     against: Annotated[Optional[str], typer.Option(help="A sparse folder whose every zero must be here too.")] = None,  # noqa: UP045
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Recount every zero; exit code 1 and the layers by name on any difference."""
     from sparsight import verbs
@@ -292,8 +251,8 @@ def verify(
 def demo(
     out: Annotated[str, typer.Argument(help="Folder for the models and the report.")] = "demo-out",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier demo.")] = False,
-    seed: Seed = 0,
-    quiet: Quiet = False,
+    seed: opt.Seed = 0,
+    quiet: opt.Quiet = False,
 ) -> None:
     """The whole road on the embedded model: prune at 2:4, restore, prove; no network."""
     from sparsight.demo.road import road

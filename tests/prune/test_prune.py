@@ -245,3 +245,16 @@ def test_a_gram_matrix_that_needs_more_damping_is_reported():
     moments.kinds["text"].upper += torch.eye(32) * -0.5 * moments.kinds["text"].upper.diagonal().mean()  # not a Gram matrix
     moments.inverse_factor()
     assert moments.damping > 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", WAYS, ids=lambda way: "+".join(str(v) for v in way.values()))
+def test_every_way_on_a_gpu_prunes_as_on_a_cpu(how):
+    steps = {key: value for key, value in how.items() if key != "pattern"}
+    _, expected, plan, _ = pruned(**how)
+    model, processor = zoo.build("llava")
+    body = anatomy(model.cuda())
+    prune(model, body, plan, [batch.to("cuda") for batch in calibration(model, processor)], **steps)
+    agree = [float(((body[n].weight.cpu() != 0) == (expected[n].weight != 0)).float().mean()) for n in plan]
+    assert all(pattern.holds(body[name].weight) for name, pattern in plan.items())
+    assert mean(agree) > 0.97

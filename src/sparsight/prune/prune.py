@@ -204,7 +204,7 @@ class _Layers(_Pruning):
         self.report(name, len(self.layers))
 
     def _prune_layer(self, layer: Layer, calls: Mapping[int, Call]) -> dict[str, Any]:
-        inputs = [call.args[0] for call in calls.values()]
+        inputs = [call.args[0] if call.args else call.keywords["input"] for call in calls.values()]
         if self.moments is None or not _same(inputs, self.inputs):
             watch = self.watch([layer], len(calls))
             for i, X in zip(calls, inputs, strict=True):
