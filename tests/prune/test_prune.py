@@ -127,7 +127,7 @@ def test_experts_are_pruned_in_place_and_those_that_saw_too_few_tokens_with_the_
     assert record.pooled == []
     assert all(plan[x.name].holds(x.weight) for x in experts)
 
-    monkeypatch.setattr("sparsight.prune.prune.FEW", 10**6)
+    monkeypatch.setattr("sparsight.prune.moments.FEW", 10**6)
     model, processor = zoo.build("qwen3-vl-moe")
     ready, parts, seen = calibration(model, processor), anatomy(model), []
     first = next(layer for layer in parts.layers if layer.expert)

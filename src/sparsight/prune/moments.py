@@ -20,6 +20,7 @@ from sparsight.prune.factor import inverse_factor
 
 MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "language": ("text", "decoder")}
 ERROR_ROWS = 512  # inputs of a layer kept to measure its output error on
+FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all experts of its tensor
 PANEL = 256  # columns of the Gram matrix per product
 
 Weigh = Callable[[Mapping[str, int]], Mapping[str, float]]  # tokens seen of each kind -> what one of them counts
@@ -243,6 +244,23 @@ class Watch:
                     self._add(self._of(layer, inputs), inputs, None if image is None else image[here], 1)
 
         return gather
+
+
+def pool(layers: Sequence[Layer], moments: dict[str, Moments]) -> list[str]:
+    """Give experts that saw fewer than `FEW` tokens the moments of all experts of their tensor, in place; their names."""
+    tensors: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            tensors.setdefault(id(layer.parameter), []).append(layer)
+    pooled = []
+    for experts in tensors.values():
+        seen = [moments[layer.name] for layer in experts if layer.name in moments]
+        poor = [x.name for x in experts if x.name not in moments or moments[x.name].tokens < FEW]
+        if seen and poor:
+            whole = Moments.pooled(seen)
+            moments.update(dict.fromkeys(poor, whole))
+            pooled += poor
+    return pooled
 
 
 def real_tokens(

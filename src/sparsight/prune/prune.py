@@ -26,13 +26,12 @@ from sparsight.prune.choice import Choice, choose
 from sparsight.prune.gradients import gradients
 from sparsight.prune.journal import Journal
 from sparsight.prune.lockstep import Call, lockstep
-from sparsight.prune.moments import Moments, Watch, real_tokens
+from sparsight.prune.moments import Moments, Watch, pool, real_tokens
 from sparsight.prune.permute import permute_block
 from sparsight.prune.reconstruct import Reconstruction, first, parent
-from sparsight.prune.tokens import Flow, attended
+from sparsight.prune.tokens import left_out
 
 ERROR_BATCHES = 4  # batches a block's output error is measured on
-FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all experts of its tensor
 
 
 @dataclass
@@ -249,7 +248,7 @@ class _Blocks(_Pruning):
         if choice.reconstruct:
             fitting = Reconstruction(name, block, layers, calls, lambda i, X: self._real(i, X, component))
         moments, targets = self._observe(block, layers, calls, fitting)
-        pooled = self._pool(layers, moments)
+        pooled = pool(layers, moments)
         facts: dict[str, Any] = {"tokens": {name: _most(moments)}, "pooled": pooled, "layer_errors": {}, "damping": {}}
         generator = self.generator(name)
         if choice.permute:
@@ -269,7 +268,7 @@ class _Blocks(_Pruning):
     ) -> tuple[dict[str, Moments], dict[int, torch.Tensor]]:
         """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
         watch = self.watch(layers, len(calls))
-        dropped = self._dropped(block, layers[0].component, calls)
+        dropped = left_out(self.choice.tokens, layers[0].component, calls, self.batches)
         targets: dict[int, torch.Tensor] = {}
         with watch.open():
             for i, call in calls.items():
@@ -279,39 +278,6 @@ class _Blocks(_Pruning):
                 if len(targets) < ERROR_BATCHES:
                     targets[i] = output
         return watch.moments, targets
-
-    def _dropped(self, block: nn.Module, component: str, calls: Mapping[int, Call]) -> dict[int, torch.Tensor]:
-        """The tokens that the rule leaves out of each batch; one more run of the block, where it looks at outputs."""
-        rule = self.choice.tokens
-        if rule.select is None or component != "language":
-            return {}
-        flows = {}
-        for i, call in calls.items():
-            padding = self.batches[i].padding
-            before = call.args[0] if call.args else call.keywords["hidden_states"]
-            image = padding.get("image")
-            if image is None or image.shape != before.shape[:2]:  # a decoder's tokens are text
-                continue
-            after, attention = attended(block, call, padding["text"]) if rule.attention else (first(call()), None)
-            flows[i] = Flow(before, after, padding["text"], image, attention)
-        return dict(zip(flows, rule.select(list(flows.values())), strict=True)) if flows else {}
-
-    @staticmethod
-    def _pool(layers: Sequence[Layer], moments: dict[str, Moments]) -> list[str]:
-        """Give experts that saw too few tokens the moments of all experts of their tensor; their names."""
-        tensors: dict[int, list[Layer]] = {}
-        for layer in layers:
-            if layer.expert is not None:
-                tensors.setdefault(id(layer.parameter), []).append(layer)
-        pooled = []
-        for experts in tensors.values():
-            seen = [moments[layer.name] for layer in experts if layer.name in moments]
-            poor = [x.name for x in experts if x.name not in moments or moments[x.name].tokens < FEW]
-            if seen and poor:
-                whole = Moments.pooled(seen)
-                moments.update(dict.fromkeys(poor, whole))
-                pooled += poor
-        return pooled
 
     def _real(self, i: int, X: torch.Tensor, component: str) -> torch.Tensor:
         return real_tokens(X, self.batches[i].padding, component)[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import nn
 
 from sparsight.errors import SparsightError
 from sparsight.plan.budget import nearest
+from sparsight.prune.lockstep import Call
 from sparsight.prune.moments import Weigh, alike
 
 NEIGHBOURS = 3
@@ -125,7 +126,26 @@ TOKENS: dict[str, TokenRule] = {
 }
 
 
-def attended(block: nn.Module, call: Callable[[], Any], real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def left_out(rule: TokenRule, component: str, calls: Mapping[int, Call], batches: Sequence[Any]) -> dict[int, torch.Tensor]:
+    """The tokens (B, T) of each batch that a rule leaves out of one block's moments.
+
+    Where the rule looks at what the block puts out, that is one more run of the block on every batch.
+    """
+    if rule.select is None or component != "language":
+        return {}
+    flows = {}
+    for i, call in calls.items():
+        padding = batches[i].padding
+        before = call.args[0] if call.args else call.keywords["hidden_states"]
+        image = padding.get("image")
+        if image is None or image.shape != before.shape[:2]:  # a decoder's tokens are text
+            continue
+        after, attention = attended(call, padding["text"]) if rule.attention else (call(), None)
+        flows[i] = Flow(before, after if isinstance(after, torch.Tensor) else after[0], padding["text"], image, attention)
+    return dict(zip(flows, rule.select(list(flows.values())), strict=True)) if flows else {}
+
+
+def attended(call: Call, real: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """Run a block with eager attention: its output, and how much each row's last real token looks at every token (B, T).
 
     The last real token sees all of them, so that the weights over the real tokens, scaled to 1, are those of any mask.
@@ -137,6 +157,7 @@ def attended(block: nn.Module, call: Callable[[], Any], real: torch.Tensor) -> t
             if isinstance(part, torch.Tensor) and part.shape[::2] == (len(real), real.shape[1]) and part.dim() == 4:
                 seen.append(part)
 
+    block = cast(nn.Module, call.func)
     configs = {id(c): c for m in block.modules() if (c := getattr(m, "config", None)) is not None}.values()
     before = [(config, config._attn_implementation) for config in configs]
     hooks = [module.register_forward_hook(catch) for module in block.modules()]
@@ -154,7 +175,7 @@ def attended(block: nn.Module, call: Callable[[], Any], real: torch.Tensor) -> t
     places = torch.arange(real.shape[1], device=real.device)
     last = (places * real).argmax(1)  # (B,)
     weights = seen[0].mean(1)[torch.arange(len(last), device=real.device), last]  # (B, T)
-    return (output if isinstance(output, torch.Tensor) else output[0]), weights.masked_fill(~real, 0)
+    return output, weights.masked_fill(~real, 0)
 
 
 def find_tokens(tokens: str | TokenRule | Weigh) -> TokenRule:
