@@ -80,3 +80,30 @@ def test_without_a_place_to_keep_them_kernels_are_built_for_one_process(fresh):
     fresh.parent.write_text("a file where the folder should be")
     assert kernels.load() is not None
     assert fresh.parent.is_file()
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (7, 33), (64, 100), (1500, 48), (300, 129)])
+def test_the_gram_matrix_of_bfloat16_inputs_is_summed_in_float32(tokens, columns):
+    if kernels.load() is None:
+        pytest.skip("no compiler here")
+    X = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16() + 0.5
+    G = torch.ones(columns, columns)
+    if not kernels.add_gram(X, G):
+        pytest.skip("no bfloat16 products on this CPU")
+    expected = (1 + X.double().T @ X.double()).triu()
+    assert float((G.triu() - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_moments_of_bfloat16_inputs_are_the_same_with_and_without_kernels(monkeypatch):
+    from sparsight.prune.moments import Moments
+
+    X = torch.randn(300, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grams = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("SPARSIGHT_KERNELS", switch)
+        moments = Moments(80, X.device, with_gram=True)
+        moments.add(X[:, :])
+        moments.add(X[::3], image=torch.arange(100) % 2 == 0)
+        grams.append(moments.gram)
+    torch.testing.assert_close(*grams, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(grams[0].diagonal(), moments.squares, rtol=1e-5, atol=1e-3)

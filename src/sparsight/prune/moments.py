@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from sparsight.model.anatomy import Layer
+from sparsight.prune import kernels
 from sparsight.prune.factor import inverse_factor
 
 MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "language": ("text", "decoder")}
-ERROR_ROWS = 512  # inputs of a layer kept to measure its output error on
+ERROR_ROWS = 128  # inputs of a layer kept to measure its output error on
 FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all experts of its tensor
 PANEL = 256  # columns of the Gram matrix per product
 
@@ -40,11 +41,12 @@ class Sums:
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
 
     def add(self, X: torch.Tensor) -> None:  # (tokens, in)
+        done = self.upper is not None and kernels.add_gram(X, self.upper)
         X = X.float()
         self.count += X.shape[0]
         self.sums += X.sum(0)
         self.squares += X.square().sum(0)
-        if self.upper is not None:
+        if self.upper is not None and not done:
             for start in range(0, X.shape[1], PANEL):
                 self.upper[start : start + PANEL, start:].addmm_(X[:, start : start + PANEL].T, X[:, start:])
 

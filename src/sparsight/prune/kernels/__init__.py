@@ -30,6 +30,7 @@ SIGNATURES = {  # q: 64-bit integer, i: integer, p: address
     "sparsight_keep_largest": "pqqqpi",
     "sparsight_keep_of_group": "pqiip",
     "sparsight_swap_rows": "pppppqqqqi",
+    "sparsight_gram": "pqqqpi",
 }
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,17 @@ def swap_rows(
     return mask.bool()
 
 
+def add_gram(X: torch.Tensor, upper: torch.Tensor) -> bool:
+    """Add X^T X of bfloat16 inputs X (tokens, in) to the upper triangle of `upper` (in, in) float32, in place.
+
+    False where nothing was done: other dtypes, CPUs without bfloat16 products. The lower triangle is left undefined.
+    """
+    if X.dtype != torch.bfloat16 or X.stride(1) != 1 or (library := _library(X)) is None:
+        return False
+    done = library.sparsight_gram(X.data_ptr(), *X.shape, X.stride(0), upper.data_ptr(), torch.get_num_threads())
+    return bool(done)
+
+
 def _library(tensor: torch.Tensor) -> ctypes.CDLL | None:
     fits = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return load() if fits and os.environ.get("SPARSIGHT_KERNELS") != "0" else None
@@ -116,7 +128,7 @@ def load() -> ctypes.CDLL | None:
     kinds = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int}
     for name, letters in SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = [kinds[letter] for letter in letters], None
+        function.argtypes, function.restype = [kinds[letter] for letter in letters], ctypes.c_int
     return library
 
 

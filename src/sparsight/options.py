@@ -1,0 +1,56 @@
+"""The options of the command line that several verbs share, or that would crowd the verbs: names, types, help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Folder of a model, or a hub name.")]
+Out = Annotated[str, typer.Argument(help="Folder to write; it appears once the work is done.")]
+Data = Annotated[str, typer.Option(help="JSONL file, folder with metadata.jsonl, or a `datasets` name.")]
+Sparsity = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. [default: 0.5]"),
+]
+PatternOption = Annotated[str, typer.Option("--pattern", help="row, tensor, or n:m (n kept of every m inputs).")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="How layers share the budget: uniform, owl, alpha, ecoflap, ecoflap-first, sensitivity, language-only "
+        "or vision-only."
+    ),
+]
+Ignore = Annotated[Optional[list[str]], typer.Option(help="Leave these layers dense (name, part, glob); repeatable.")]  # noqa: UP045
+FamilyOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--family", help="Where an unknown model type keeps its blocks: vision=PATH,language=PATH."),
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same command: the same bytes.")]
+Samples = Annotated[Optional[int], typer.Option(help="How many samples to draw from the data. [default: all]")]  # noqa: UP045
+BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken samples out, and count them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted work of the same command.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="wanda, ria, magnitude, random, snip, fisher, sparsegpt, alps; or a paper's composition: dsnot, sparseswaps, "
+        "owl, ecoflap."
+    ),
+]
+Refine = Annotated[Optional[str], typer.Option(help="Move the zeros: dsnot or swaps.")]  # noqa: UP045
+Update = Annotated[Optional[str], typer.Option(help="Solve for the kept weights: pcg.")]  # noqa: UP045
+Reconstruct = Annotated[int, typer.Option(help="Epochs of fitting each block to its dense outputs.")]
+Permute = Annotated[bool, typer.Option("--permute", help="Regroup channels first, for n:m.")]
+Tokens = Annotated[str, typer.Option(help="Which calibration tokens count: all, text, image, balanced, atv or tamp.")]
+Propagate = Annotated[
+    str,
+    typer.Option(help="block: later blocks see pruned ones; stage: later layers too, in one forward; dense: none do."),
+]
+Calibration = Annotated[Optional[str], typer.Option("--data", help="Calibration data; see README.")]  # noqa: UP045
+CalibrationSamples = Annotated[int, typer.Option("--samples", help="Calibration samples.")]
