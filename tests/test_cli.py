@@ -261,7 +261,10 @@ BAD = {
     "preset and policy": (["--method", "ecoflap", "--policy", "owl"], ["--policy", "--method wanda --policy owl"]),
     "stage and reconstruct": (["--propagate", "stage", "--reconstruct", "1"], ["--reconstruct", "use block"]),
     "mix without a policy": (["--pattern", "2:4", "--sparsity", "0.3"], ["--policy"]),
-    "one component alone": (["--sparsity", "0.9", "--policy", "vision-only"], ["--sparsity", "out of reach"]),
+    "one component alone": (
+        ["--sparsity", "0.9", "--policy", "vision-only"],
+        ["vision-only cannot carry", "ask for less"],
+    ),
 }
 
 
@@ -291,6 +294,16 @@ def test_bad_settings_of_restore(case, run, zoo_folder, scenes, tmp_path_factory
     words, says = BAD_RESTORE[case]
     assert refused(run("restore", sparse, "out", "--data", scenes, "--quiet", *words), *says)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scipy_is_asked_for_by_the_permutation_alone(zoo_folder, tmp_path):
+    code = (
+        "import sys; sys.modules.update({'scipy': None, 'scipy.optimize': None}); "
+        f"sys.argv = ['sparsight', 'prune', {str(zoo_folder('llava'))!r}, 'out', '--method', 'magnitude', '--quiet']; "
+        "from sparsight.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 COMPOSED = {

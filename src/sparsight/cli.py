@@ -103,7 +103,7 @@ def prune(
     tokens: opt.Tokens = "all",
     sparsity: opt.Sparsity = None,
     pattern: opt.PatternOption = "row",
-    policy: opt.Policy = "uniform",
+    policy: opt.PolicyOrPreset = None,
     ignore: opt.Ignore = None,
     family: opt.FamilyOption = None,
     propagate: opt.Propagate = "block",

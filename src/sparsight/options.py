@@ -14,12 +14,13 @@ Sparsity = Annotated[
     typer.Option(help="Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. [default: 0.5]"),
 ]
 PatternOption = Annotated[str, typer.Option("--pattern", help="row, tensor, or n:m (n kept of every m inputs).")]
-Policy = Annotated[
-    str,
-    typer.Option(
-        help="How layers share the budget: uniform, owl, alpha, ecoflap, ecoflap-first, sensitivity, language-only "
-        "or vision-only."
-    ),
+_POLICIES = (
+    "How layers share the budget: uniform, owl, alpha, ecoflap, ecoflap-first, sensitivity, language-only or vision-only."
+)
+Policy = Annotated[str, typer.Option(help=_POLICIES)]
+PolicyOrPreset = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--policy", help=f"{_POLICIES} [default: uniform, or the method's own]"),
 ]
 Ignore = Annotated[Optional[list[str]], typer.Option(help="Leave these layers dense (name, part, glob); repeatable.")]  # noqa: UP045
 FamilyOption = Annotated[

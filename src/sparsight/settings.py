@@ -25,16 +25,22 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
-    if callable(value):
+    if callable(value) or any(callable(getattr(value, step, None)) for step in STEPS):
         return name_of(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(inner) for inner in value]
     return str(value)
 
 
+STEPS = ("prune", "refine", "update", "select", "weigh", "importance")  # what an entry of a table wraps
+
+
 def name_of(function: Any) -> str:
-    """The name of a method or policy, given by name or as a function."""
-    return function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
+    """The name of a method, a policy or another step, given by name, as a function or as what wraps one."""
+    if isinstance(function, str):
+        return function
+    inner = next((f for step in STEPS if callable(f := getattr(function, step, None))), function)
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def whole_name(model: str | Path) -> str:

@@ -129,7 +129,7 @@ def prune(
     tokens: Any = "all",
     sparsity: Budget | None = None,
     pattern: str | Pattern = "row",
-    policy: str | Policy = "uniform",
+    policy: str | Policy | None = None,
     ignore: Sequence[str] = (),
     family: str | None = None,
     propagate: str = "block",
@@ -192,8 +192,10 @@ def prune(
         calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
         skipped = len(chosen.skipped) + len(encoder.skipped)
         settings["fingerprint"] = chosen.fingerprint
-    measure = Measure(loaded, body, calibration, seed=seed, progress=progress) if calibration else None
-    planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore, measure=measure)
+    planned = make_plan(
+        body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore,
+        measure=Measure(loaded, body, calibration, seed=seed, progress=progress) if calibration else None,
+    )  # fmt: skip
     sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}}
     with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         record = prune_in_place(

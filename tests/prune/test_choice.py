@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsight import Pattern, SparsightError
+from sparsight import Pattern, SparsightError, anatomy
+from sparsight.plan.plan import make_plan
 from sparsight.prune.choice import choose, named, preset_policy
-from sparsight.prune.methods import METHODS, PRESETS
+from sparsight.prune.methods import METHODS, PRESETS, Method
+from sparsight.prune.prune import prune
+from sparsight.prune.tokens import TokenRule
+from sparsight.settings import plain
 
+import zoo
 from layers import case
+from walks import calibration
 
 
 @pytest.mark.parametrize(
@@ -28,7 +34,7 @@ from layers import case
         ({"propagate": "stage", "permute": True}, r"--permute: needs whole blocks"),
         ({"propagate": "stage", "tokens": "atv"}, r"--tokens: this rule looks at a block's output"),
         ({"permute": True, "pattern": Pattern.row(0.5)}, r"--permute: regroups channels for n:m; --pattern row"),
-        ({"method": "magnitude", "tokens": "text"}, r"--tokens: this method looks at the weights alone"),
+        ({"method": "magnitude", "tokens": "text"}, r"--tokens: this method does not look at inputs"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(given, says):
@@ -55,11 +61,85 @@ def test_a_preset_is_its_composition():
             choose(name).prune(W, moments, Pattern.row(0.5), generator),
             choose(**steps).prune(W, moments, Pattern.row(0.5), generator),
         )
-    assert preset_policy("ecoflap", "uniform") == "ecoflap"
+    assert preset_policy("ecoflap") == preset_policy("ecoflap", "ecoflap") == "ecoflap"
+    assert preset_policy("wanda") == "uniform"
+    with pytest.raises(SparsightError, match=r"uniform contradicts --method ecoflap"):
+        preset_policy("ecoflap", "uniform")
     assert preset_policy("wanda", "owl") == "owl"
     with pytest.raises(SparsightError, match=r"owl contradicts --method ecoflap"):
         preset_policy("ecoflap", "owl")
     assert set(METHODS) & set(PRESETS) == set()
+
+
+def in_place(W, moments, pattern, generator):
+    W[:, ::2] = 0
+    return W
+
+
+def keep_half(W, moments, pattern, generator):
+    return W.masked_fill(~pattern.keep(W.abs().float()), 0)
+
+
+NONSENSE = {
+    "a method without a result": ({"method": lambda W, moments, pattern, generator: None}, "the method gave no finite"),
+    "a method of another shape": ({"method": lambda W, moments, pattern, generator: W[:4]}, "the method gave no finite"),
+    "NaN": ({"method": lambda W, moments, pattern, generator: W * float("nan")}, "the method gave no finite"),
+    "too few zeros": ({"method": lambda W, moments, pattern, generator: W}, "holds the pattern row 0.5"),
+    "a broken promise": ({"method": Method(lambda W, m, p, generator: 2 * keep_half(W, m, p, 0))}, "mask_only=False"),
+    "a mask that is none": ({"refine": lambda W, keep, moments, pattern: None}, "no boolean mask"),
+    "a float mask": ({"refine": lambda W, keep, moments, pattern: keep.float()}, "no boolean mask"),
+    "a narrow mask": ({"refine": lambda W, keep, moments, pattern: keep[:1]}, "no boolean mask"),
+    "an empty mask": ({"refine": lambda W, keep, moments, pattern: keep & False}, "keeps 0 weights, not"),
+    "weights outside the mask": ({"update": lambda W, keep, moments: W}, "zero outside the mask"),
+    "no weights": ({"update": lambda W, keep, moments: None}, "zero outside the mask"),
+    "no weighing": ({"tokens": lambda counts: None}, "must give each a number from 0"),
+    "weighing by NaN": ({"tokens": lambda counts: dict.fromkeys(counts, float("nan"))}, "must give each a number from 0"),
+    "nothing left": ({"tokens": TokenRule(select=lambda flows: [f.real for f in flows])}, "left nothing of its inputs"),
+    "too few masks": ({"tokens": TokenRule(select=lambda flows: [])}, r"one boolean mask \(B, T\)"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_functions_that_give_nonsense_are_refused_with_the_layer_s_name(case):
+    steps, says = NONSENSE[case]
+    model, processor = zoo.build("llava")
+    body = anatomy(model)
+    plan = {name: p for name, p in make_plan(body).items() if ".language_model." in name}
+    with pytest.raises(SparsightError, match=says):
+        prune(model, body, plan, calibration(model, processor, 2, 2), **steps)
+
+
+def test_a_method_may_work_in_place():
+    """It is handed a copy: errors are measured against the weights as they were."""
+    model, processor = zoo.build("llava")
+    body = anatomy(model)
+    record = prune(model, body, make_plan(body), calibration(model, processor, 2, 2), method=in_place)
+    assert all(error > 0.05 for error in record.layer_errors.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": lambda W, moments: W}, r"--method: .* must be callable as \(W, moments, pattern, generator\)"),
+        ({"refine": lambda W: W}, r"--refine: .* must be callable as \(W, keep, moments, pattern\)"),
+        ({"update": lambda W: W}, r"--update: .* must be callable as \(W, keep, moments\)"),
+        ({"method": Method}, r"--method: unknown method <class"),
+        ({"method": ["wanda"]}, r"--method: unknown method \['wanda'\]"),
+        ({"tokens": None}, r"--tokens: unknown rule None"),
+        ({"propagate": None}, r"--propagate: unknown value None"),
+    ],
+)
+def test_what_is_no_function_of_its_kind_is_refused(given, says):
+    with pytest.raises(SparsightError, match=says):
+        choose(**given)
+
+
+def test_what_wraps_a_function_is_recorded_by_the_function_s_name():
+    assert named(Method(keep_half), METHODS["wanda"]) == "keep_half + wanda"
+    assert plain({"tokens": TokenRule(select=in_place), "method": Method(keep_half)}, "tokens", "method") == {
+        "tokens": "in_place",
+        "method": "keep_half",
+    }
 
 
 def test_functions_work_wherever_names_do():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -193,6 +196,97 @@ def test_a_permutation_is_absorbed(name, layers):
     with torch.no_grad():
         now = model(**batch.inputs, use_cache=False).logits
     torch.testing.assert_close(now, dense, rtol=1e-3, atol=1e-4)
+
+
+def scaled(model, words, factor):
+    for name, p in model.named_parameters():
+        if any(word in name for word in words):
+            p.data.mul_(factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "words", "layers"),
+    [("blip2-opt", ("fc2.",), 5), ("llava", ("vision_tower.encoder.layers.0.self_attn.q", "layers.0.self_attn.k"), 5)],
+    ids=["a residual stream that drowns the change", "attention so even that heads hardly matter"],
+)
+def test_a_permutation_that_only_seems_absorbed_is_not_made(name, words, layers, dtype):
+    _, _, _, record = pruned(
+        name,
+        pattern="2:4",
+        permute=True,
+        build={"dtype": dtype},
+        change=lambda m: scaled(m, words, 0.01 if "opt" in name else 0.1),
+    )
+    assert len(record.permuted) == layers
+    assert not any(layer.endswith(("out_proj", "o_proj", "fc1")) for layer in record.permuted)
+
+
+def test_gradients_are_permuted_with_the_channels(monkeypatch):
+    """A gradient that equals the weight still does when the method sees it."""
+    from sparsight.prune.gradients import Gradient
+    from sparsight.prune.methods import Method
+
+    module = sys.modules["sparsight.prune.prune"]
+    fake = lambda model, layers, batches: {x.name: Gradient(x.weight.clone(), x.weight.square()) for x in layers}  # noqa: E731
+    monkeypatch.setattr(module, "gradients", fake)
+    seen = []
+
+    def compare(W, moments, pattern, generator):
+        seen.append(torch.equal(W, moments.sensitivity.mean) and torch.equal(W.square(), moments.sensitivity.square))
+        return W.masked_fill(~pattern.keep(W.abs()), 0)
+
+    _, _, plan, record = pruned(pattern="2:4", permute=True, method=Method(compare, needs="gradient"))
+    assert record.permuted
+    assert len(seen) == len(plan)
+    assert all(seen)
+
+
+def test_tamp_looks_at_what_the_block_puts_out(monkeypatch):
+    """Attention weights come from another run, which eager attention does with a mask that is not its own."""
+    from sparsight.prune import tokens
+
+    flows = []
+    monkeypatch.setitem(
+        tokens.TOKENS, "tamp", replace(tokens.TOKENS["tamp"], select=lambda f: flows.append(f) or tokens.tamp(f))
+    )
+    model, processor = zoo.build("llava")
+    body, ready = anatomy(model), calibration(model, processor)
+    block = next(b for b in body.blocks if b.component == "language")
+    outputs = []
+    with torch.no_grad():
+        hook = block.module.register_forward_hook(
+            lambda m, args, out: outputs.append(out if torch.is_tensor(out) else out[0])
+        )
+        for batch in ready:
+            model(**batch.inputs, use_cache=False)
+        hook.remove()
+    plan = {n: p for n, p in make_plan(body).items() if body[n].block == block.name}
+    prune(model, body, plan, ready, tokens="tamp")
+    assert all(torch.equal(flow.after, out) for flow, out in zip(flows[0], outputs, strict=True))
+    for flow in flows[0]:
+        torch.testing.assert_close(flow.attention.sum(1), torch.ones(len(flow.attention)), atol=0.6, rtol=0)
+        assert not flow.attention[~flow.real].any()
+
+
+def test_training_flags_are_put_back_one_by_one():
+    model, processor = zoo.build("llava")
+    model.train()
+    model.model.vision_tower.eval()
+    before = [m.training for m in model.modules()]
+    body = anatomy(model)
+    prune(model, body, make_plan(body), calibration(model, processor, 2, 2))
+    assert [m.training for m in model.modules()] == before
+
+
+def test_a_layer_that_the_loss_does_not_see_is_scored_as_wanda_does_and_listed():
+    """LLaVA's last vision block does not reach the output."""
+    _, body, plan, record = pruned(method="snip")
+    _, same, _, _ = pruned(method="wanda", propagate="dense")
+    last = [layer.name for layer in body.layers if layer.block == "model.vision_tower.encoder.layers.1"]
+    assert record.ungraded == last
+    assert all(plan[n].holds(body[n].weight) for n in last)
+    assert same
 
 
 def test_a_better_order_keeps_more_under_n_m():

@@ -134,3 +134,22 @@ def test_rows_and_groups_keep_their_counts(refine, pattern):
         assert torch.equal(got.view(24, -1, pattern.m).sum(2), keep.view(24, -1, pattern.m).sum(2))
     if refine is swaps:
         assert bool((loss(W, got, moments.gram) <= loss(W, keep, moments.gram) * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("pattern", [Pattern.row(0.6), Pattern.nm(1, 4)], ids=str)
+@pytest.mark.parametrize("refine", [dsnot, swaps], ids=["dsnot", "swaps"])
+@pytest.mark.usefixtures("kernels")
+def test_a_weight_that_is_zero_already_does_not_come_back(refine, pattern):
+    W, _, moments = case(rows=24, columns=64)
+    W = W * Pattern.nm(2, 4).keep(W.abs())
+    keep = pattern.keep(wanda_score(W, moments)) & (W != 0)
+    got = refine(W, keep, moments, pattern)
+    assert not bool((got & (W == 0)).any())
+    assert torch.equal(got.sum(1), keep.sum(1))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_single_column_has_nothing_to_swap():
+    W, _, moments = case(rows=4, columns=1)
+    keep = torch.ones(4, 1, dtype=torch.bool)
+    assert torch.equal(swaps(W, keep, moments, Pattern.row(0.0)), keep)

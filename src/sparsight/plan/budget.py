@@ -53,7 +53,7 @@ def check_component(name: str, option: str) -> str:
 
 def nearest(name: str, allowed: tuple[str, ...]) -> str:
     """Say what is allowed, and the nearest of it if there is one."""
-    close = difflib.get_close_matches(name.lower(), allowed, n=1)
+    close = difflib.get_close_matches(str(name).lower(), allowed, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}allowed: {', '.join(allowed)}"
 

@@ -45,6 +45,8 @@ class Pattern:
     @classmethod
     def parse(cls, text: str, sparsity: float = 0.5) -> Pattern:
         """Read `row`, `tensor` or `n:m`; `sparsity` counts for the first two only."""
+        if not isinstance(text, str):
+            raise SparsightError(f"--pattern: {text!r} is not row, tensor or n:m (n kept of every m, as in 2:4)")
         if match := re.fullmatch(r"\s*(\d+):(\d+)\s*", text):
             return cls.nm(int(match[1]), int(match[2]))
         if text not in ("row", "tensor"):

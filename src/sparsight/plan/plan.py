@@ -63,7 +63,13 @@ def make_plan(
     fixed, budget = planned_budget(pattern, sparsity, policy)
     layers = _without(anatomy.layers, ignore)
     plan = {}
-    for name, amount in _spend(rule, [x for x in layers if budget[x.component]], budget, measure, fixed).items():
+    spent = _spend(rule, [x for x in layers if budget[x.component]], budget, measure, fixed)
+    known = {layer.name for layer in layers}
+    if not isinstance(spent, Mapping) or not all(isinstance(amount, int | float) for amount in spent.values()):
+        raise SparsightError("--policy: the function must give a sparsity per layer name, as in {name: 0.5}")
+    for name, amount in spent.items():
+        if name not in known:
+            raise SparsightError(f"--policy: the function names {name!r}, which is no layer it was given")
         check_sparsity(amount, f"--policy: for {name}")
         if amount:
             plan[name] = fixed if fixed.kind == "n:m" else Pattern(fixed.kind, amount)
@@ -78,7 +84,7 @@ def make_plan(
 
 def find_policy(policy: str | Rule, *, data: bool = True) -> Rule:
     """Look a policy up by name; a function works wherever a name does. `data`: whether there are calibration samples."""
-    if isinstance(policy, str) and policy not in POLICIES:
+    if not callable(policy) and policy not in POLICIES:
         raise SparsightError(f"--policy: unknown policy {policy!r}; {nearest(policy, tuple(POLICIES))}")
     rule = POLICIES[policy] if isinstance(policy, str) else policy
     if isinstance(rule, Policy) and rule.data and not data:

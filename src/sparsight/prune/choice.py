@@ -44,15 +44,23 @@ class Choice:
 
     def prune(self, W: torch.Tensor, moments: Moments | None, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
         """The steps for one weight (out, in)."""
-        pruned = self.method.prune(W, moments, pattern, generator=generator)
+        pruned = self.method.prune(W.clone(), moments, pattern, generator=generator)
         if (self.refine is None and self.update is None) or moments is None:
             return pruned
         keep = pruned != 0
         if self.refine is not None:
-            keep = self.refine.refine(W, keep, moments, pattern)
-        if self.update is not None:
-            return self.update.update(W, keep, moments)
-        return W.masked_fill(~keep, 0)
+            start = keep
+            keep = self.refine.refine(W.clone(), start.clone(), moments, pattern)
+            if not isinstance(keep, torch.Tensor) or (keep.shape, keep.dtype) != (W.shape, torch.bool):
+                raise ValueError(f"the refinement gave no boolean mask of shape {tuple(W.shape)}")
+            if int(keep.sum()) != int(start.sum()) or not pattern.holds(keep):
+                raise ValueError(f"the refinement keeps {int(keep.sum())} weights, not {int(start.sum())} in {pattern}")
+        if self.update is None:
+            return W.masked_fill(~keep, 0)
+        updated = self.update.update(W.clone(), keep.clone(), moments)
+        if not isinstance(updated, torch.Tensor) or updated.shape != W.shape or bool(updated[~keep].any()):
+            raise ValueError(f"the update gave no {tuple(W.shape)} matrix that is zero outside the mask")
+        return updated
 
 
 def choose(
@@ -72,10 +80,10 @@ def choose(
     """
     if isinstance(method, str) and method in PRESETS:
         preset = PRESETS[method]
-        if refine is not None and "refine" in preset:
+        if refine not in (None, preset.get("refine", refine)):
             raise SparsightError(_clash(method, preset, "refine", refine))
         method, refine = preset["method"], preset.get("refine", refine)
-    if propagate not in PROPAGATE:
+    if not isinstance(propagate, str) or propagate not in PROPAGATE:
         raise SparsightError(f"--propagate: unknown value {propagate!r}; {nearest(propagate, PROPAGATE)}")
     if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
         raise SparsightError(f"--reconstruct: {reconstruct!r} is not a number of epochs, 0 or more")
@@ -86,12 +94,12 @@ def choose(
     return choice
 
 
-def preset_policy(method: Any, policy: Any) -> Any:
-    """The policy that goes with a preset's name."""
+def preset_policy(method: Any, policy: Any = None) -> Any:
+    """The policy that goes with a preset's name; uniform where nobody says anything."""
     preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
-    if "policy" in preset and policy not in ("uniform", preset["policy"]):
+    if "policy" in preset and policy not in (None, preset["policy"]):
         raise SparsightError(_clash(method, preset, "policy", policy))
-    return preset.get("policy", policy)
+    return preset.get("policy", "uniform" if policy is None else policy)
 
 
 def _clash(name: str, preset: Mapping[str, str], step: str, given: Any) -> str:
@@ -106,8 +114,9 @@ def _clash(name: str, preset: Mapping[str, str], step: str, given: Any) -> str:
 def _refuse(choice: Choice, pattern: Pattern | None) -> None:
     if choice.refine and not choice.method.mask_only and not choice.update:
         raise SparsightError(
-            "--refine: moves the zeros of the dense weights, and this method has changed the kept ones for its own zeros; "
-            "add --update pcg, which solves for them anew, or choose a method that scores"
+            "--refine: moves the zeros of the dense weights, and this method may change the kept ones for its own zeros; "
+            "add --update pcg, which solves for them anew, or choose a method that scores (a function of your own: "
+            "Method(function), which promises to leave them)"
         )
     if choice.propagate == "stage":
         for option, given in (("--reconstruct", choice.reconstruct), ("--permute", choice.permute)):
@@ -120,8 +129,9 @@ def _refuse(choice: Choice, pattern: Pattern | None) -> None:
             )
     if choice.permute and pattern is not None and pattern.kind != "n:m":
         raise SparsightError(f"--permute: regroups channels for n:m; --pattern {pattern.kind} has no groups, leave it out")
-    if choice.tokens != find_tokens("all") and not choice.needs:
-        raise SparsightError("--tokens: this method looks at the weights alone; leave it out, or choose another method")
+    looks = {need for step in (choice.method, choice.refine, choice.update) if step for need in step.needs}
+    if choice.tokens != find_tokens("all") and not looks & {"norm", "gram"} and not choice.permute:
+        raise SparsightError("--tokens: this method does not look at inputs; leave it out, or choose another method")
 
 
 def named(method: Any, refine: Any = None, update: Any = None, reconstruct: int = 0, permute: bool = False) -> str:

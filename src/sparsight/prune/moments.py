@@ -130,7 +130,11 @@ class Moments:
         return torch.cat(self.rows) if self.rows else torch.zeros(0, self.columns, device=self.device)
 
     def _weighted(self, part: Callable[[Sums], Any]) -> Any:
-        weights = self.weigh({name: kind.count for name, kind in self.kinds.items()}) if len(self.kinds) > 1 else {}
+        weights: Mapping[str, float] = {}
+        if len(self.kinds) > 1:
+            weights = self.weigh({name: kind.count for name, kind in self.kinds.items()})
+            if not isinstance(weights, Mapping) or not all(0 <= weights.get(k, 1.0) < float("inf") for k in self.kinds):
+                raise ValueError(f"the rule weighs {sorted(self.kinds)} as {weights!r}; it must give each a number from 0")
         return sum((part(kind) * weights.get(name, 1.0) for name, kind in self.kinds.items()), start=0)
 
     @classmethod
@@ -211,8 +215,13 @@ class Watch:
         moments = self._of(layer, X)
         self._seen.append((X, moments))
         flat, image = real_tokens(X, self._padding, self._component, self._drop)
-        self._add(moments, flat, image, X.shape[0] if X.dim() > 2 else 1)
+        self._add(moments, flat, image, self._sequences(X))
         return moments
+
+    def _sequences(self, X: torch.Tensor) -> int:
+        """How many samples X holds: its rows, or the batch's where they are packed into one row of tokens."""
+        text = self._padding.get("text")
+        return X.shape[0] if X.dim() > 2 or text is None else text.shape[0]
 
     def _of(self, layer: Layer, X: torch.Tensor) -> Moments:
         if layer.name not in self.moments:
@@ -243,7 +252,7 @@ class Watch:
                 if key == "down_proj":
                     inputs = module._apply_gate(torch.nn.functional.linear(inputs, module.gate_up_proj[index]))
                 if len(inputs):
-                    self._add(self._of(layer, inputs), inputs, None if image is None else image[here], 1)
+                    self._add(self._of(layer, inputs), inputs, None if image is None else image[here], self._sequences(X))
 
         return gather
 

@@ -3,8 +3,9 @@ absorbs (Zhang et al., "Plug-and-Play", ICLR 2024, with RIA; code biomedical-cyb
 
 The inputs of a layer can be put in any order if the rows (and biases) of the layers that make them are put in the same
 order and nothing between them looks across channels. That holds inside an MLP. It is not assumed but tried: with a random
-order the module's output must stay what it was, else the order is put back and the layer is pruned as it stands. The
-saved model is an ordinary one that computes the same function.
+order, on the inputs as they come and on ten times those (near-uniform attention hides an order), a float32 copy of the
+module must put out what it did, and the layer in question too; else the layer is pruned as it stands. The saved model is
+an ordinary one that computes the same function.
 
 The order: channels sorted by their summed score are dealt out to the groups back and forth, then one channel per group at
 a time is assigned anew, optimally (linear sum assignment), as long as that keeps more.
@@ -12,33 +13,38 @@ a time is assigned anew, optimally (linear sum assignment), as long as that keep
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from sparsight.model.anatomy import Layer
 from sparsight.plan.pattern import Pattern
+from sparsight.prune.gradients import Gradient
 from sparsight.prune.lockstep import Call
 from sparsight.prune.methods.ria import ria_score
 from sparsight.prune.moments import Moments
-from sparsight.prune.reconstruct import first
+from sparsight.prune.reconstruct import first, inputs_of
 
 ROWS = 512  # of a layer's rows, evenly spread, that an order is judged by
 ROUNDS = 4
-SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # relative change that is rounding
+SAME = 1e-4  # relative change that is rounding, in float32
+LARGER = (1.0, 10.0)  # times the inputs that a permutation is tried on
 
 
 def permute_block(
     layers: Sequence[Layer],
     plan: Mapping[str, Pattern],
     moments: dict[str, Moments],
+    sensitivity: dict[str, Any],
     parents: Mapping[str, nn.Module],
     calls: Mapping[int, Call],
     generator: torch.Generator,
 ) -> list[str]:
-    """Reorder channels in place, in weights, biases and `moments`; the names of the layers whose inputs were."""
+    """Reorder channels in place, in weights, biases, `moments` and `sensitivity` (gradients); the names of the layers
+    whose inputs were reordered."""
     done = []
     for layer in layers:
         pattern, producers = plan[layer.name], _producers(layer, layers, parents)
@@ -48,7 +54,11 @@ def permute_block(
         if not _absorbs(layer, producers, trial, parents[layer.name], calls):
             continue
         order = best_order(ria_score(layer.weight, moments[layer.name]), pattern)
-        _apply(layer, producers, order)
+        _apply(layer.weight, [(x.weight, _bias(x.module)) for x in producers], order)
+        for x, columns in ((layer, True), *((producer, False) for producer in producers)):
+            if isinstance(g := sensitivity.get(x.name), Gradient):
+                mean, square = (t[:, order] if columns else t[order] for t in (g.mean, g.square))
+                sensitivity[x.name] = Gradient(mean, square)
         moments[layer.name] = moments[layer.name].permuted(order)
         done.append(layer.name)
     return done
@@ -61,33 +71,48 @@ def _producers(layer: Layer, layers: Sequence[Layer], parents: Mapping[str, nn.M
     return [x for x in beside if x.shape[0] == layer.shape[1]]
 
 
-def _apply(layer: Layer, producers: Sequence[Layer], order: torch.Tensor) -> None:
-    layer.write(layer.weight[:, order].clone())
-    for producer in producers:
-        producer.write(producer.weight[order].clone())
-        if (bias := getattr(producer.module, "bias", None)) is not None:
-            bias.data.copy_(bias.data[order].clone())
+def _apply(weight: torch.Tensor, producers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], order: torch.Tensor) -> None:
+    """Reorder columns of `weight` (out, in), and rows and biases of what makes its inputs, in place."""
+    weight.copy_(weight[:, order].clone())
+    for rows, bias in producers:
+        rows.copy_(rows[order].clone())
+        if bias is not None:
+            bias.copy_(bias[order].clone())
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.data
 
 
 def _absorbs(
     layer: Layer, producers: Sequence[Layer], order: torch.Tensor, parent: nn.Module, calls: Mapping[int, Call]
 ) -> bool:
-    """Whether the module around them puts out the same with its channels in another order; leaves them as they were."""
+    """Whether the module around them, and the layer, put out the same with the channels in another order."""
+    args, kwargs = inputs_of(parent, next(iter(calls.values())))
+    twin = copy.deepcopy(parent).float()
+    own = {id(a): cast(nn.Linear, b) for a, b in zip(parent.modules(), twin.modules(), strict=True)}
+    consumer = own[id(layer.module)]
     seen: list[torch.Tensor] = []
-    hook = parent.register_forward_hook(lambda module, args, output: seen.append(first(output).clone()))
-    call = next(iter(calls.values()))
-    try:
-        call()
-        _apply(layer, producers, order)
-        call()
-    finally:
-        hook.remove()
-        if len(seen) != 1:
-            _apply(layer, producers, order.argsort())
-    if len(seen) != 2:
-        return False
-    change = torch.linalg.norm((seen[1] - seen[0]).float()) / torch.linalg.norm(seen[0].float()).clamp(min=1e-30)
-    return bool(change < SAME.get(layer.weight.dtype, 1e-4))
+    consumer.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+
+    def run() -> list[torch.Tensor]:
+        seen.clear()
+        outputs = [first(twin(*_float(args, by), **_float(kwargs, by))).clone() for by in LARGER]
+        return outputs + seen
+
+    before = run()
+    _apply(consumer.weight.data, [(own[id(x.module)].weight.data, _bias(own[id(x.module)])) for x in producers], order)
+    return all(bool(torch.linalg.norm(b - a) <= SAME * torch.linalg.norm(a)) for a, b in zip(before, run(), strict=True))
+
+
+def _float(value: Any, by: float) -> Any:
+    """Arguments in float32, the hidden states (batch, tokens, d) or (tokens, d) among them `by` times as large."""
+    if isinstance(value, dict):
+        return {key: _float(v, by if key == "hidden_states" else 1.0) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_float(v, by if i == 0 else 1.0) for i, v in enumerate(value))
+    return value.float() * by if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def best_order(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:  # score (out, in)
@@ -112,6 +137,8 @@ def _kept(score: torch.Tensor, table: torch.Tensor, n: int) -> float:
 
 
 def _assign(score: torch.Tensor, table: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    from scipy.optimize import linear_sum_assignment
+
     kept = _kept(score, table, n)
     for _ in range(ROUNDS):
         for place in range(m):

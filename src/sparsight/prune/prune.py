@@ -23,7 +23,7 @@ from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.plan.plan import Plan
 from sparsight.prune.choice import Choice, choose
-from sparsight.prune.gradients import gradients
+from sparsight.prune.gradients import evaluating, gradients
 from sparsight.prune.journal import Journal
 from sparsight.prune.lockstep import Call, lockstep
 from sparsight.prune.moments import Moments, Watch, pool, real_tokens
@@ -39,7 +39,8 @@ class PruneRecord:
     """What pruning did: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block.
 
     `tokens` are the calibration tokens that each block (layer, with `stage`) has seen, per kind, without padding; `pooled`
-    the experts that saw too few and were pruned with the moments of all; `damping` what a Gram matrix needed beyond
+    the experts that saw too few and were pruned with the moments of all; `ungraded` the layers on which the loss does not
+    depend, which a gradient's method scores as Wanda does; `damping` what a Gram matrix needed beyond
     the usual 1 % of its mean diagonal; `reconstructed` the errors before and after, per part of a block; `permuted` the
     layers whose input channels were reordered.
     """
@@ -48,6 +49,7 @@ class PruneRecord:
     block_errors: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     pooled: list[str] = field(default_factory=list)
+    ungraded: list[str] = field(default_factory=list)
     damping: dict[str, float] = field(default_factory=dict)
     reconstructed: dict[str, tuple[float, float]] = field(default_factory=dict)
     permuted: list[str] = field(default_factory=list)
@@ -55,9 +57,7 @@ class PruneRecord:
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """Take what was measured at one stop."""
-        for key, value in facts.items():
-            known = getattr(self, key)
-            known.extend(value) if isinstance(known, list) else known.update(value)
+        add_to(self.__dict__, facts)
 
 
 def prune(
@@ -89,18 +89,16 @@ def prune(
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
     if not batches:
         if choice.needs:
-            raise SparsightError("--data: this method needs calibration samples; give --data, or --method magnitude")
+            raise SparsightError(
+                "--data: this way of pruning needs calibration samples; give --data, or magnitude without further steps"
+            )
         for layer in work.layers:
             layer.write(work.pruned(layer, None))
     else:
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             if "gradient" in choice.needs:
                 work.sensitivity = gradients(model, work.layers, batches)
             lockstep(model, work.stops(anatomy), [batch.inputs for batch in batches], work.visit)
-        finally:
-            model.train(training)
         work.finish()
     work.record.seconds = time.perf_counter() - began
     return work.record
@@ -115,7 +113,7 @@ class _Pruning:
         self.batches, self.choice, self.seed = batches, choice, seed
         self.journal, self.progress = journal, progress
         self.record = PruneRecord()
-        self.sensitivity: Mapping[str, Any] = {}
+        self.sensitivity: dict[str, Any] = {}
         self.done = 0
 
     def stops(self, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
@@ -151,7 +149,13 @@ class _Pruning:
 
     def prune(self, layer: Layer, moments: Moments) -> dict[str, Any]:
         """Prune one layer in place; its relative output error on the kept inputs."""
-        if not torch.isfinite(moments.squares).all():
+        if not moments.tokens:
+            raise SparsightError(f"{layer.name}: the token rule left nothing of its inputs; nothing was saved")
+        try:
+            squares = moments.squares
+        except ValueError as error:
+            raise SparsightError(f"--tokens: {error}") from error
+        if not torch.isfinite(squares).all():
             raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
         W, pruned = layer.weight, self.pruned(layer, moments)  # (out, in)
         X = moments.sample().float()  # (k, in)
@@ -159,7 +163,11 @@ class _Pruning:
         reference = torch.linalg.norm(X @ W.float().T)
         layer.write(pruned)
         facts: dict[str, Any] = {"layer_errors": {layer.name: _ratio(difference, reference)}}
-        return {**facts, "damping": {layer.name: moments.damping}} if moments.damping > 0.01 else facts
+        if moments.damping > 0.01:
+            facts["damping"] = {layer.name: moments.damping}
+        if moments.sensitivity is not None and not moments.sensitivity.square.any():
+            facts["ungraded"] = [layer.name]
+        return facts
 
     def pruned(self, layer: Layer, moments: Moments | None) -> torch.Tensor:
         """What the method makes of a layer's weight (out, in), held to its promise."""
@@ -170,11 +178,14 @@ class _Pruning:
             pruned = self.choice.prune(W, moments, pattern, generator=self.generator(layer.name))
         except ValueError as error:  # a score or a factor that cannot be
             raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
-        if (pruned.shape, pruned.dtype) != (W.shape, W.dtype) or not pattern.holds(pruned) or not pruned.isfinite().all():
+        fits = isinstance(pruned, torch.Tensor) and (pruned.shape, pruned.dtype) == (W.shape, W.dtype)
+        if not fits or not pattern.holds(pruned) or not pruned.isfinite().all():
             raise SparsightError(
                 f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
                 f"{pattern}; put zeros where `pattern.keep(score)` is False"
             )
+        if self.choice.method.mask_only and not self.choice.update and not ((pruned == W) | (pruned == 0)).all():
+            raise SparsightError(f"{layer.name}: the method changed kept weights; declare it with mask_only=False")
         return pruned
 
     def generator(self, name: str) -> torch.Generator:
@@ -253,12 +264,11 @@ class _Blocks(_Pruning):
         generator = self.generator(name)
         if choice.permute:
             parents = {layer.name: parent(name, block, layer) for layer in layers}
-            facts["permuted"] = permute_block(layers, self.plan, moments, parents, calls, generator)
+            facts["permuted"] = permute_block(layers, self.plan, moments, self.sensitivity, parents, calls, generator)
         for layer in layers:
             if layer.name not in moments:
                 raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
-            for key, value in self.prune(layer, moments[layer.name]).items():
-                facts[key].update(value)
+            add_to(facts, self.prune(layer, moments[layer.name]))
         if fitting:
             facts["reconstructed"] = fitting.fit(choice.reconstruct, generator)
         return {**facts, "block_errors": {name: self._block_error(component, calls, targets)}}
@@ -289,6 +299,15 @@ class _Blocks(_Pruning):
             difference = difference + (now - then).square().sum().cpu()
             reference = reference + then.square().sum().cpu()
         return _ratio(difference.sqrt(), reference.sqrt())
+
+
+def add_to(known: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Extend lists and update mappings by what else was measured."""
+    for key, value in facts.items():
+        if isinstance(value, list):
+            known.setdefault(key, []).extend(value)
+        else:
+            known.setdefault(key, {}).update(value)
 
 
 def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:

@@ -62,24 +62,31 @@ class Reconstruction:
         """The part on what reaches it in batch `i` now."""
         if part is self.block:
             return self.calls[i]
-        inputs: list[tuple[tuple, dict]] = []
-
-        def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs.append((args, kwargs))
-            raise _Caught
-
-        hook = part.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with contextlib.suppress(_Caught):
-                self.calls[i]()
-        finally:
-            hook.remove()
-        args, kwargs = inputs[0]
+        args, kwargs = inputs_of(part, self.calls[i])
         return lambda: part(*args, **kwargs)
 
 
 class _Caught(Exception):
     pass
+
+
+def inputs_of(part: nn.Module, call: Call) -> tuple[tuple, dict]:
+    """The arguments that reach a module in a block's call, which goes no further."""
+    if part is call.func:
+        return call.args, call.keywords
+    inputs: list[tuple[tuple, dict]] = []
+
+    def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append((args, kwargs))
+        raise _Caught
+
+    hook = part.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Caught):
+            call()
+    finally:
+        hook.remove()
+    return inputs[0]
 
 
 def parent(name: str, block: nn.Module, layer: Layer) -> nn.Module:
@@ -162,7 +169,7 @@ def _own(grad: torch.Tensor | None, layer: Layer) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _trainable(layers: Sequence[Layer]) -> Iterator[list[nn.Parameter]]:
-    """Only the parameters of `layers` ask for gradients meanwhile."""
+    """The parameters of `layers` ask for gradients meanwhile."""
     parameters = list({id(layer.parameter): layer.parameter for layer in layers}.values())
     before = [p.requires_grad for p in parameters]
     for p in parameters:

@@ -140,15 +140,21 @@ def left_out(rule: TokenRule, component: str, calls: Mapping[int, Call], batches
         image = padding.get("image")
         if image is None or image.shape != before.shape[:2]:  # a decoder's tokens are text
             continue
-        after, attention = attended(call, padding["text"]) if rule.attention else (call(), None)
+        after = call()
+        attention = attended(call, padding["text"]) if rule.attention else None
         flows[i] = Flow(before, after if isinstance(after, torch.Tensor) else after[0], padding["text"], image, attention)
-    return dict(zip(flows, rule.select(list(flows.values())), strict=True)) if flows else {}
+    chosen = list(rule.select(list(flows.values()))) if flows else []
+    shapes = [f.real.shape for f in flows.values()]
+    if [getattr(drop, "shape", None) for drop in chosen] != shapes or any(drop.dtype != torch.bool for drop in chosen):
+        raise SparsightError("--tokens: the rule must give one boolean mask (B, T) of what it leaves out for every batch")
+    return dict(zip(flows, chosen, strict=True))
 
 
-def attended(call: Call, real: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Run a block with eager attention: its output, and how much each row's last real token looks at every token (B, T).
+def attended(call: Call, real: torch.Tensor) -> torch.Tensor:
+    """Run a block with eager attention: how much each row's last real token looks at every token (B, T).
 
-    The last real token sees all of them, so that the weights over the real tokens, scaled to 1, are those of any mask.
+    The last real token sees all of them, so that its weights over the real tokens, scaled to 1, are those of any mask; what
+    the block puts out is of no use here, since it was given another attention's mask.
     """
     seen: list[torch.Tensor] = []
 
@@ -164,7 +170,7 @@ def attended(call: Call, real: torch.Tensor) -> tuple[Any, torch.Tensor]:
     try:
         for config, _ in before:
             config._attn_implementation = "eager"
-        output = call()
+        call()
     finally:
         for config, kind in before:
             config._attn_implementation = kind
@@ -175,7 +181,7 @@ def attended(call: Call, real: torch.Tensor) -> tuple[Any, torch.Tensor]:
     places = torch.arange(real.shape[1], device=real.device)
     last = (places * real).argmax(1)  # (B,)
     weights = seen[0].mean(1)[torch.arange(len(last), device=real.device), last]  # (B, T)
-    return output, weights.masked_fill(~real, 0)
+    return weights.masked_fill(~real, 0)
 
 
 def find_tokens(tokens: str | TokenRule | Weigh) -> TokenRule:
@@ -184,6 +190,6 @@ def find_tokens(tokens: str | TokenRule | Weigh) -> TokenRule:
         return tokens
     if callable(tokens):
         return TokenRule(weigh=tokens)
-    if tokens not in TOKENS:
+    if not isinstance(tokens, str) or tokens not in TOKENS:
         raise SparsightError(f"--tokens: unknown rule {tokens!r}; {nearest(tokens, tuple(TOKENS))}")
     return TOKENS[tokens]

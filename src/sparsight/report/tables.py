@@ -103,6 +103,9 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if facts["damping"]:
         worst = max(facts["damping"].values())
         lines.append(f"{len(facts['damping'])} Gram matrices needed more damping than 0.01, at most {worst:g}")
+    if facts["ungraded"]:
+        names = ", ".join(facts["ungraded"][:3]) + (" ..." if len(facts["ungraded"]) > 3 else "")
+        lines.append(f"The loss does not depend on {len(facts['ungraded'])} layers, scored as Wanda does: {names}")
     if facts["pooled"]:
         names = ", ".join(facts["pooled"][:3]) + (" ..." if len(facts["pooled"]) > 3 else "")
         lines.append(f"{len(facts['pooled'])} experts saw too few tokens and took the moments of all: {names}")

@@ -23,7 +23,8 @@ Swap best_of_row(const float *w, const uint8_t *keep, const float *c, const floa
                  std::vector<long> &kept, std::vector<long> &pruned) {
     kept.clear();
     pruned.clear();
-    for (long j = 0; j < n; ++j) (keep[j] ? kept : pruned).push_back(j);
+    for (long j = 0; j < n; ++j)
+        if (keep[j] || w[j] != 0) (keep[j] ? kept : pruned).push_back(j);  // a weight that is zero cannot come back
     std::sort(kept.begin(), kept.end(), [&](long a, long b) { return w[a] * c[a] < w[b] * c[b]; });
     std::sort(pruned.begin(), pruned.end(), [&](long a, long b) { return w[a] * c[a] > w[b] * c[b]; });
     Swap best;
@@ -46,7 +47,7 @@ Swap best_of_groups(const float *w, const uint8_t *keep, const float *c, const f
     for (long start = 0; start < n; start += m)
         for (long p = start; p < start + m; ++p)
             for (long q = start; keep[p] && q < start + m; ++q) {
-                if (keep[q]) continue;
+                if (keep[q] || w[q] == 0) continue;
                 const float change = change_of(w, c, G, n, p, q);
                 if (change < best.change) best = {change, p, q};
             }

@@ -6,6 +6,7 @@ one line here.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,11 +95,31 @@ def find_update(update: str | Update | Callable | None) -> Update | None:
     return None if update is None else _find("--update", update, UPDATES, Update, Update)
 
 
+ARGUMENTS = {
+    "--method": "(W, moments, pattern, generator)",
+    "--refine": "(W, keep, moments, pattern)",
+    "--update": "(W, keep, moments)",
+}
+
+
+def _check_signature(option: str, function: Callable, takes: str) -> None:
+    count = takes.count(",") + 1
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin may have none
+        return
+    try:
+        signature.bind(*range(count - 1), generator=0) if option == "--method" else signature.bind(*range(count))
+    except TypeError:
+        raise SparsightError(f"{option}: {function} must be callable as {takes}") from None
+
+
 def _find(option: str, given: Any, table: dict[str, Any], kind: type, wrap: Callable) -> Any:
     if isinstance(given, kind):
         return given
-    if callable(given):
+    if callable(given) and not isinstance(given, type):
+        _check_signature(option, given, ARGUMENTS[option])
         return wrap(given)
-    if given not in table:
+    if not isinstance(given, str) or given not in table:
         raise SparsightError(f"{option}: unknown {option.lstrip('-')} {given!r}; {nearest(str(given), tuple(table))}")
     return table[given]

@@ -42,7 +42,7 @@ def dsnot(W: torch.Tensor, keep: torch.Tensor, moments: Moments, pattern: Patter
         pruned, there = shrink.next(error, grown)
         after = error + part[rows, pruned] - part[rows, grown]
         active &= (error.abs() > THRESHOLD) & (after.sign() == sign)
-        active &= ~keep[rows, grown] & keep[rows, pruned] & there
+        active &= ~keep[rows, grown] & keep[rows, pruned] & there & (W[rows, grown] != 0)
         if not bool(active.any()):
             break
         keep[rows[active], grown[active]] = True

@@ -28,6 +28,8 @@ CHUNK = 2**24  # pairs in memory at a time
 
 def swaps(W: torch.Tensor, keep: torch.Tensor, moments: Moments, pattern: Pattern) -> torch.Tensor:
     """Refine the mask `keep` (out, in); every row, and with n:m every group, keeps as many weights as before."""
+    if W.shape[1] < 2:
+        return keep.clone()
     G = moments.gram / moments.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)  # (in, in)
     lost = torch.where(keep, 0, W.float())
     c = lost @ G  # (out, in)
@@ -65,7 +67,7 @@ Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (rows,) change of the 
 def _best_of_row(w: torch.Tensor, keep: torch.Tensor, c: torch.Tensor, G: torch.Tensor, pattern: Pattern) -> Best:
     term, infinite = w * c, float("inf")
     out = term.masked_fill(~keep, infinite)
-    back = term.masked_fill(keep, -infinite)
+    back = term.masked_fill(keep | (w == 0), -infinite)  # a weight that is zero cannot come back
     width = min(NARROW, w.shape[1] - 1)
     outs, p = out.topk(width + 1, dim=1, largest=False)
     backs, q = back.topk(width + 1, dim=1)
@@ -87,7 +89,7 @@ def _best_pair(
     """The best of all pairs of candidates p (rows, a) and q (rows, b); places in them, (rows, 1) each."""
     wp, wq, diagonal = w.gather(1, p), w.gather(1, q), G.diagonal()
     a = (2 * wp * c.gather(1, p) + wp.square() * diagonal[p]).masked_fill(~keep.gather(1, p), float("inf"))
-    b = (wq.square() * diagonal[q] - 2 * wq * c.gather(1, q)).masked_fill(keep.gather(1, q), float("inf"))
+    b = (wq.square() * diagonal[q] - 2 * wq * c.gather(1, q)).masked_fill(keep.gather(1, q) | (wq == 0), float("inf"))
     change = a.unsqueeze(2) + b.unsqueeze(1) - 2 * wp.unsqueeze(2) * wq.unsqueeze(1) * G[p.unsqueeze(2), q.unsqueeze(1)]
     least, place = change.flatten(1).min(1)
     return least, (place // q.shape[1]).unsqueeze(1), (place % q.shape[1]).unsqueeze(1)
@@ -98,7 +100,7 @@ def _best_of_groups(w: torch.Tensor, keep: torch.Tensor, c: torch.Tensor, G: tor
     groups = w.shape[1] // m
     diagonal = G.diagonal()
     a = (2 * w * c + w.square() * diagonal).masked_fill(~keep, infinite).view(-1, groups, m)
-    b = (w.square() * diagonal - 2 * w * c).masked_fill(keep, infinite).view(-1, groups, m)
+    b = (w.square() * diagonal - 2 * w * c).masked_fill(keep | (w == 0), infinite).view(-1, groups, m)
     place = torch.arange(groups * m, device=w.device).view(groups, m)
     inner = G[place.unsqueeze(2), place.unsqueeze(1)]  # (groups, m, m)
     v = w.view(-1, groups, m)
