@@ -306,6 +306,31 @@ def test_scipy_is_asked_for_by_the_permutation_alone(zoo_folder, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_plan_lists_what_every_layer_gets(run, zoo_folder, scenes):
+    words = (
+        "plan",
+        zoo_folder("llava"),
+        "--policy",
+        "owl",
+        "--sparsity",
+        "0.6",
+        "--data",
+        scenes,
+        "--samples",
+        8,
+        "--quiet",
+    )
+    code, out, err = run(*words, "--layers")
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if ".layers." in line]
+    model, _ = load(zoo_folder("llava"))
+    assert len(rows) == len([x for c in ("vision", "language") for x in anatomy(model).component(c)])
+    got = {line.split()[-1] for line in rows}
+    assert len(got) > 2  # not uniform
+    assert all(40 < float(share.rstrip("%")) < 80 for share in got), got
+    assert refused(run("plan", zoo_folder("llava"), "--policy", "owl"), "--policy: owl needs calibration samples")
+
+
 COMPOSED = {
     "solver": ["--method", "sparsegpt", "--propagate", "stage"],
     "all steps": [

@@ -71,6 +71,7 @@ def plan(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
     skip_bad: opt.SkipBad = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List what every layer gets.")] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -87,7 +88,8 @@ def plan(
             progress=progress,
         )  # fmt: skip
     facts = plan_facts(made.anatomy, made.plan)
-    _show(facts, as_json, tables.plan_table(facts["components"]))
+    listed = [tables.planned_layers(made.anatomy, made.plan)] if layers else []
+    _show(facts, as_json, tables.plan_table(facts["components"]), *listed)
 
 
 @app.command()

@@ -11,12 +11,20 @@ from rich.table import Table
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.card import component_totals
 from sparsight.model.families import COMPONENTS
+from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import Share
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title,
+        min_width=len(title) + 2,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+    )
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
@@ -71,6 +79,16 @@ def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Table]:
 def plan_table(rows: Sequence[Share]) -> Table:
     cells = [(r.component, r.layers, r.pruned, f"{r.parameters:,}", f"{r.zeros:,}", f"{r.sparsity:.2%}") for r in rows]
     return table("The plan", ("component", "layers", "pruned", "parameters", "zeros", "sparsity"), cells)
+
+
+def planned_layers(anatomy: Anatomy, plan: Mapping[str, Pattern]) -> Table:
+    """What every layer gets, the dense ones too."""
+    rows = []
+    for layer in anatomy.layers:
+        pattern, (out, columns) = plan.get(layer.name), layer.shape
+        share = pattern.zeros(layer.shape) / (out * columns) if pattern else 0.0
+        rows.append((layer.name, layer.component, f"{out}×{columns}", pattern.kind if pattern else "dense", f"{share:.2%}"))
+    return table("Layers", ("name", "component", "out×in", "pattern", "sparsity"), rows, left=2)
 
 
 def pruned_table(sparsity: Mapping[str, Any], title: str) -> Table:
