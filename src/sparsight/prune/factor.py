@@ -47,8 +47,7 @@ def inverse_factor(gram: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
                 "the Gram matrix is not positive definite, damped by "
                 f"{', '.join(f'{damping:g}' for damping in tried[:-1])} times its mean diagonal; it is not a sum of x x^T"
             )
-    del A
-    return _invert(L, torch.zeros(L.shape, device=L.device)).flip(0, 1).mul_(scale**-0.5), tried[-1]
+    return _invert(L, A.zero_()).flip(0, 1).mul_(scale**-0.5), tried[-1]
 
 
 def _invert(L: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -115,8 +115,10 @@ class Moments:
         if self._gram is None:
             if not self.with_gram:
                 raise ValueError("this method was not given a Gram matrix; declare it with needs='gram'")
-            upper = self._weighted(lambda kind: kind.upper)
-            self._gram = upper.triu().add_(upper.triu(1).T)
+            alone = len(self.kinds) == 1  # its own triangle is then filled up in place: large copies cost
+            kinds: Any = list(self.kinds.values())
+            upper = kinds[0].upper if alone else self._weighted(lambda kind: kind.upper)
+            self._gram = upper.triu_().add_(upper.triu(1).T)
         return self._gram
 
     def inverse_factor(self) -> torch.Tensor:  # (in, in)
