@@ -87,3 +87,24 @@ def test_the_tables_of_methods_and_policies_are_the_tables(row):
     line = next(line for line in TEXT.splitlines() if line.startswith(f"| {row}"))
     named = {word.split()[-1] for word in re.findall(r"`([^`]+)`", line)} - {"EPOCHS", "--permute"}
     assert named == known
+
+
+def test_the_commands_of_the_one_shot_guide(desk, zoo_folder, monkeypatch, capsys):
+    text = (ROOT / "docs" / "one-shot.md").read_text()
+    (block,) = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines():
+        monkeypatch.setattr(sys, "argv", line.replace("MODEL", str(zoo_folder("instructblip-t5"))).split())
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0, (line, capsys.readouterr())
+
+
+def test_the_tables_of_the_one_shot_guide_are_the_tables():
+    from sparsight.plan.plan import POLICIES
+    from sparsight.prune.choice import PROPAGATE
+    from sparsight.prune.methods import METHODS, PRESETS, REFINES, UPDATES
+    from sparsight.prune.tokens import TOKENS
+
+    text = (ROOT / "docs" / "one-shot.md").read_text()
+    for name in {*POLICIES, *METHODS, *PRESETS, *REFINES, *UPDATES, *TOKENS, *PROPAGATE}:
+        assert f"`{name}`" in text, name
