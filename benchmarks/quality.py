@@ -207,7 +207,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells = []
             for setting in settings:
                 row = next((r for r in mine if (r["setting"], r["recipe"]) == (setting, recipe)), None)
-                regained = f" ({row['regained']} %)" if row and row["regained"] else ""
+                regained = f" ({row['regained']} %)" if row and row["regained"] and int(row["regained"]) > -100 else ""
                 cells.append(f"{row['mean']} [{row['low']}, {row['high']}]{regained}" if row else "")
             lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)

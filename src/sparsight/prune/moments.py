@@ -37,16 +37,21 @@ class Sums:
     def __init__(self, columns: int, device: torch.device, gram: bool) -> None:
         self.count = 0
         self.sums = torch.zeros(columns, dtype=torch.float32, device=device)  # (in,) sum of x_j
-        self.squares = torch.zeros_like(self.sums)  # (in,) sum of x_j^2
+        self._squares = torch.zeros_like(self.sums)
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
+
+    @property
+    def squares(self) -> torch.Tensor:  # (in,) sum of x_j^2
+        return self._squares if self.upper is None else self.upper.diagonal()
 
     def add(self, X: torch.Tensor) -> None:  # (tokens, in)
         done = self.upper is not None and kernels.add_gram(X, self.upper)
-        X = X.float()
         self.count += X.shape[0]
-        self.sums += X.sum(0)
-        self.squares += X.square().sum(0)
-        if self.upper is not None and not done:
+        self.sums += X.sum(0, dtype=torch.float32)
+        X = X if done else X.float()
+        if self.upper is None:
+            self._squares += X.square().sum(0)
+        elif not done:
             for start in range(0, X.shape[1], PANEL):
                 self.upper[start : start + PANEL, start:].addmm_(X[:, start : start + PANEL].T, X[:, start:])
 
@@ -151,8 +156,9 @@ class Moments:
                 sums = whole.kinds.setdefault(name, Sums(first.columns, first.device, first.with_gram))
                 sums.count += kind.count
                 sums.sums += kind.sums
-                sums.squares += kind.squares
-                if sums.upper is not None and kind.upper is not None:
+                if sums.upper is None or kind.upper is None:
+                    sums._squares += kind.squares
+                else:
                     sums.upper += kind.upper
         return whole
 
@@ -162,7 +168,7 @@ class Moments:
         other.rows = [rows[:, order] for rows in self.rows]
         for name, kind in self.kinds.items():
             sums = other.kinds[name] = Sums(self.columns, self.device, False)
-            sums.count, sums.sums, sums.squares = kind.count, kind.sums[order], kind.squares[order]
+            sums.count, sums.sums, sums._squares = kind.count, kind.sums[order], kind.squares[order]
             if kind.upper is not None:
                 whole = kind.upper.triu() + kind.upper.triu(1).T
                 sums.upper = whole[order][:, order]

@@ -1,7 +1,8 @@
 // X^T X of bfloat16 inputs, summed in float32: the products of a CPU's bfloat16 units without their rounding of the sum.
 //
 // Columns are packed in groups of 16, two tokens of a column side by side, which is what the instruction multiplies. A
-// tile of the result, 8 columns by 48, stays in registers over all tokens of a call. Only tiles on and above the diagonal.
+// tile of the result, 8 columns by 48, stays in registers over all tokens of a call; a block of 64 columns, whose packed
+// inputs stay in the second cache, is multiplied with all others in turn. Only tiles on and above the diagonal.
 
 #include <algorithm>
 #include <atomic>
@@ -16,20 +17,31 @@
 #ifdef __AVX512BF16__
 namespace {
 
-constexpr int64_t GROUP = 16, HIGH = 8, WIDE = 3, DEEP = 1024;  // DEEP: tokens at a time
+constexpr int64_t GROUP = 16, HIGH = 8, WIDE = 3, BLOCK = 64, DEEP = 1024;  // DEEP: tokens at a time
 
-// packed[group][pair of tokens][column of the group]: two bfloat16 in 32 bits; zero beyond the edges
-void pack(const uint16_t *X, int64_t tokens, int64_t n, int64_t stride, uint32_t *packed, int64_t pairs) {
-    for (int64_t group = 0; group * GROUP < n; ++group) {
-        const int64_t columns = std::min(GROUP, n - group * GROUP);
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            uint32_t *out = packed + (group * pairs + pair) * GROUP;
-            const uint16_t *first = X + 2 * pair * stride + group * GROUP, *second = first + stride;
-            const bool both = 2 * pair + 1 < tokens;
-            for (int64_t j = 0; j < GROUP; ++j)
-                out[j] = j < columns ? (uint32_t)first[j] | (both ? (uint32_t)second[j] << 16 : 0) : 0;
+// Columns of one group, [pair of tokens][column]: two bfloat16 in 32 bits; zero beyond the edges.
+void pack(const uint16_t *X, int64_t tokens, int64_t columns, int64_t stride, uint32_t *out, int64_t pairs) {
+    for (int64_t pair = 0; pair < pairs; ++pair, out += GROUP) {
+        const uint16_t *first = X + 2 * pair * stride, *second = first + stride;
+        if (columns == GROUP && 2 * pair + 1 < tokens) {
+            for (int64_t j = 0; j < GROUP; ++j) out[j] = (uint32_t)first[j] | (uint32_t)second[j] << 16;
+            continue;
         }
+        for (int64_t j = 0; j < columns; ++j)
+            out[j] = (uint32_t)first[j] | (2 * pair + 1 < tokens ? (uint32_t)second[j] << 16 : 0);
     }
+}
+
+// Run `work(i)` for every i below `count` on several threads.
+template <class Work> void share(int64_t count, int threads, const Work &work) {
+    std::atomic<int64_t> next{0};
+    auto loop = [&] {
+        for (int64_t i; (i = next++) < count;) work(i);
+    };
+    std::vector<std::thread> team;
+    for (int i = 1; i < threads && i < count; ++i) team.emplace_back(loop);
+    loop();
+    for (auto &thread : team) thread.join();
 }
 
 void tile(const uint32_t *left, const uint32_t *right, int64_t pairs, float *out /* HIGH x WIDE * GROUP */) {
@@ -54,31 +66,28 @@ void tile(const uint32_t *left, const uint32_t *right, int64_t pairs, float *out
 // Add X^T X to the upper triangle of G (n, n) float32; X (tokens, n) bfloat16, rows `stride` apart. 0 where not supported.
 extern "C" int sparsight_gram(const uint16_t *X, int64_t tokens, int64_t n, int64_t stride, float *G, int threads) {
 #ifdef __AVX512BF16__
-    const int64_t groups = (n + GROUP - 1) / GROUP, bands = (n + HIGH - 1) / HIGH;
+    const int64_t groups = (n + GROUP - 1) / GROUP, blocks = (n + BLOCK - 1) / BLOCK;
     for (int64_t start = 0; start < tokens; start += DEEP) {
         const int64_t count = std::min(DEEP, tokens - start), pairs = (count + 1) / 2;
-        std::vector<uint32_t> packed((groups + WIDE) * pairs * GROUP, 0);
-        pack(X + start * stride, count, n, stride, packed.data(), pairs);
-        std::atomic<int64_t> next{0};
-        auto work = [&] {
-            std::vector<float> out(HIGH * WIDE * GROUP);
-            for (int64_t band; (band = next++) < bands;) {
-                const int64_t top = band * HIGH, rows = std::min(HIGH, n - top);
-                const uint32_t *left = packed.data() + (top / GROUP) * pairs * GROUP + top % GROUP;
-                for (int64_t group = top / GROUP; group < groups; group += WIDE) {
-                    tile(left, packed.data() + group * pairs * GROUP, pairs, out.data());
-                    const int64_t columns = std::min(WIDE * GROUP, n - group * GROUP);
+        std::vector<uint32_t> packed((groups + BLOCK / GROUP + WIDE) * pairs * GROUP, 0);
+        share(groups, threads, [&](int64_t group) {
+            pack(X + start * stride + group * GROUP, count, std::min(GROUP, n - group * GROUP), stride,
+                 packed.data() + group * pairs * GROUP, pairs);
+        });
+        share(blocks, threads, [&](int64_t block) {
+            float out[HIGH * WIDE * GROUP];
+            for (int64_t group = block * BLOCK / GROUP; group < groups; group += WIDE)
+                for (int64_t top = block * BLOCK; top < std::min(n, (block + 1) * BLOCK); top += HIGH) {
+                    if ((group + WIDE) * GROUP <= top) continue;  // below the diagonal
+                    tile(packed.data() + (top / GROUP) * pairs * GROUP + top % GROUP,
+                         packed.data() + group * pairs * GROUP, pairs, out);
+                    const int64_t rows = std::min(HIGH, n - top), columns = std::min(WIDE * GROUP, n - group * GROUP);
                     for (int64_t i = 0; i < rows; ++i) {
                         float *row = G + (top + i) * n + group * GROUP;
                         for (int64_t j = 0; j < columns; ++j) row[j] += out[i * WIDE * GROUP + j];
                     }
                 }
-            }
-        };
-        std::vector<std::thread> team;
-        for (int i = 1; i < threads; ++i) team.emplace_back(work);
-        work();
-        for (auto &thread : team) thread.join();
+        });
     }
     return 1;
 #else
