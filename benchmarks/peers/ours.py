@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -29,6 +30,7 @@ plan = make_plan(body, sparsity=0.5, pattern="tensor" if method == "sparsegpt" e
 began = time.perf_counter()
 prune(model, body, plan, batches, method=method, propagate=propagate)
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# the high-water mark of this program; getrusage would count that of the process it was started from
+peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 save_file({name: body[name].weight.contiguous() for name in plan}, out)
 print(json.dumps({"seconds": seconds, "peak": peak}))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 from llmcompressor import oneshot
@@ -43,7 +44,8 @@ oneshot(
     output_dir=None,
 )
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# the high-water mark of this program; getrusage would count that of the process it was started from
+peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 wanted = {
     name: module.weight.data.contiguous()
     for name, module in model.named_modules()

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t GROUP = 16, HIGH = 8, WIDE = 3, BLOCK = 64, DEEP = 1024;  // DEEP: tokens at a time
 
-// Columns of one group, [pair of tokens][column]: two bfloat16 in 32 bits; zero beyond the edges.
+// Columns of one group, [pair of tokens][column]: two bfloat16 in 32 bits.
 void pack(const uint16_t *X, int64_t tokens, int64_t columns, int64_t stride, uint32_t *out, int64_t pairs) {
     for (int64_t pair = 0; pair < pairs; ++pair, out += GROUP) {
         const uint16_t *first = X + 2 * pair * stride, *second = first + stride;
@@ -69,18 +69,22 @@ extern "C" int sparsight_gram(const uint16_t *X, int64_t tokens, int64_t n, int6
     const int64_t groups = (n + GROUP - 1) / GROUP, blocks = (n + BLOCK - 1) / BLOCK;
     for (int64_t start = 0; start < tokens; start += DEEP) {
         const int64_t count = std::min(DEEP, tokens - start), pairs = (count + 1) / 2;
-        std::vector<uint32_t> packed((groups + BLOCK / GROUP + WIDE) * pairs * GROUP, 0);
+        // kept between calls, since fresh memory costs more than the products; what stands beyond the edges is never read
+        static thread_local std::vector<uint32_t> kept;
+        const size_t needed = (groups + BLOCK / GROUP + WIDE) * pairs * GROUP;
+        if (kept.size() < needed) kept.resize(needed);
+        uint32_t *const packed = kept.data();
         share(groups, threads, [&](int64_t group) {
             pack(X + start * stride + group * GROUP, count, std::min(GROUP, n - group * GROUP), stride,
-                 packed.data() + group * pairs * GROUP, pairs);
+                 packed + group * pairs * GROUP, pairs);
         });
         share(blocks, threads, [&](int64_t block) {
             float out[HIGH * WIDE * GROUP];
             for (int64_t group = block * BLOCK / GROUP; group < groups; group += WIDE)
                 for (int64_t top = block * BLOCK; top < std::min(n, (block + 1) * BLOCK); top += HIGH) {
                     if ((group + WIDE) * GROUP <= top) continue;  // below the diagonal
-                    tile(packed.data() + (top / GROUP) * pairs * GROUP + top % GROUP,
-                         packed.data() + group * pairs * GROUP, pairs, out);
+                    tile(packed + (top / GROUP) * pairs * GROUP + top % GROUP,
+                         packed + group * pairs * GROUP, pairs, out);
                     const int64_t rows = std::min(HIGH, n - top), columns = std::min(WIDE * GROUP, n - group * GROUP);
                     for (int64_t i = 0; i < rows; ++i) {
                         float *row = G + (top + i) * n + group * GROUP;
