@@ -135,11 +135,12 @@ def markdown() -> str:
         rows = list(csv.DictReader(file))
     sources = list(dict.fromkeys(row["layers of"] for row in rows))
     values = {(r["layers of"], r["setting"], r["way"]): r["mean error, or layers"] for r in rows}
-    heads = [f"{source}, {setting}" for source in sources for setting in PATTERNS]
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for way in (*WAYS, *(f"{better} > {worse}" for better, worse in ORDERS)):
-        cells = [values.get((source, setting, way), "") for source in sources for setting in PATTERNS]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+    lines = []
+    for source in sources:
+        lines += [f"#### {source}\n", f"| | {' | '.join(PATTERNS)} |", f"|---|{'---:|' * len(PATTERNS)}"]
+        for way in (*WAYS, *(f"{better} > {worse}" for better, worse in ORDERS)):
+            lines.append(f"| {way} | {' | '.join(values.get((source, s, way), '') for s in PATTERNS)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
