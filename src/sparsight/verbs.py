@@ -90,7 +90,6 @@ def plan(
     Some policies measure the model first, on `samples` of `data`. `policy` may be a function `(layers, budget)` or
     `(layers, budget, measure)` that gives a sparsity by layer name; `measure` is None without `data`.
     """
-    from sparsight.data import Encoder, batches
     from sparsight.model.load import check_device, load, load_model, parse_dtype
     from sparsight.plan.measure import Measure
 
@@ -109,8 +108,7 @@ def plan(
         chosen = read(data, limit=samples, seed=seed, skip_bad=skip_bad)
         loaded, processor = load(model, dtype=dtype, device=device)
         body = anatomy(loaded, chosen_family)
-        encoder = Encoder(processor, loaded, skip_bad=skip_bad)
-        calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
+        calibration, _ = _encoded(chosen, processor, loaded, batch_size, device, skip_bad)
         measure = Measure(loaded, body, calibration, seed, progress)
     made = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore, measure=measure)
     return Planned(body, made)
@@ -155,7 +153,6 @@ def prune(
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data; then no folder
     is left behind.
     """
-    from sparsight.data import Encoder, batches
     from sparsight.model.load import check_device, load, parse_dtype
     from sparsight.plan.measure import Measure
     from sparsight.prune.choice import choose, named, preset_policy
@@ -186,11 +183,10 @@ def prune(
     chosen = read(data, limit=samples, seed=seed, skip_bad=skip_bad) if data is not None else None
     loaded, processor = load(model, dtype=dtype, device=device)
     body = anatomy(loaded, chosen_family)
-    calibration, skipped = [], 0
+    calibration: list[Any] = []
+    skipped = 0
     if chosen is not None:
-        encoder = Encoder(processor, loaded, skip_bad=skip_bad)
-        calibration = [batch.to(device) for batch in batches(encoder.usable(chosen), encoder, batch_size)]
-        skipped = len(chosen.skipped) + len(encoder.skipped)
+        calibration, skipped = _encoded(chosen, processor, loaded, batch_size, device, skip_bad)
         settings["fingerprint"] = chosen.fingerprint
     planned = make_plan(
         body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore,
@@ -217,6 +213,17 @@ def prune(
         with atomic_folder(target, overwrite) as new:
             save(loaded, processor, written, new)
     return written
+
+
+def _encoded(
+    samples: Any, processor: Any, model: Any, batch_size: int, device: str, skip_bad: bool
+) -> tuple[list[Any], int]:
+    """Calibration samples as batches on the device, and how many were left out."""
+    from sparsight.data import Encoder, batches
+
+    encoder = Encoder(processor, model, skip_bad=skip_bad)
+    ready = [batch.to(device) for batch in batches(encoder.usable(samples), encoder, batch_size)]
+    return ready, len(samples.skipped) + len(encoder.skipped)
 
 
 def restore(

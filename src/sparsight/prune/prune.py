@@ -13,7 +13,6 @@ import contextlib
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,35 +28,10 @@ from sparsight.prune.lockstep import Call, lockstep
 from sparsight.prune.moments import Moments, Watch, pool, real_tokens
 from sparsight.prune.permute import permute_block
 from sparsight.prune.reconstruct import Reconstruction, first, parent
+from sparsight.prune.record import PruneRecord, add_to
 from sparsight.prune.tokens import left_out
 
 ERROR_BATCHES = 4  # batches a block's output error is measured on
-
-
-@dataclass
-class PruneRecord:
-    """What pruning did: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block.
-
-    `tokens` are the calibration tokens that each block (layer, with `stage`) has seen, per kind, without padding; `pooled`
-    the experts that saw too few and were pruned with the moments of all; `ungraded` the layers on which the loss does not
-    depend, which a gradient's method scores as Wanda does; `damping` what a Gram matrix needed beyond
-    the usual 1 % of its mean diagonal; `reconstructed` the errors before and after, per part of a block; `permuted` the
-    layers whose input channels were reordered.
-    """
-
-    layer_errors: dict[str, float] = field(default_factory=dict)
-    block_errors: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, dict[str, int]] = field(default_factory=dict)
-    pooled: list[str] = field(default_factory=list)
-    ungraded: list[str] = field(default_factory=list)
-    damping: dict[str, float] = field(default_factory=dict)
-    reconstructed: dict[str, tuple[float, float]] = field(default_factory=dict)
-    permuted: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def add(self, facts: Mapping[str, Any]) -> None:
-        """Take what was measured at one stop."""
-        add_to(self.__dict__, facts)
 
 
 def prune(
@@ -299,15 +273,6 @@ class _Blocks(_Pruning):
             difference = difference + (now - then).square().sum().cpu()
             reference = reference + then.square().sum().cpu()
         return _ratio(difference.sqrt(), reference.sqrt())
-
-
-def add_to(known: dict[str, Any], facts: Mapping[str, Any]) -> None:
-    """Extend lists and update mappings by what else was measured."""
-    for key, value in facts.items():
-        if isinstance(value, list):
-            known.setdefault(key, []).extend(value)
-        else:
-            known.setdefault(key, {}).update(value)
 
 
 def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:
