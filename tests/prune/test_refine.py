@@ -71,7 +71,7 @@ def loss(W, keep, G):
 @pytest.fixture(params=["compiled", "plain torch"])
 def kernels(request, monkeypatch):
     """Both ways of doing it."""
-    from sparsight.prune import kernels
+    from sparsight import kernels
 
     if request.param == "plain torch":
         monkeypatch.setenv("SPARSIGHT_KERNELS", "0")

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsight import Pattern, SparsightError
-from sparsight.prune import kernels
+from sparsight import Pattern, SparsightError, kernels
 from sparsight.prune.factor import inverse_factor
 from sparsight.prune.methods.sparsegpt import sparsegpt
 

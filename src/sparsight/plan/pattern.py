@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsight import kernels
 from sparsight.errors import SparsightError
-from sparsight.prune import kernels
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from sparsight import kernels
 from sparsight.model.anatomy import Layer
-from sparsight.prune import kernels
 from sparsight.prune.factor import inverse_factor
 
 MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "language": ("text", "decoder")}

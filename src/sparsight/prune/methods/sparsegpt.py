@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from sparsight import kernels
 from sparsight.plan.pattern import Pattern, keep_largest, keep_of_group
-from sparsight.prune import kernels
 from sparsight.prune.moments import Moments
 
 BLOCK = 128

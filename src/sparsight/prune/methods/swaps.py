@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from sparsight import kernels
 from sparsight.plan.pattern import Pattern
-from sparsight.prune import kernels
 from sparsight.prune.moments import Moments
 
 CYCLES = 100

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
+from sparsight import kernels
 from sparsight.plan.pattern import keep_largest, keep_of_group
-from sparsight.prune import kernels
 
 COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 
