@@ -13,7 +13,7 @@ import pytest
 
 from sparsight import SparsightError, verbs
 from sparsight.errors import Interrupted
-from sparsight.restore.trainer import last_checkpoint
+from sparsight.restore.checkpoints import last_checkpoint
 
 from test_road import digest
 
@@ -123,18 +123,21 @@ def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-def test_a_half_written_checkpoint_is_passed_over(zoo_folder, scenes, tmp_path):
+@pytest.mark.parametrize("damaged", ["sparse_lora.safetensors", "optimizer.pt", "complete.json", "all"])
+def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_path, caplog):
     verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     how = {"data": scenes, "steps": 6, "batch_size": 4, "lr": 5e-3, "save_every": 2}
     verbs.restore(tmp_path / "sparse", tmp_path / "whole", **how)
     with pytest.raises(Interrupted):
         verbs.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
-    half = tmp_path / "out.unfinished" / "checkpoint-4"
-    (half / "complete").unlink()
-    (half / "sparse_lora.safetensors").write_bytes(b"cut")
+    assert last_checkpoint(tmp_path / "out.unfinished").name == "checkpoint-4"
+    for path in (tmp_path / "out.unfinished").glob(f"checkpoint-{'*' if damaged == 'all' else 4}"):
+        file = path / ("optimizer.pt" if damaged == "all" else damaged)
+        file.write_bytes(file.read_bytes()[:-9])
     steps = []
     verbs.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
-    assert steps == [3, 4, 5, 6]
+    assert steps == ([1, 2, 3, 4, 5, 6] if damaged == "all" else [3, 4, 5, 6])
+    assert "checkpoint-4 is damaged" in caplog.text
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 

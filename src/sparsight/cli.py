@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -19,6 +20,8 @@ import typer
 import sparsight
 from sparsight import options as opt
 from sparsight.errors import Interrupted, SparsightError
+
+PATIENCE = 5.0  # seconds that the other processes give the main one to speak, and the launcher to end them
 
 app = typer.Typer(
     name="sparsight",
@@ -145,28 +148,38 @@ def restore(
     sparse: Annotated[str, typer.Argument(help="Folder of a sparse model.")],
     out: opt.Out,
     data: opt.Data,
-    teacher: Annotated[Optional[str], typer.Option(help="The dense original. [default: the recorded one]")] = None,  # noqa: UP045
-    adapter: Annotated[str, typer.Option(help="sparselora, or lora (its merge is dense).")] = "sparselora",
-    rank: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Rank per component. [default: vision=4,connector=2,language=8]"),
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha; the product is scaled by alpha / rank.")] = 16,
-    kl: Annotated[float, typer.Option(help="Weight of the distillation, 0 to 1.")] = 0.1,
-    temperature: Annotated[float, typer.Option(help="Temperature of the distillation.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
-    scheduler: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")] = None,  # noqa: UP045
+    teacher: opt.Teacher = None,
+    teacher_mode: opt.TeacherMode = "auto",
+    teacher_cache: opt.TeacherCache = None,
+    adapter: opt.Adapter = "sparselora",
+    tune: opt.Tune = "vision,connector,language",
+    rank: opt.Rank = None,
+    alpha: opt.Alpha = 16,
+    reconstruct: opt.ReconstructFirst = 0,
+    kl: opt.Kl = 0.1,
+    temperature: opt.Temperature = 1.0,
+    divergence: opt.Divergence = "forward",
+    hidden: opt.Hidden = 0.0,
+    reduction: opt.Reduction = "token",
+    lr: opt.Lr = 1e-4,
+    scheduler: opt.Scheduler = "cosine",
+    warmup: opt.Warmup = 0.03,
+    epochs: opt.Epochs = 1.0,
+    steps: opt.Steps = None,
     batch_size: opt.BatchSize = 32,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    accumulate: opt.Accumulate = 1,
     samples: opt.Samples = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints for --resume.")] = 100,
+    held_out: opt.HeldOut = None,
+    patience: opt.Patience = None,
+    save_every: opt.SaveEvery = 100,
+    report_to: opt.ReportTo = "",
+    mixed_precision: opt.MixedPrecision = "no",
+    gradient_checkpointing: opt.GradientCheckpointing = False,
     seed: opt.Seed = 0,
     family: opt.FamilyOption = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
-    save_adapter: Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")] = False,
+    save_adapter: opt.SaveAdapter = False,
     skip_bad: opt.SkipBad = False,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
@@ -180,10 +193,12 @@ def restore(
 
     with shown("restore", quiet) as progress:
         record = verbs.restore(
-            sparse, out, data=data, teacher=teacher, adapter=adapter, rank=rank, alpha=alpha, kl=kl,
-            temperature=temperature, lr=lr, scheduler=scheduler, epochs=epochs, steps=steps, batch_size=batch_size,
-            accumulate=accumulate, samples=samples, save_every=save_every, seed=seed, family=family,
-            dtype=dtype, device=device,
+            sparse, out, data=data, teacher=teacher, teacher_mode=teacher_mode, teacher_cache=teacher_cache,
+            adapter=adapter, tune=tune, rank=rank, alpha=alpha, reconstruct=reconstruct, kl=kl, temperature=temperature,
+            divergence=divergence, hidden=hidden, reduction=reduction, lr=lr, scheduler=scheduler, warmup=warmup,
+            epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, samples=samples, held_out=held_out,
+            patience=patience, save_every=save_every, report_to=report_to, mixed_precision=mixed_precision,
+            gradient_checkpointing=gradient_checkpointing, seed=seed, family=family, dtype=dtype, device=device,
             save_adapter=save_adapter, skip_bad=skip_bad, overwrite=overwrite, resume=resume, progress=progress,
         )  # fmt: skip
     _show(
@@ -300,6 +315,8 @@ def _writing(option: str, path: str) -> Iterator[None]:
 
 
 def _show(facts: Any, as_json: bool, *parts: Any) -> None:
+    if _place():
+        return
     if as_json:
         print(json.dumps(facts, indent=1, default=lambda record: record.__dict__))
         return
@@ -312,7 +329,11 @@ def _show(facts: Any, as_json: bool, *parts: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; every foreseen error is one line on standard error."""
+    """Run the command line; every foreseen error is one line on standard error.
+
+    The launcher of several processes ends them all when one fails. What goes wrong in all is said by the main one, and
+    what follows from another's end by nobody: the others wait for theirs, and speak up only if it does not come.
+    """
     code = 0
     try:
         code = app(standalone_mode=False) or 0
@@ -324,9 +345,27 @@ def main() -> None:
         code = _fail("interrupted; nothing was written", 130)
     except _USAGE as error:
         code = _fail(error.format_message(), 2)
+    except Exception:
+        if _place():
+            time.sleep(PATIENCE)
+        raise
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"sparsight: {' '.join(line.split())}", file=sys.stderr)
+    place = _place()
+    if place and code == 130:  # all were interrupted
+        return code
+    if place:
+        time.sleep(PATIENCE)
+    print(f"sparsight: {f'process {place}: ' if place else ''}{' '.join(line.split())}", file=sys.stderr)
     return code
+
+
+def _place() -> int:
+    """This process's place among those a launcher started; one process does not pay for the import of torch."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    from sparsight import processes
+
+    return processes.place()

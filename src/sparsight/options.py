@@ -55,3 +55,53 @@ Propagate = Annotated[
 ]
 Calibration = Annotated[Optional[str], typer.Option("--data", help="Calibration data; see README.")]  # noqa: UP045
 CalibrationSamples = Annotated[int, typer.Option("--samples", help="Calibration samples.")]
+
+Teacher = Annotated[Optional[str], typer.Option(help="The dense original. [default: the recorded one]")]  # noqa: UP045
+TeacherMode = Annotated[
+    str,
+    typer.Option(
+        help="How the teacher is held: shared (one copy of the weights), cached (its hidden states on disk), live (a second "
+        "model), or auto: the first of these that is possible."
+    ),
+]
+TeacherCache = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Folder to keep a cached teacher in for the next run. [default: beside OUT, deleted at the end]"),
+]
+Adapter = Annotated[
+    str,
+    typer.Option(
+        help="sparselora; hira; masked-full (all kept weights); sparselora-fast (two products, biased gradient); or lora "
+        "(its merge is dense)."
+    ),
+]
+Tune = Annotated[str, typer.Option(help="The components to train.")]
+Rank = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Rank per component. [default: vision=4,connector=2,language=8]"),
+]
+Alpha = Annotated[float, typer.Option(help="LoRA alpha; the product is scaled by alpha / rank.")]
+ReconstructFirst = Annotated[int, typer.Option("--reconstruct", help="First fit each block to the dense one: epochs.")]
+Kl = Annotated[float, typer.Option(help="Weight of the distillation, 0 to 1.")]
+Temperature = Annotated[float, typer.Option(help="Temperature of the distillation.")]
+Divergence = Annotated[str, typer.Option(help="forward (teacher || student), reverse, or js (Jensen-Shannon).")]
+Hidden = Annotated[float, typer.Option(help="Weight of matching the teacher's last hidden states.")]
+Reduction = Annotated[str, typer.Option(help="token, or paper: the divergence as the published code sums it.")]
+Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
+Scheduler = Annotated[str, typer.Option(help="cosine, linear or constant.")]
+Warmup = Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")]
+Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
+Steps = Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")]  # noqa: UP045
+Accumulate = Annotated[int, typer.Option(help="Batches per optimizer step.")]
+HeldOut = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Samples to score at every checkpoint, the best of which is kept: a number of them, or other data."),
+]
+Patience = Annotated[Optional[int], typer.Option(help="Stop after so many checkpoints without a better one.")]  # noqa: UP045
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints for --resume.")]
+ReportTo = Annotated[str, typer.Option(help="Trackers: tensorboard, wandb or any other that transformers knows.")]
+MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16: autocast around a float32 model.")]
+GradientCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Run blocks again in backward: less memory, more time.")
+]
+SaveAdapter = Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")]

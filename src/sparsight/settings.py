@@ -81,3 +81,8 @@ def parse_ranks(rank: str | Mapping[str, int] | None) -> dict[str, int]:
             raise SparsightError(f"--rank: {component}={value} is not a whole number of at least {least}")
         ranks[component] = int(value)
     return ranks
+
+
+def parse_list(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Read `one,two`, or several of them."""
+    return tuple(word.strip() for word in (value.split(",") if isinstance(value, str) else value) if word.strip())

@@ -5,13 +5,14 @@ Every check that needs no model runs before a model is loaded, and nothing is wr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparsight
+from sparsight import processes
 from sparsight.data import read
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
@@ -20,9 +21,7 @@ from sparsight.model.checkpoint import (
     atomic_folder,
     check_output,
     found_plan,
-    read_metrics,
     read_plan,
-    read_recipe,
     read_record,
     recorded_family,
     save,
@@ -34,9 +33,9 @@ from sparsight.model.verify import verify
 from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import Plan, Policy, find_policy, make_plan, planned_budget
 from sparsight.settings import (
-    check_above_zero,
     check_seed,
     check_whole,
+    parse_list,
     parse_ranks,
     plain,
     whole_name,
@@ -148,14 +147,15 @@ def prune(
     `refine` moves them, `update` changes the kept weights, `reconstruct` fits them to the dense block's outputs for that
     many epochs, `permute` regroups channels for n:m first, `tokens` says which calibration tokens count; wherever a name
     is taken, a function is. What was pruned before stays recorded, with the dense model it came from. Interrupted, it
-    leaves `OUT.unfinished`, and `resume` goes on from the last finished block.
+    leaves `OUT.unfinished`, and `resume` goes on from the last finished block. Where `torchrun` has started several
+    processes they share the work, and the main one writes the very weights that one process writes.
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data; then no folder
     is left behind.
     """
     from sparsight.model.load import check_device, load, parse_dtype
     from sparsight.plan.measure import Measure
-    from sparsight.prune.choice import choose, named, preset_policy
+    from sparsight.prune.choice import choose, named, preset_policy, refuse_many
     from sparsight.prune.journal import Journal
     from sparsight.prune.prune import prune as prune_in_place
 
@@ -180,6 +180,9 @@ def prune(
     target = check_output(out, overwrite, inputs=(model, data))
     if data is None and how.needs:
         raise SparsightError(f"--data: method {called} needs calibration samples; give a JSONL file or a folder of them")
+    processes.start(device)
+    refuse_many(how, processes.count())
+    progress = progress if processes.is_main() else None
     chosen = read(data, limit=samples, seed=seed, skip_bad=skip_bad) if data is not None else None
     loaded, processor = load(model, dtype=dtype, device=device)
     body = anatomy(loaded, chosen_family)
@@ -188,30 +191,42 @@ def prune(
     if chosen is not None:
         calibration, skipped = _encoded(chosen, processor, loaded, batch_size, device, skip_bad)
         settings["fingerprint"] = chosen.fingerprint
-    planned = make_plan(
-        body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore,
-        measure=Measure(loaded, body, calibration, seed=seed, progress=progress) if calibration else None,
-    )  # fmt: skip
+
+    def planned_by_main() -> Plan:
+        return make_plan(
+            body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore,
+            measure=Measure(loaded, body, calibration, seed=seed, progress=progress) if calibration else None,
+        )  # fmt: skip
+
+    planned = processes.by_main(planned_by_main)
     sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}}
-    with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
+    with ExitStack() as stack:
+        ours = unfinished(target, settings, resume=resume, overwrite=overwrite)
+        folder = processes.by_main(lambda: stack.enter_context(ours))
         record = prune_in_place(
             loaded, body, planned, calibration, method=how, seed=seed, journal=Journal(folder, how.mask_only),
             progress=progress,
         )  # fmt: skip
-        written = Record(
-            sparsity_record(
-                body,
-                {**sparse_before, **planned},
-                base_model=(earlier or {}).get("base_model") or whole_name(model),
-                method=" + ".join([*([earlier["method"]] if earlier else []), called]),
-                mask_only=how.mask_only and (earlier or {}).get("mask_only", True),
-                family=chosen_family,
-            ),
-            {"prune": {**asdict(record), "skipped_samples": skipped}},
-            {"sparsight": sparsight.__version__, "prune": settings},
-        )
-        with atomic_folder(target, overwrite) as new:
-            save(loaded, processor, written, new)
+
+        def written_by_main() -> Record:
+            written = Record(
+                sparsity_record(
+                    body,
+                    {**sparse_before, **planned},
+                    base_model=(earlier or {}).get("base_model") or whole_name(model),
+                    method=" + ".join([*([earlier["method"]] if earlier else []), called]),
+                    mask_only=how.mask_only and (earlier or {}).get("mask_only", True),
+                    family=chosen_family,
+                ),
+                {"prune": {**asdict(record), "skipped_samples": skipped}},
+                {"sparsight": sparsight.__version__, "prune": settings},
+            )
+            with atomic_folder(target, overwrite) as new:
+                save(loaded, processor, written, new)
+            return written
+
+        written = processes.by_main(written_by_main)
+    processes.wait()
     return written
 
 
@@ -232,19 +247,32 @@ def restore(
     *,
     data: str | Path,
     teacher: str | Path | None = None,
+    teacher_mode: str = "auto",
+    teacher_cache: str | Path | None = None,
     adapter: str = "sparselora",
+    tune: str | Sequence[str] = ("vision", "connector", "language"),
     rank: str | Mapping[str, int] | None = None,
     alpha: float = 16,
+    reconstruct: int = 0,
     kl: float = 0.1,
     temperature: float = 1.0,
+    divergence: str = "forward",
+    hidden: float = 0.0,
+    reduction: str = "token",
     lr: float = 1e-4,
     scheduler: str = "cosine",
+    warmup: float = 0.03,
     epochs: float = 1.0,
     steps: int | None = None,
     batch_size: int = 32,
     accumulate: int = 1,
     samples: int | None = None,
+    held_out: int | str | Path | None = None,
+    patience: int | None = None,
     save_every: int = 100,
+    report_to: str | Sequence[str] = (),
+    mixed_precision: str = "no",
+    gradient_checkpointing: bool = False,
     seed: int = 0,
     family: str | None = None,
     dtype: str = "auto",
@@ -257,77 +285,33 @@ def restore(
 ) -> Record:
     """Restore a sparse model and write it to `out`, merged, with every zero kept.
 
-    `teacher` is the dense original (by default the one that `sparsity.json` names; not needed for `kl=0`). `rank` is per
-    component, as in `vision=4,connector=2,language=8`. `adapter="lora"` is the rival whose merge is dense.
+    `teacher` is the dense original (by default the one that `sparsity.json` names; not needed for `kl=0`), held as
+    `teacher_mode` says: `shared`, `cached` (kept in the folder `teacher_cache` for the next run, if one is named), `live`,
+    or the first of these that is possible. `adapter` is what is trained on the components `tune`: `sparselora`,
+    `sparselora-fast` (a biased gradient), `hira`, `masked-full`, or `lora`, the rival whose merge is dense; `rank` is per
+    component, as in `vision=4,connector=2,language=8`. `reconstruct` fits the blocks to the dense ones first, for that
+    many epochs over 128 samples. `held_out` (a number of samples to take out of the data, or other data) is scored at
+    every checkpoint: the best is what is written, and `patience` stops after so many without a better one.
     """
-    from sparsight.data import Encoder
-    from sparsight.model.load import check_device, parse_dtype
-    from sparsight.restore.adapter import save_adapter as write_adapter
-    from sparsight.restore.student import check_adapter, make_student, zeros_left
-    from sparsight.restore.trainer import Schedule, train
+    from sparsight.restore.run import Run, run
+    from sparsight.restore.student import Tuning
+    from sparsight.restore.trainer import Objective, Schedule
 
     settings = plain(locals(), "sparse", "data", "adapter", "rank", "alpha", "kl", "temperature", "lr", "family")
     settings |= plain(locals(), "scheduler", "epochs", "steps", "batch_size", "accumulate", "samples", "seed", "dtype")
-    check_adapter(adapter)
-    ranks = parse_ranks(rank)
-    schedule = Schedule(
-        steps, epochs, batch_size, accumulate, lr, scheduler, kl=kl, temperature=temperature, seed=seed,
-        save_every=save_every,
+    settings |= plain(locals(), "teacher_mode", "tune", "reconstruct", "divergence", "hidden", "reduction", "warmup")
+    settings |= plain(locals(), "held_out", "patience", "save_every", "mixed_precision", "gradient_checkpointing")
+    asked = Run(
+        sparse, out, data, teacher, settings,
+        Tuning(adapter, parse_ranks(rank), alpha, parse_list(tune), teacher_mode, reconstruct),
+        Objective(kl, temperature, divergence, hidden, reduction),
+        Schedule(
+            steps, epochs, batch_size, accumulate, lr, scheduler, warmup, seed, save_every, patience,
+            gradient_checkpointing, mixed_precision, parse_list(report_to),
+        ),
+        teacher_cache, samples, held_out, family, dtype, device, save_adapter, skip_bad, overwrite, resume,
     )  # fmt: skip
-    schedule.check()
-    check_above_zero("--alpha", alpha)
-    check_seed(seed)
-    check_whole("--samples", samples, optional=True)
-    parse_dtype(dtype)
-    check_device(device, one_gpu=True)
-    record, earlier_metrics, earlier_recipe = read_record(sparse), read_metrics(sparse), read_recipe(sparse)
-    chosen_family = Family.parse(family) if family else recorded_family(record)
-    original = whole_name(teacher) if teacher is not None else (record or {}).get("base_model")
-    target = check_output(out, overwrite, inputs=(sparse, data, original))
-    if kl and original is None:
-        raise SparsightError(f"--teacher: {sparse} does not say what it was pruned from; name the dense model, or --kl 0")
-    chosen = read(data, limit=samples, seed=seed if samples else None, skip_bad=skip_bad)
-    settings |= {"teacher": original if kl else None, "fingerprint": chosen.fingerprint}
-    student = make_student(
-        sparse, original if kl else None, adapter=adapter, ranks=ranks, alpha=alpha, seed=seed, dtype=dtype,
-        device=device, family=chosen_family,
-    )  # fmt: skip
-    encoder = Encoder(student.processor, student.wrapped.get_base_model(), skip_bad=skip_bad)
-    usable = encoder.usable(chosen)
-    began = time.perf_counter()
-    with unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
-        curve = train(
-            student.wrapped, student.teacher, usable, encoder, schedule, folder, device=device, resume=resume,
-            progress=progress,
-        )  # fmt: skip
-        measured = {
-            "curve": curve,
-            "seconds": time.perf_counter() - began,
-            "teacher": student.mode,
-            "weight_bytes": student.weight_bytes,
-            "dense_bytes": student.dense_bytes,
-            "skipped_samples": len(chosen.skipped) + len(encoder.skipped),
-            "trained_parameters": sum(p.numel() for p in student.wrapped.parameters() if p.requires_grad),
-        }
-        with atomic_folder(target, overwrite) as new:
-            if save_adapter:
-                write_adapter(student.wrapped, alpha, new / "adapter")
-            merged = student.wrapped.merge_and_unload()
-            promised = {**student.plan, **read_plan(record)} if adapter == "sparselora" else zeros_left(student)
-            written = Record(
-                sparsity_record(
-                    student.anatomy,
-                    promised,
-                    base_model=original or whole_name(sparse),
-                    method=f"{(record or {}).get('method', 'unknown')} + {adapter}",
-                    mask_only=False,
-                    family=chosen_family,
-                ),
-                {**earlier_metrics, "restore": measured},
-                {**earlier_recipe, "sparsight": sparsight.__version__, "restore": settings},
-            )
-            save(merged, student.processor, written, new)
-    return written
+    return run(asked, progress)
 
 
 def evaluate(

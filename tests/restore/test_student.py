@@ -10,9 +10,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from sparsight import load, verbs
 from sparsight.data.encoding import Encoder, answers_of
-from sparsight.restore.losses import distillation
-from sparsight.restore.sparse_lora import adapters
-from sparsight.restore.student import make_student
+from sparsight.errors import SparsightError
+from sparsight.prune.methods import Method
+from sparsight.restore.sparse_lora import adapters, factors
+from sparsight.restore.student import Tuning, make_student
 
 from walks import calibration, samples
 
@@ -54,7 +55,7 @@ def test_teacher_and_student_share_one_copy(pair):
     model, _ = load(dense)
     one_copy = tensors_alive() - before
     del model
-    student = make_student(sparse, dense)
+    student = make_student(sparse, dense, samples(4))
     assert student.mode == "shared"
     factors = sum(p.numel() * p.element_size() for p in student.wrapped.parameters() if p.requires_grad)
     both = tensors_alive() - before - factors
@@ -63,21 +64,108 @@ def test_teacher_and_student_share_one_copy(pair):
     assert student.weight_bytes / student.dense_bytes == pytest.approx(both / one_copy, abs=0.01)
 
 
-def test_the_teacher_is_the_dense_model_connector_included(pair):
-    dense, sparse = pair
-    student = make_student(sparse, dense)
+def stirred(student, scale=0.05):
+    """As after training, connector too: B starts at zero."""
     g = torch.Generator().manual_seed(0)
-    for layer in adapters(student.wrapped).values():  # as after training, connector too
-        B = layer.lora_B["default"].weight
-        B.data = torch.randn(B.shape, generator=g) * 0.1
+    for name, factor in factors(student.wrapped).items():
+        if not name.endswith(".A"):
+            factor.data += torch.randn(factor.shape, generator=g) * scale
+    return student
+
+
+@pytest.mark.parametrize("mode", ["shared", "cached", "live"])
+@pytest.mark.parametrize("adapter", ["sparselora", "hira", "masked-full", "sparselora-fast"])
+def test_the_teacher_is_the_dense_model_connector_included(mode, adapter, pair, tmp_path):
+    """Whatever holds it, and however far the student has gone, it says what the dense model says."""
+    dense, sparse = pair
+    data = samples(5)
+    tuning = Tuning(adapter, teacher_mode=mode)
+    student = stirred(make_student(sparse, dense, data, tuning=tuning, cache=tmp_path, batch_size=2))
     original, processor = load(dense)
+    batch = calibration(original, processor, 5, 5)[0]
+    labels = batch.inputs["labels"]
+    with torch.no_grad():
+        expected, _ = answers_of(original(**batch.inputs).logits, labels, True)
+        if mode == "cached":
+            taught = torch.cat([student.cache[i] for i in range(5)])
+        else:
+            taught, _ = answers_of(student.teacher(student.wrapped, batch.inputs), labels, True)
+        head = student.teacher_head or student.head
+        torch.testing.assert_close(head.logits(taught), expected, rtol=0, atol=2e-6 if mode == "cached" else 0)
+        answered, _ = answers_of(student.wrapped(**batch.inputs).logits, labels, True)
+    assert (answered - expected).abs().max() > 1e-3
+    assert any("multi_modal_projector" in name for name in adapters(student.wrapped))
+    assert student.mode == mode
+    memory = {m: needs["memory"] / student.dense_bytes for m, needs in student.modes.items()}
+    assert memory["shared"] == memory["cached"] < 1.08 < 1.9 < memory["live"]
+    assert student.weight_bytes == student.modes[mode]["memory"]
+
+
+def test_a_student_before_training_is_the_sparse_model(pair, tmp_path):
+    """Every adapter starts where pruning ended, with the teacher's copy below or the sparse one."""
+    dense, sparse = pair
+    pruned, processor = load(sparse)
+    batch = calibration(pruned, processor, 3, 3)[0]
+    with torch.no_grad():
+        expected = pruned(**batch.inputs).logits
+        for adapter in ("sparselora", "hira", "masked-full", "lora"):
+            for tune in (("language",), ("vision", "connector"), ("vision", "connector", "language")):
+                tuning = Tuning(adapter, tune=tune)
+                student = make_student(sparse, dense, samples(3), tuning=tuning, cache=tmp_path)
+                assert student.mode == ("cached" if adapter == "lora" else "shared")
+                torch.testing.assert_close(student.wrapped(**batch.inputs).logits, expected, rtol=0, atol=1e-6)
+                trained = {n.split(".")[1] for n, p in factors(student.wrapped).items() if p.requires_grad}
+                words = {"vision": "vision_tower", "connector": "multi_modal_projector", "language": "language_model"}
+                assert trained == {words[part] for part in tune}
+
+
+def test_kept_weights_that_changed_take_a_cache(pair, zoo_folder, scenes, tmp_path):
+    """Any folder with zeros will do: no record, kept weights of its own. Its teacher is cached, or live if asked."""
+    dense, _ = pair
+
+    def shrink(W, moments, pattern, generator):
+        return (0.9 * W).masked_fill(~pattern.keep(W.abs().float()), 0)
+
+    verbs.prune(dense, tmp_path / "sparse", pattern="2:4", method=Method(shrink, needs=frozenset(), mask_only=False))
+    for name in ("sparsity.json", "recipe.yaml", "metrics.json"):
+        (tmp_path / "sparse" / name).unlink()
+    student = make_student(tmp_path / "sparse", dense, samples(5), cache=tmp_path / "cache", batch_size=2)
+    assert student.mode == "cached"
+    assert set(student.modes) == {"cached", "live"}
+    assert student.modes["cached"]["disk"] <= student.cache.bytes < 2 * student.modes["cached"]["disk"]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    again = make_student(tmp_path / "sparse", dense, samples(5), cache=tmp_path / "cache", batch_size=2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == files
+    assert torch.equal(again.cache[4], student.cache[4])
+    make_student(tmp_path / "sparse", dense, samples(4), cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # other data, another folder
+    with pytest.raises(SparsightError, match="--teacher-mode: shared cannot be: the kept weights"):
+        make_student(tmp_path / "sparse", dense, samples(4), tuning=Tuning(teacher_mode="shared"))
+
+
+@pytest.mark.parametrize("mode", ["cached", "live"])
+def test_reconstruction_comes_before_the_adapters(mode, pair, tmp_path):
+    """Training-free: the zeros stay, the blocks come nearer to the dense ones, and the teacher is the dense model still."""
+    dense, sparse = pair
+    tuning = Tuning(reconstruct=4, teacher_mode=mode)
+    student = make_student(sparse, dense, samples(8), tuning=tuning, cache=tmp_path, batch_size=4)
+    assert all(after < before for before, after in student.refitted.values())
+    pruned, processor = load(sparse)
+    original, _ = load(dense)
     batch = calibration(original, processor, 3, 3)[0]
     with torch.no_grad():
-        assert torch.equal(student.teacher(batch.inputs), original(**batch.inputs).logits)
-        assert not torch.allclose(student.wrapped(**batch.inputs).logits, original(**batch.inputs).logits)
-        pruned, _ = load(sparse)
-    assert any("multi_modal_projector" in name for name in adapters(student.wrapped))
-    assert pruned.dtype == original.dtype
+        truth = original(**batch.inputs).logits
+        errors = [float((m(**batch.inputs).logits - truth).norm()) for m in (pruned, student.wrapped)]
+        if mode == "live":
+            taught, _ = answers_of(student.teacher(None, batch.inputs), batch.inputs["labels"], True)
+            expected, _ = answers_of(truth, batch.inputs["labels"], True)
+            assert torch.equal(student.teacher_head.logits(taught), expected)
+    print(f"distance of the logits from the dense model's: pruned {errors[0]:.2f}, reconstructed {errors[1]:.2f}")
+    assert errors[1] < errors[0]
+    merged = student.wrapped.merge_and_unload()
+    for name, W in pruned.named_parameters():
+        if (W == 0).any():
+            assert not merged.get_parameter(name)[W == 0].any(), name
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.0)])
@@ -85,65 +173,22 @@ def test_merged_against_live_logits(pair, dtype, limit):
     """In float32 the merged logits differ by at most 1e-5; in bf16 the connector's plain LoRA is merged with rounding,
     so it is left out there and every bit is the same."""
     dense, sparse = pair
-    student = make_student(sparse, dense, dtype=dtype, ranks={"connector": 2 if limit else 0})
-    g = torch.Generator().manual_seed(0)
-    for layer in adapters(student.wrapped).values():
-        B = layer.lora_B["default"].weight
-        B.data = torch.randn(B.shape, generator=g) * 0.02
-    base = student.wrapped.get_base_model()
-    batch = Encoder(student.processor, base).encode(samples(4))
-    with torch.no_grad():
-        live = student.wrapped(**batch.inputs).logits
-        merged = student.wrapped.merge_and_unload()(**batch.inputs).logits
-    difference = (live.float() - merged.float()).abs().max().item()
-    print(f"{dtype}: largest difference {difference:.2e}")
-    assert difference <= limit
+    for adapter in ("sparselora", "hira", "masked-full"):
+        tuning = Tuning(adapter, {"connector": 2 if limit else 0})
+        student = stirred(make_student(sparse, dense, samples(4), tuning=tuning, dtype=dtype), 0.02)
+        base = student.wrapped.get_base_model()
+        batch = Encoder(student.processor, base).encode(samples(4))
+        with torch.no_grad():
+            live = student.wrapped(**batch.inputs).logits
+            merged = student.wrapped.merge_and_unload()(**batch.inputs).logits
+        difference = (live.float() - merged.float()).abs().max().item()
+        print(f"{adapter} {dtype}: largest difference {difference:.2e}")
+        assert difference <= limit
 
 
 def test_without_kl_no_teacher_is_needed(pair):
     _, sparse = pair
-    student = make_student(sparse, None)
-    assert (student.mode, student.teacher) == ("none", None)
-
-
-def test_the_loss_is_the_formula():
-    """(1 - kl) CE + kl T^2 KL(teacher || student), in float32, answer positions only, mean per token."""
-    g = torch.Generator().manual_seed(0)
-    logits, taught = torch.randn(2, 5, 7, generator=g), torch.randn(2, 5, 7, generator=g)
-    labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, -100, -100]])
-    student, targets = answers_of(logits, labels, shifted=True)
-    teacher, _ = answers_of(taught, labels, shifted=True)
-    assert targets.tolist() == [3, 4, 1, 2]
-    kl, T = 0.3, 2.0
-    loss = distillation(student, teacher, targets, kl, T)
-    rows = [(0, 1, 3), (0, 2, 4), (1, 0, 1), (1, 1, 2)]  # position t foretells t + 1
-    ce = -sum(logits[b, t].log_softmax(0)[y] for b, t, y in rows)
-    p = [(taught[b, t] / T).softmax(0) for b, t, _ in rows]
-    q = [(logits[b, t] / T).softmax(0) for b, t, _ in rows]
-    divergence = sum((pi * (pi / qi).log()).sum() for pi, qi in zip(p, q, strict=True))
-    torch.testing.assert_close(loss.ce, ce)
-    torch.testing.assert_close(loss.kl, divergence)
-    torch.testing.assert_close(loss.total, (1 - kl) * ce + kl * T**2 * divergence)
-    assert loss.tokens == 4
-    unshifted, direct = answers_of(logits, labels, shifted=False)
-    assert direct.tolist() == [3, 4, 1, 2]
-    assert torch.equal(unshifted[0], logits[0, 2])
-
-
-def test_padding_and_length_do_not_weigh_in_the_loss():
-    """The published code divides by the batch size, so that longer padding weighs more; ours does not see it."""
-    g = torch.Generator().manual_seed(0)
-    logits, taught = torch.randn(1, 4, 7, generator=g), torch.randn(1, 4, 7, generator=g)
-    labels = torch.tensor([[-100, 1, 2, -100]])
-    short = distillation(*(answers_of(x, labels, True)[0] for x in (logits, taught)), labels[0, 1:3], 0.5)
-    pad = torch.nn.functional.pad
-    longer, wider = pad(labels, (0, 6), value=-100), [pad(x, (0, 0, 0, 6), value=9.0) for x in (logits, taught)]
-    long = distillation(*(answers_of(x, longer, True)[0] for x in wider), labels[0, 1:3], 0.5)
-    assert torch.equal(short.total, long.total)
-
-
-def test_bf16_logits_are_compared_in_float32():
-    logits = torch.tensor([[10.0, 10.03]]).bfloat16()
-    loss = distillation(logits, logits, torch.tensor([0]), 0.5)
-    assert loss.total.dtype == torch.float32
-    assert loss.kl == 0
+    student = make_student(sparse, None, samples(2))
+    assert (student.mode, student.teacher, student.cache, student.modes) == ("none", None, None, {})
+    with pytest.raises(SparsightError, match="--reconstruct: fits blocks to those of the dense model"):
+        make_student(sparse, None, samples(2), tuning=Tuning(reconstruct=1))

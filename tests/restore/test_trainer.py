@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsight import verbs
-from sparsight.restore.trainer import last_checkpoint
+from sparsight.restore.checkpoints import last_checkpoint, seal
 
 
 @pytest.mark.parametrize("name", ["instructblip-t5", "llava"])
@@ -39,14 +39,19 @@ def test_ranks_are_per_component(zoo_folder, scenes, tmp_path):
     assert ranks == {"vision": {3}, "projector": {2}, "language": {5}}
 
 
-def test_the_newest_whole_checkpoint(tmp_path):
+def test_the_newest_whole_checkpoint(tmp_path, caplog):
+    """Never finished, cut short or altered: passed over, with a line for each."""
     assert last_checkpoint(tmp_path) is None
-    for step, whole in ((9, True), (10, True), (100, False)):
+    for step in (9, 10, 100, 200, 300):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        if whole:
-            (folder / "complete").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+        (folder / "optimizer.pt").write_bytes(b"0123456789")
+        if step != 100:
+            seal(folder)
+    (tmp_path / "checkpoint-200" / "optimizer.pt").write_bytes(b"01234")
+    (tmp_path / "checkpoint-300" / "complete.json").write_bytes(b"{")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert [r.getMessage().split(" is damaged")[0][-3:] for r in caplog.records] == ["300", "200", "100"]
 
 
 def test_training_leaves_the_thread_as_it_was(zoo_folder, scenes, tmp_path):

@@ -45,15 +45,15 @@ class Batch:
         return Batch(move(self.inputs), move(self.padding), self.samples)
 
 
-def answers_of(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Gather the logits (n, V) that speak of the n answer tokens, and those tokens (n,).
+def answers_of(logits: Tensor, labels: Tensor, shifted: bool, *, every: bool = False) -> tuple[Tensor, Tensor]:
+    """Gather the logits (n, V) that speak of the n answer tokens, and those tokens (n,); hidden states (B, T, d), too.
 
     `logits` (B, T, V), `labels` (B, T) with -100 outside of the answers. `shifted`: position t foretells token t + 1, as
-    in decoder-only models; an encoder-decoder foretells label t at position t.
+    in decoder-only models; an encoder-decoder foretells label t at position t. `every` takes all positions.
     """
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    where = labels != -100
+    where = torch.ones_like(labels, dtype=torch.bool) if every else labels != -100
     return logits[where], labels[where]
 
 

@@ -9,11 +9,15 @@ import hashlib
 
 import torch
 
+from sparsight import kernels
+
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """Pack a boolean mask of any shape into uint8, eight entries a byte, lowest bit first; flat, padded with zeros."""
+    if (packed := kernels.pack(mask)) is not None:
+        return packed
     flat = mask.reshape(-1).to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     return (flat.view(-1, 8) * _BITS.to(mask.device)).sum(1, dtype=torch.uint8)
@@ -24,6 +28,8 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.T
     count = 1
     for size in shape:
         count *= size
+    if (mask := kernels.unpack(packed, count)) is not None:
+        return mask.view(shape)
     bits = (packed.unsqueeze(1) & _BITS.to(packed.device)) != 0
     return bits.view(-1)[:count].view(shape)
 

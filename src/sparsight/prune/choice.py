@@ -111,6 +111,15 @@ def _clash(name: str, preset: Mapping[str, str], step: str, given: Any) -> str:
     )
 
 
+def refuse_many(choice: Choice, processes: int) -> None:
+    """Refuse what needs all batches in one place where several processes have them."""
+    for option, given in (("--reconstruct", choice.reconstruct), ("--permute", choice.permute)):
+        if given and processes > 1:
+            raise SparsightError(
+                f"{option}: looks at all batches at once and does not run on several processes; run it on one"
+            )
+
+
 def _refuse(choice: Choice, pattern: Pattern | None) -> None:
     if choice.refine and not choice.method.mask_only and not choice.update:
         raise SparsightError(

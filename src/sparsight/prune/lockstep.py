@@ -31,6 +31,7 @@ def lockstep(
     visit: Visit,
     *,
     done: Callable[[int, Any], None] | None = None,
+    earliest: Callable[[int], int] = lambda position: position,
 ) -> None:
     """Walk `batches` through `model`, stopping in front of every block.
 
@@ -41,18 +42,22 @@ def lockstep(
     saves the last of them and the output head. Runs under `no_grad`; `use_cache` is off meanwhile. Memory: the paused
     activations of all batches. Cost: one forward per batch plus what `visit` runs.
 
+    Several engines may walk batches of their own, stop by stop together: `earliest` is given the place in `blocks` of the
+    first one that a batch stands at (their number, where none does) and gives the least of all engines' places. An engine
+    without batches there visits with no `calls`.
+
     **Raises** `RuntimeError` if a forward enters a block twice, or after the block's turn is over. Any error, from
     `visit` or from the model, unwinds every waiting forward and removes every hook.
     """
-    walk = _Walk(model, blocks, batches, visit, done)
+    walk = _Walk(model, blocks, batches, visit, done, earliest)
     with _cache_off(model), torch.no_grad(), _own_thread_state():
         torch.set_autocast_cache_enabled(False)  # it would go on casting a weight that a visit has changed
         walk.run()
 
 
 class _Walk:
-    def __init__(self, model, blocks, batches, visit, done) -> None:
-        self.model, self.batches, self.visit, self.done = model, batches, visit, done
+    def __init__(self, model, blocks, batches, visit, done, earliest) -> None:
+        self.model, self.batches, self.visit, self.done, self.earliest = model, batches, visit, done, earliest
         self.blocks = list(blocks)
         self.engine = getcurrent()
         self.walkers = [greenlet(self._forward) for _ in batches]
@@ -69,17 +74,20 @@ class _Walk:
         try:
             for i in range(len(self.walkers)):
                 self._walk_on(i, i)
-            while self.standing:
-                self._stop()
+            while (position := self._earliest()) < len(self.blocks):
+                self._stop(position)
         finally:
             for hook in hooks:
                 hook.remove()
             for walker in self.walkers:
                 self._drop(walker)
 
-    def _stop(self) -> None:
-        """Visit the earliest block that any batch stands at, then let the batches there walk on."""
-        position = min(where for where, _, _ in self.standing.values())
+    def _earliest(self) -> int:
+        """The place of the earliest block that any batch stands at; behind the last where all are through."""
+        return self.earliest(min((where for where, _, _ in self.standing.values()), default=len(self.blocks)))
+
+    def _stop(self, position: int) -> None:
+        """Visit a block, then let the batches that stand there walk on."""
         name, block = self.blocks[position]
         here = sorted(i for i, (where, _, _) in self.standing.items() if where == position)
         self.visited.add(position)

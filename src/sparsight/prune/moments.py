@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from sparsight import kernels
+from sparsight import processes
 from sparsight.model.anatomy import Layer
 from sparsight.prune.factor import inverse_factor
+from sparsight.prune.sums import Contribution, Sums
 
 MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "language": ("text", "decoder")}
 ERROR_ROWS = 128  # inputs of a layer kept to measure its output error on
 FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all experts of its tensor
-PANEL = 256  # columns of the Gram matrix per product
 
 Weigh = Callable[[Mapping[str, int]], Mapping[str, float]]  # tokens seen of each kind -> what one of them counts
 
@@ -31,43 +31,20 @@ def alike(counts: Mapping[str, int]) -> dict[str, float]:
     return dict.fromkeys(counts, 1.0)
 
 
-class Sums:
-    """Plain float32 sums over the tokens of one kind."""
-
-    def __init__(self, columns: int, device: torch.device, gram: bool) -> None:
-        self.count = 0
-        self.sums = torch.zeros(columns, dtype=torch.float32, device=device)  # (in,) sum of x_j
-        self._squares = torch.zeros_like(self.sums)
-        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
-
-    @property
-    def squares(self) -> torch.Tensor:  # (in,) sum of x_j^2
-        return self._squares if self.upper is None else self.upper.diagonal()
-
-    def add(self, X: torch.Tensor) -> None:  # (tokens, in)
-        done = self.upper is not None and kernels.add_gram(X, self.upper)
-        self.count += X.shape[0]
-        self.sums += X.sum(0, dtype=torch.float32)
-        X = X if done else X.float()
-        if self.upper is None:
-            self._squares += X.square().sum(0)
-        elif not done:
-            for start in range(0, X.shape[1], PANEL):
-                self.upper[start : start + PANEL, start:].addmm_(X[:, start : start + PANEL].T, X[:, start:])
-
-
 @dataclass
 class Moments:
     """What a layer's inputs were, on the layer's device.
 
     `weigh` says what a token of each kind counts; a layer that saw one kind only takes every token as one.
-    `sensitivity` is, for methods that need it, how the loss answers to the layer's weights (`prune/gradients.py`).
+    `sensitivity` is, for methods that need it, how the loss answers to the layer's weights (`prune/gradients.py`). With a
+    `home` the Gram matrix is gathered in one of several processes, and the others know counts and sums only.
     """
 
     columns: int
     device: torch.device
     with_gram: bool = False
     weigh: Weigh = alike
+    home: int | None = None
     kinds: dict[str, Sums] = field(default_factory=dict)  # "text", "image"
     sequences: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)  # each (k, in): tokens from all over a batch
@@ -79,14 +56,18 @@ class Moments:
     def add(
         self, X: torch.Tensor, keep_rows: int = 0, *, image: torch.Tensor | None = None, sequences: int = 1
     ) -> None:  # X (tokens, in), image (tokens,)
-        self.sequences += sequences
-        text = torch.ones(len(X), dtype=torch.bool, device=X.device) if image is None else ~image
-        for kind, chosen in (("text", text), ("image", ~text)):
-            if bool(chosen.any()):
-                sums = self.kinds.setdefault(kind, Sums(self.columns, self.device, self.with_gram))
-                sums.add(X if bool(chosen.all()) else X[chosen])
-        if keep_rows:
-            self.rows.append(X[:: max(1, -(-X.shape[0] // keep_rows))].clone())
+        self.take(Contribution.of(X, gram=self.with_gram, rows=keep_rows, image=image, sequences=sequences))
+
+    def take(self, brought: Contribution) -> None:
+        """Add what a batch brings, and keep as many of its rows as there is room for."""
+        self.sequences += brought.sequences
+        for part in brought.parts:
+            if part.kind not in self.kinds:
+                self.kinds[part.kind] = Sums(self.columns, self.device, self.with_gram)
+            self.kinds[part.kind].add(part)
+        room = ERROR_ROWS - sum(len(rows) for rows in self.rows)
+        if room > 0 and len(brought.rows):
+            self.rows.append(brought.rows[:room])
 
     @property
     def tokens(self) -> int:
@@ -164,7 +145,7 @@ class Moments:
 
     def permuted(self, order: torch.Tensor) -> Moments:  # order (in,)
         """The moments of the same inputs with their columns in another order."""
-        other = Moments(self.columns, self.device, self.with_gram, self.weigh, sequences=self.sequences)
+        other = Moments(self.columns, self.device, self.with_gram, self.weigh, self.home, sequences=self.sequences)
         other.rows = [rows[:, order] for rows in self.rows]
         for name, kind in self.kinds.items():
             sums = other.kinds[name] = Sums(self.columns, self.device, False)
@@ -176,17 +157,28 @@ class Moments:
 
 
 class Watch:
-    """Open accumulators on the layers of one block; `during(batch)` says whose tokens run, `moments` holds the sums."""
+    """Open accumulators on the layers of one block; `during(batch)` says whose tokens run, `moments` holds the sums.
 
-    def __init__(self, layers: Sequence[Layer], batches: int, *, gram: bool = False, weigh: Weigh = alike) -> None:
+    `shared`: every process runs batches of its own, in turns. Each calls `exchange` at the end of a turn, whether it had
+    a batch or not, and all add what all have brought in the order of the batches, as one process does. A Gram matrix
+    costs more than the rest: it has one process for its home, but those of experts, which may be pooled, are everywhere.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], batches: int, *, gram: bool = False, weigh: Weigh = alike, shared: bool = False
+    ) -> None:
         self.moments: dict[str, Moments] = {}
         self.gram, self.weigh = gram, weigh
         self._layers = layers
+        self._experts = {layer.name for layer in layers if layer.expert is not None}
         self._rows_each = max(1, -(-ERROR_ROWS // max(1, batches)))
         self._padding: Mapping[str, torch.Tensor] = {}
         self._drop: torch.Tensor | None = None
         self._component = layers[0].component if layers else ""
-        self._seen: list[tuple[torch.Tensor, Moments]] = []
+        self._seen: list[tuple[torch.Tensor, str]] = []
+        self._homes = 0
+        self._shared = shared and processes.count() > 1
+        self._outbox: list[tuple[str, Contribution | str]] = []
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Watch]:
@@ -214,31 +206,49 @@ class Watch:
         finally:
             self._padding, self._drop, self._seen = {}, None, []
 
-    def see(self, layer: Layer, X: torch.Tensor) -> Moments:
+    def see(self, layer: Layer, X: torch.Tensor) -> None:
         """Add the inputs X (..., in) of one layer; those of a tensor seen before in this batch are there already."""
-        for tensor, moments in self._seen:
+        for tensor, name in self._seen:
             if tensor is X:
-                self.moments[layer.name] = moments
-                return moments
-        moments = self._of(layer, X)
-        self._seen.append((X, moments))
+                return self._bring(layer.name, name)
+        self._seen.append((X, layer.name))
         flat, image = real_tokens(X, self._padding, self._component, self._drop)
-        self._add(moments, flat, image, self._sequences(X))
-        return moments
+        return self._bring(layer.name, self._contribution(flat, image, self._sequences(X)))
+
+    def exchange(self) -> None:
+        """Add what this turn's batches brought in any process; nothing to do where they are not shared."""
+        if self._shared:
+            mine, self._outbox = self._outbox, []
+            for theirs in processes.each(mine):
+                for name, brought in theirs:
+                    self._take(name, brought)
+
+    def _bring(self, name: str, brought: Contribution | str) -> None:
+        """Add a contribution to a layer, or the layer's name to another layer fed the same, now or at the exchange."""
+        if not self._shared:
+            self._take(name, brought)
+        else:
+            self._outbox.append((name, brought if isinstance(brought, str) else brought.kept()))
+
+    def _take(self, name: str, brought: Contribution | str) -> None:
+        if isinstance(brought, str):
+            self.moments[name] = self.moments[brought]
+            return
+        if name not in self.moments:
+            home = None
+            if self._shared and self.gram and name not in self._experts:
+                home, self._homes = self._homes % processes.count(), self._homes + 1
+            gram = self.gram and home in (None, processes.rank())
+            self.moments[name] = Moments(brought.rows.shape[1], brought.rows.device, gram, self.weigh, home)
+        self.moments[name].take(brought)
+
+    def _contribution(self, X: torch.Tensor, image: torch.Tensor | None, sequences: int) -> Contribution:
+        return Contribution.of(X, gram=self.gram, rows=self._rows_each, image=image, sequences=sequences)
 
     def _sequences(self, X: torch.Tensor) -> int:
         """How many samples X holds: its rows, or the batch's where they are packed into one row of tokens."""
         text = self._padding.get("text")
         return X.shape[0] if X.dim() > 2 or text is None else text.shape[0]
-
-    def _of(self, layer: Layer, X: torch.Tensor) -> Moments:
-        if layer.name not in self.moments:
-            self.moments[layer.name] = Moments(X.shape[-1], X.device, self.gram, self.weigh)
-        return self.moments[layer.name]
-
-    def _add(self, moments: Moments, flat: torch.Tensor, image: torch.Tensor | None, sequences: int) -> None:
-        room = ERROR_ROWS - sum(len(rows) for rows in moments.rows)
-        moments.add(flat, min(room, self._rows_each), image=image, sequences=sequences)
 
     def _hook(self, layer: Layer):
         def gather(module: Any, args: tuple) -> None:
@@ -260,7 +270,8 @@ class Watch:
                 if key == "down_proj":
                     inputs = module._apply_gate(torch.nn.functional.linear(inputs, module.gate_up_proj[index]))
                 if len(inputs):
-                    self._add(self._of(layer, inputs), inputs, None if image is None else image[here], self._sequences(X))
+                    there = None if image is None else image[here]
+                    self._bring(layer.name, self._contribution(inputs, there, self._sequences(X)))
 
         return gather
 

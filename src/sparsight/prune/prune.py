@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsight import processes
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.plan.plan import Plan
-from sparsight.prune.choice import Choice, choose
+from sparsight.prune.choice import Choice, choose, refuse_many
 from sparsight.prune.gradients import evaluating, gradients
 from sparsight.prune.journal import Journal
-from sparsight.prune.lockstep import Call, lockstep
+from sparsight.prune.lockstep import Call
 from sparsight.prune.moments import Moments, Watch, pool, real_tokens
 from sparsight.prune.permute import permute_block
 from sparsight.prune.reconstruct import Reconstruction, first, parent
 from sparsight.prune.record import PruneRecord, add_to
+from sparsight.prune.sharing import everywhere, prune_all, turns, walk
 from sparsight.prune.tokens import left_out
 
 ERROR_BATCHES = 4  # batches a block's output error is measured on
@@ -52,10 +54,14 @@ def prune(
     function, a `Method` or a `Choice`; `options` are those of `choose`. Blocks that the `journal` holds are taken from
     there. `progress(stop, done, all)` is called per stop.
 
+    On several processes every one is given the same model and all batches, walks its share of them and prunes its share
+    of the layers; all end with the weights of one process alone, bit for bit (given as many threads).
+
     **Raises** `SparsightError` before anything is changed for an unknown name or a combination that makes no sense, and,
     naming the layer, for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
     """
     choice = method if isinstance(method, Choice) else choose(method, **options)
+    refuse_many(choice, processes.count())
     began = time.perf_counter()
     work = (_Layers if choice.propagate == "stage" else _Blocks)(anatomy, plan, batches, choice, seed, journal, progress)
     for layer in work.layers:
@@ -72,7 +78,7 @@ def prune(
         with evaluating(model):
             if "gradient" in choice.needs:
                 work.sensitivity = gradients(model, work.layers, batches)
-            lockstep(model, work.stops(anatomy), [batch.inputs for batch in batches], work.visit)
+            walk(model, work.stops(anatomy), batches, work.visit)
         work.finish()
     work.record.seconds = time.perf_counter() - began
     return work.record
@@ -119,7 +125,7 @@ class _Pruning:
             self.progress(name, self.done, every)
 
     def watch(self, layers: Sequence[Layer], batches: int) -> Watch:
-        return Watch(layers, batches, gram="gram" in self.choice.needs, weigh=self.choice.tokens.weigh)
+        return Watch(layers, batches, gram="gram" in self.choice.needs, weigh=self.choice.tokens.weigh, shared=True)
 
     def prune(self, layer: Layer, moments: Moments) -> dict[str, Any]:
         """Prune one layer in place; its relative output error on the kept inputs."""
@@ -189,13 +195,18 @@ class _Layers(_Pruning):
 
     def _prune_layer(self, layer: Layer, calls: Mapping[int, Call]) -> dict[str, Any]:
         inputs = [call.args[0] if call.args else call.keywords["input"] for call in calls.values()]
-        if self.moments is None or not _same(inputs, self.inputs):
-            watch = self.watch([layer], len(calls))
-            for i, X in zip(calls, inputs, strict=True):
-                with watch.during(self.batches[i].padding):
-                    watch.see(layer, X)
+        same = [*processes.each(_same(inputs, self.inputs))]
+        if self.moments is None or not all(same):
+            here = dict(zip(calls, inputs, strict=True))
+            standing = everywhere(calls)
+            watch = self.watch([layer], len(standing))
+            for i in turns(standing):
+                if i in here:
+                    with watch.during(self.batches[i].padding):
+                        watch.see(layer, here[i])
+                watch.exchange()
             self.inputs, self.moments = inputs, watch.moments[layer.name]
-        return self.prune(layer, self.moments) | {"tokens": {layer.name: _seen(self.moments)}}
+        return prune_all([layer], {layer.name: self.moments}, self.prune) | {"tokens": {layer.name: _seen(self.moments)}}
 
 
 class _Blocks(_Pruning):
@@ -242,7 +253,7 @@ class _Blocks(_Pruning):
         for layer in layers:
             if layer.name not in moments:
                 raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
-            add_to(facts, self.prune(layer, moments[layer.name]))
+        add_to(facts, prune_all(layers, moments, self.prune))
         if fitting:
             facts["reconstructed"] = fitting.fit(choice.reconstruct, generator)
         return {**facts, "block_errors": {name: self._block_error(component, calls, targets)}}
@@ -251,27 +262,32 @@ class _Blocks(_Pruning):
         self, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call], fitting: Reconstruction | None
     ) -> tuple[dict[str, Moments], dict[int, torch.Tensor]]:
         """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
-        watch = self.watch(layers, len(calls))
+        standing = everywhere(calls)
+        watch = self.watch(layers, len(standing))
         dropped = left_out(self.choice.tokens, layers[0].component, calls, self.batches)
         targets: dict[int, torch.Tensor] = {}
         with watch.open():
-            for i, call in calls.items():
-                keeping = fitting.watch(i) if fitting else contextlib.nullcontext()
-                with watch.during(self.batches[i].padding, dropped.get(i)), keeping:
-                    output = first(call())
-                if len(targets) < ERROR_BATCHES:
-                    targets[i] = output
+            for i in turns(standing):
+                if i in calls:
+                    keeping = fitting.watch(i) if fitting else contextlib.nullcontext()
+                    with watch.during(self.batches[i].padding, dropped.get(i)), keeping:
+                        output = first(calls[i]())
+                    if i in standing[:ERROR_BATCHES]:
+                        targets[i] = output
+                watch.exchange()
         return watch.moments, targets
 
     def _real(self, i: int, X: torch.Tensor, component: str) -> torch.Tensor:
         return real_tokens(X, self.batches[i].padding, component)[0]
 
     def _block_error(self, component: str, calls: Mapping[int, Call], targets: dict[int, torch.Tensor]) -> float:
-        difference = reference = torch.zeros(())
+        mine = {}
         for i, target in targets.items():
             now, then = (self._real(i, X, component).float() for X in (first(calls[i]()), target))
-            difference = difference + (now - then).square().sum().cpu()
-            reference = reference + then.square().sum().cpu()
+            mine[i] = (now - then).square().sum().cpu(), then.square().sum().cpu()
+        difference = reference = torch.zeros(())
+        for changed, whole in processes.together(mine).values():
+            difference, reference = difference + changed, reference + whole
         return _ratio(difference.sqrt(), reference.sqrt())
 
 

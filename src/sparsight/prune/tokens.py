@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsight import processes
 from sparsight.errors import SparsightError
 from sparsight.plan.budget import nearest
 from sparsight.prune.lockstep import Call
@@ -129,7 +130,8 @@ TOKENS: dict[str, TokenRule] = {
 def left_out(rule: TokenRule, component: str, calls: Mapping[int, Call], batches: Sequence[Any]) -> dict[int, torch.Tensor]:
     """The tokens (B, T) of each batch that a rule leaves out of one block's moments.
 
-    Where the rule looks at what the block puts out, that is one more run of the block on every batch.
+    Where the rule looks at what the block puts out, that is one more run of the block on every batch. A rule sees the
+    batches of all processes.
     """
     if rule.select is None or component != "language":
         return {}
@@ -143,11 +145,12 @@ def left_out(rule: TokenRule, component: str, calls: Mapping[int, Call], batches
         after = call()
         attention = attended(call, padding["text"]) if rule.attention else None
         flows[i] = Flow(before, after if isinstance(after, torch.Tensor) else after[0], padding["text"], image, attention)
-    chosen = list(rule.select(list(flows.values()))) if flows else []
-    shapes = [f.real.shape for f in flows.values()]
+    every = processes.together(flows)
+    chosen = list(rule.select(list(every.values()))) if every else []
+    shapes = [f.real.shape for f in every.values()]
     if [getattr(drop, "shape", None) for drop in chosen] != shapes or any(drop.dtype != torch.bool for drop in chosen):
         raise SparsightError("--tokens: the rule must give one boolean mask (B, T) of what it leaves out for every batch")
-    return dict(zip(flows, chosen, strict=True))
+    return {i: drop for i, drop in zip(every, chosen, strict=True) if i in flows}
 
 
 def attended(call: Call, real: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sparsight import processes
+
 Progress = Callable[[str, int, int], None]
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -14,8 +16,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def shown(title: str, quiet: bool = False) -> Iterator[Progress | None]:
-    """Give a function `progress(note, done, all)`; it writes to standard error, and nothing at all if `quiet`."""
-    if quiet:
+    """Give a function `progress(note, done, all)`; it writes to standard error, and nothing at all if `quiet`.
+
+    Of several processes only the main one shows anything.
+    """
+    if quiet or processes.place():
         yield None
     elif sys.stderr.isatty():
         with _bar(title) as progress:

@@ -139,13 +139,19 @@ def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     facts = metrics["restore"]
     last = facts["curve"][-1] if facts["curve"] else None
     loss = f"ce {last['ce']:.3f} · kl {last['kl']:.3f} at the end · " if last else ""
-    copies = facts["weight_bytes"] / facts["dense_bytes"]
-    held = f"teacher {facts['teacher']}: weights of both take {copies:.2f}× one dense copy"
-    return [
-        f"{loss}{facts['trained_parameters']:,} trained parameters · {held}",
-        *left_out(facts["skipped_samples"]),
-        f"{facts['seconds']:.1f} s · wrote {out}",
-    ]
+    lines = [f"{loss}{facts['trained_parameters']:,} trained parameters"]
+    if "best_step" in facts:
+        best = min(row["eval_loss"] for row in facts["held_out"])
+        lines.append(f"Held-out loss {best:.4f} at step {facts['best_step']}, the best, which is kept")
+    if facts["teacher_modes"]:
+        modes = (f"{mode} {_sizes(needs)}" for mode, needs in facts["teacher_modes"].items())
+        lines.append(f"Teacher {facts['teacher']}; weights of both would take: {' · '.join(modes)}")
+    return [*lines, *left_out(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def _sizes(needs: Mapping[str, int]) -> str:
+    disk = f" + {needs['disk'] / 1e6:,.1f} MB of disk" if "disk" in needs else ""
+    return f"{needs['memory'] / 1e6:,.1f} MB{disk}"
 
 
 def verify_lines(found: Mapping[str, Any]) -> list[Any]:

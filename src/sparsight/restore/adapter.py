@@ -10,26 +10,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.masks import mask_hash, pack, packed_hash
-from sparsight.restore.sparse_lora import ADAPTER, SparseLoraLinear, adapters, add_adapters
-from sparsight.restore.trainer import ADAPTER_FILE, adapter_tensors, load_adapter_tensors
+from sparsight.restore.checkpoints import factor_tensors, load_factors, save_factors
+from sparsight.restore.sparse_lora import ADAPTER, Adapted, MaskedExperts, MaskedLinear, adapters, add_adapters
 
 MANIFEST = "sparse_lora.json"
 
 
 def save_adapter(wrapped: Any, alpha: float, folder: Path) -> None:
-    """Write A and B of every layer of a PEFT model, not yet merged, and a manifest with the hashes of the masks."""
+    """Write the factors of a PEFT model, not yet merged, and a manifest with the hashes of the masks."""
     folder.mkdir()
-    save_file(adapter_tensors(wrapped), folder / ADAPTER_FILE)
-    layers = {
-        name: {"rank": layer.r[ADAPTER], "mask": packed_hash(layer.keep) if isinstance(layer, SparseLoraLinear) else None}
-        for name, layer in adapters(wrapped).items()
-    }
-    manifest = {"format": 1, "type": "sparse_lora", "alpha": alpha, "layers": layers}
+    save_factors(factor_tensors(wrapped), folder)
+    layers: dict[str, Any] = {}
+    held: dict[str, Any] = adapters(wrapped)
+    for name, module in held.items():
+        if isinstance(module, MaskedExperts):
+            for key in module.names:
+                for i, bits in enumerate(getattr(module, f"keep_{key}")):
+                    layers[f"{name}.{key}.{i}"] = {"rank": module.rank, "form": module.form, "mask": packed_hash(bits)}
+        elif isinstance(module, MaskedLinear):
+            layers[name] = {"rank": module.rank, "form": module.form, "mask": packed_hash(module.keep)}
+        else:
+            layers[name] = {"rank": module.r[ADAPTER], "form": "lora", "mask": None}
+    manifest = {"format": 2, "type": "sparse_lora", "alpha": alpha, "layers": layers}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -43,15 +48,15 @@ def load_adapter(model: Any, anatomy: Anatomy, folder: str | Path) -> Any:
     if not path.is_file():
         raise SparsightError(f"{folder}: has no {MANIFEST}; give the adapter folder that restore --save-adapter wrote")
     manifest = json.loads(path.read_text())
-    weights = {layer.name: layer.weight for layer in anatomy.layers}
-    layers = {}
+    layers = {layer.name: layer for layer in anatomy.layers}
+    chosen = []
     for name, entry in manifest["layers"].items():
-        if name not in weights:
+        if name not in layers:
             raise SparsightError(f"{folder}: the adapter is for a model with a layer {name}, which this one has not")
-        masked = entry["mask"] is not None
-        if masked and mask_hash(weights[name]) != entry["mask"]:
+        W, masked = layers[name].weight, entry["mask"] is not None
+        if masked and mask_hash(W) != entry["mask"]:
             raise SparsightError(f"{folder}: the adapter was trained with other zeros in {name}; load its own sparse model")
-        layers[name] = (entry["rank"], pack(weights[name] != 0) if masked else None)
-    wrapped = add_adapters(model, layers, alpha=manifest["alpha"])
-    load_adapter_tensors(wrapped, load_file(Path(folder) / ADAPTER_FILE))
+        chosen.append(Adapted(layers[name], entry["rank"], pack(W != 0) if masked else None, entry["form"]))
+    wrapped = add_adapters(model, chosen, alpha=manifest["alpha"])
+    load_factors(wrapped, Path(folder))
     return wrapped

@@ -1,38 +1,156 @@
-"""What restoration minimises: (1 - kl) CE + kl T^2 KL(teacher || student), on answer positions only.
+"""What restoration minimises: (1 - kl) CE + kl T^2 D(teacher, student), on answer positions only, and from hidden states.
 
-Computed in float32 and summed over tokens, so that the trainer divides by the number of answer tokens of the whole step.
-The paper's published code sums the KL over every position, padding too, divides by the batch size, leaves out T^2 and
-computes in bf16; ours does none of that (He et al., arXiv 2404.02424).
+The logits of a chunk of tokens are made, turned into loss and gradient in closed form, and dropped: neither the logits of
+all answers nor a single softmax outlives its chunk. In float32, and summed over tokens, so that the trainer divides by
+the number of answer tokens of the whole step.
+
+The paper's published code sums the divergence over every position, padding too, divides by the batch size, leaves out
+T^2 and computes in bf16 (He et al., arXiv 2404.02424); `tokens_per_sample` asks for the first three, in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from sparsight.restore.head import Head
+
+CHUNK = 1 << 22  # logits at a time
+IGNORE = -100
+
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over answer tokens."""
+    """`total` is what is trained; `ce`, `kl` and `hidden` are plain sums over `tokens` answer tokens."""
 
     total: torch.Tensor
     ce: torch.Tensor
     kl: torch.Tensor
+    hidden: torch.Tensor
     tokens: int
 
 
+def _forward(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(-1), log_q.exp().sub_(p)
+
+
+def _reverse(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q, apart = log_q.exp(), log_q - log_p
+    each = (q * apart).sum(-1)
+    return each, apart.sub_(each.unsqueeze(-1)).mul_(q)
+
+
+def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (p + q).mul_(0.5).log_()
+    of_q = (q * (log_q - log_m)).sum(-1)
+    each = 0.5 * ((p * (log_p - log_m)).sum(-1) + of_q)
+    return each, (log_q - log_m).sub_(of_q.unsqueeze(-1)).mul_(q).mul_(0.5)
+
+
+# (log p of the teacher, log q of the student), each (n, V), to the divergence (n,) and its gradient by the student's logits
+DIVERGENCES: dict[str, Callable] = {"forward": _forward, "reverse": _reverse, "js": _jensen_shannon}
+
+
+class _FromHidden(torch.autograd.Function):
+    """Sums of CE and divergence over rows, weighted; the gradient by the student's hidden states is made on the way."""
+
+    @staticmethod
+    def forward(ctx, student, taught, targets, head, teacher_head, weights, temperature, divergence):
+        ce_weight, kl_weight = weights
+        sums = torch.zeros(2, dtype=torch.float64, device=student.device)
+        grad = torch.empty_like(student) if student.requires_grad else None
+        rows = max(1, CHUNK // head.weight.shape[0])
+        for start in range(0, len(student), rows):
+            part = slice(start, start + rows)
+            s = head.logits(student[part])
+            found = _chunk(
+                s, None if taught is None else teacher_head.logits(taught[part]), targets[part], ce_weight, kl_weight,
+                temperature, DIVERGENCES[divergence],
+            )  # fmt: skip
+            sums += found[0]
+            if grad is not None:
+                slope = found[1] if head.cap is None else found[1].mul_(1 - (s / head.cap).square_())
+                grad[part] = slope.to(head.weight.dtype) @ head.weight
+        ctx.save_for_backward(grad)
+        total = (sums[0] * ce_weight + sums[1] * kl_weight).float()
+        return total, sums[0].float(), sums[1].float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, *_):
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_total.to(grad.dtype), *(None,) * 7)
+
+
+def _chunk(
+    s: torch.Tensor,
+    t: torch.Tensor | None,
+    targets: torch.Tensor,
+    ce_weight: float,
+    kl_weight: float,
+    temperature: float,
+    divergence: Callable,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of CE and divergence (2,) of one chunk, and the gradient (n, V) of their weighted sum by the logits s."""
+    log_q = F.log_softmax(s, dim=-1)
+    there = targets != IGNORE
+    rows = there.nonzero().flatten()
+    right = targets[rows]
+    ce = -log_q[rows, right].sum(dtype=torch.float64)
+    slope = log_q.exp()
+    if len(rows) < len(targets):
+        slope.mul_(there.unsqueeze(-1))
+    slope[rows, right] -= 1
+    slope.mul_(ce_weight)
+    kl = ce.new_zeros(())
+    if t is not None:
+        warm = log_q if temperature == 1 else F.log_softmax(s / temperature, dim=-1)
+        each, by_logits = divergence(F.log_softmax(t / temperature, dim=-1), warm)
+        kl = each.sum(dtype=torch.float64)
+        slope.add_(by_logits, alpha=kl_weight / temperature)
+    return torch.stack([ce, kl]), slope
+
+
 def distillation(
-    student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor, kl: float, temperature: float = 1.0
+    student: torch.Tensor,
+    taught: torch.Tensor | None,
+    targets: torch.Tensor,
+    head: Head,
+    teacher_head: Head | None = None,
+    *,
+    kl: float,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    hidden: float = 0.0,
+    tokens_per_sample: float | None = None,
 ) -> Loss:
-    """Combine cross entropy and divergence; student and teacher (n, V), targets (n,). No teacher is needed for kl 0."""
-    student = student.float()
-    ce = F.cross_entropy(student, targets, reduction="sum")
-    if teacher is None:
-        return Loss(ce, ce.detach(), torch.zeros_like(ce.detach()), targets.numel())
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    total = (1 - kl) * ce + kl * temperature**2 * divergence
-    return Loss(total, ce.detach(), divergence.detach(), targets.numel())
+    """Combine cross entropy and divergence from hidden states in front of the heads, `student` and `taught` (n, d).
+
+    `total` is a sum over tokens: divide it by the number of answer tokens of the step. `targets` (n,) may have -100 where
+    a position is no answer: it counts for the divergence only, which is what the paper's reduction wants; that divides by
+    samples, so it has to be told `tokens_per_sample`, the answer tokens of a step by its samples. `hidden` weighs the
+    squared distance of the hidden states of answers, in units of the teacher's own square. Without a teacher it is the
+    cross entropy alone. Extra memory: a few buffers of `CHUNK` logits, and one gradient like `student`.
+    """
+    answers = targets != IGNORE
+    tokens = int(answers.sum())
+    if taught is None:
+        weights = (1.0, 0.0)
+    elif tokens_per_sample is not None:
+        weights = (1 - kl, kl * tokens_per_sample)
+    else:
+        weights = (1 - kl, kl * temperature**2)
+    total, ce, divergent = _FromHidden.apply(
+        student, taught, targets, head, teacher_head or head, weights, temperature, divergence
+    )
+    apart = torch.zeros((), device=student.device)
+    if taught is not None and hidden:
+        s, t = student[answers].float(), taught[answers].float()
+        apart = ((s - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-12)).sum()
+        total = total + hidden * apart
+    return Loss(total, ce.detach(), divergent.detach(), apart.detach(), tokens)

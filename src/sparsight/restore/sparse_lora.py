@@ -1,10 +1,8 @@
-"""SparseLoRA: y = x ((W + s B A) * M)^T + b, trained and merged as the very same bits.
+"""SparseLoRA: y = x ((W + s B A) * M)^T + b, trained and merged as the very same bits; and its rivals, the same way.
 
-The mask M is fixed and packed, one bit per weight. The effective weight is one float32 expression, rounded once to W's
-dtype; forward, backward and merge all call the same function, so what was trained is what is saved. The backward keeps
-x, A, B and the packed mask, and makes the effective weight anew: nothing of W's size is stored between the two passes.
-
-The gradient is exact: dA and dB see only the kept weights. (The two-product shortcut of LoRS drops the mask there.)
+The mask M is fixed and packed, one bit per weight. The effective weight is computed anew in forward, backward and merge
+(`forms.py`): nothing of W's size is stored between the two passes. The gradient is exact: the factors see the kept
+weights only. Three products of W's size per training step where plain LoRA needs two.
 Method: He et al., arXiv 2404.02424; the published code keeps a full effective weight per layer for autograd.
 
 Built on stock PEFT through one private seam, `LoraConfig._register_custom_module`.
@@ -14,177 +12,246 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.func import functional_call
 
 from sparsight.errors import SparsightError
-from sparsight.model.masks import unpack
+from sparsight.model.anatomy import Layer
+from sparsight.restore.forms import FORMS, Factors, effective, project
 
 ADAPTER = "default"
 
 
-def effective_weight(
-    W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, packed: torch.Tensor
-) -> torch.Tensor:
-    """Compute (W + s B A) * M in float32 (float64 for float64 weights), rounded once to W's dtype.
+class _Product(torch.autograd.Function):
+    """x E^T + b. Saved for backward: x, the factors and the packed mask; W is there anyway."""
 
-    W (out, in), A (r, in), B (out, r), `packed` the mask of W in bits. Where the mask is 0 the result is +0.
-    """
-    wide = torch.promote_types(W.dtype, torch.float32)
-    E = torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scaling)  # (out, in)
-    return E.masked_fill_(~unpack(packed, W.shape), 0).to(W.dtype)
-
-
-class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, scaling, packed):
-        ctx.save_for_backward(x, W, A, B, packed)
-        ctx.scaling, ctx.with_bias = scaling, bias is not None
-        return F.linear(x, effective_weight(W, A, B, scaling, packed), bias)
+    def forward(ctx, x, W, bias, packed, scaling, form, *factors):
+        ctx.save_for_backward(x, W, packed, *factors)
+        ctx.scaling, ctx.form, ctx.with_bias = scaling, form, bias is not None
+        return F.linear(x, effective(form, W, factors, scaling, packed).to(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # grad (..., out)
-        x, W, A, B, packed = ctx.saved_tensors
-        dx = dA = dB = db = None
+        x, W, packed, *factors = ctx.saved_tensors
+        form, scaling = ctx.form, ctx.scaling
+        dx, db = None, None
+        found: tuple[torch.Tensor | None, ...] = (None,) * len(factors)
         if ctx.needs_input_grad[0]:
-            dx = grad @ effective_weight(W, A, B, ctx.scaling, packed)
+            dx = grad @ effective(form, W, tuple(factors), scaling, packed).to(grad.dtype)
         g = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            dE = (g.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(A.dtype, W.dtype))  # (out, in)
-            dE.masked_fill_(~unpack(packed, W.shape), 0).mul_(ctx.scaling)
-            dA = (B.T.to(dE.dtype) @ dE).to(A.dtype)
-            dB = (dE @ A.T.to(dE.dtype)).to(B.dtype)
+        if any(ctx.needs_input_grad[6:]):
+            flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            if (shortcut := FORMS[form].shortcut) is not None:
+                found = shortcut(g, flat, tuple(factors), scaling)
+            else:
+                found = project(form, g.T @ flat, W, tuple(factors), scaling, packed)
         if ctx.with_bias and ctx.needs_input_grad[2]:
             db = g.sum(0)
-        return dx, None, db, dA, dB, None, None
+        return dx, None, db, None, None, None, *found
+
+
+class _Weight(torch.autograd.Function):
+    """The effective weights (experts, out, in) of a fused tensor, for a module that takes its products itself."""
+
+    @staticmethod
+    def forward(ctx, W, packed, scaling, form, *factors):
+        ctx.save_for_backward(W, packed, *factors)
+        ctx.scaling, ctx.form = scaling, form
+        each = zip(W, packed, *factors, strict=True)
+        return torch.stack([effective(form, w, tuple(own), scaling, bits) for w, bits, *own in each])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # grad (experts, out, in)
+        W, packed, *factors = ctx.saved_tensors
+        each = zip(grad, W, packed, *factors, strict=True)
+        found = [project(ctx.form, dE, w, tuple(own), ctx.scaling, bits) for dE, w, bits, *own in each]
+        return None, None, None, None, *(torch.stack(grads) for grads in zip(*found, strict=True))
 
 
 def sparse_linear(
     x: torch.Tensor,
     W: torch.Tensor,
     bias: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
+    factors: Factors,
     scaling: float,
-    packed: torch.Tensor,
+    packed: torch.Tensor | None,
+    form: str = "sparselora",
 ) -> torch.Tensor:
     """Apply the masked adapted linear map to x (..., in); W is frozen and gets no gradient.
 
-    Three products of W's size per training step where plain LoRA needs two. Bytes saved for backward beyond x, A and B:
-    one bit per weight. Autocast does not reach inside: x is cast to W's dtype, as the merged layer would see it.
+    Bytes saved for backward beyond x and the factors: one bit per weight. x is cast to W's dtype, or under autocast both
+    are cast to autocast's, as the merged layer would do.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return _SparseLinear.apply(x.to(W.dtype), W, bias, A, B, scaling, packed)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W.dtype
+    with torch.autocast(kind, enabled=False):
+        b = None if bias is None else bias.to(dtype)
+        return _Product.apply(x.to(dtype), W, b, packed, scaling, form, *factors)
 
 
-class SparseLoraLinear(LoraLinear):
-    """A PEFT LoRA layer whose product is masked. With the adapter disabled it is the base layer, untouched."""
+class MaskedTuner(nn.Module, BaseTunerLayer):
+    """What wraps a pruned module: its masks, the factors that are trained, and the one adapter they make up.
 
-    keep: torch.Tensor  # the packed mask of the weight
+    With the adapter disabled it is the base layer, untouched. Parameters are named `lora_...`, so that PEFT trains them.
+    """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, *, keep: torch.Tensor, **kw: Any):
-        if config.lora_dropout:
-            raise SparsightError(
-                f"lora_dropout={config.lora_dropout:g}: SparseLoRA takes no dropout, which would train the dense product "
-                "B A x instead of the masked weight; set it to 0"
-            )
-        if config.use_dora or config.lora_bias or config.fan_in_fan_out:
-            raise SparsightError("use_dora, lora_bias and fan_in_fan_out do not go with SparseLoRA; leave them off")
-        super().__init__(base_layer, adapter_name, config=config, **kw)
-        self.register_buffer("keep", keep, persistent=False)
-        self._unmerged: torch.Tensor | None = None
+    def __init__(self, base_layer: nn.Module, form: str, alpha: float, rank: int) -> None:
+        super().__init__()
+        self.base_layer, self.form, self.rank = base_layer, form, rank
+        self.scaling = alpha / rank
+        self.adapter_layer_names = tuple(f"lora_{name}" for name in FORMS[form].names)
+        self._disable_adapters, self._active_adapter, self.merged_adapters = False, [ADAPTER], []
+        self._unmerged: dict[str, torch.Tensor] = {}
 
-    def _base(self) -> nn.Linear:
-        return cast(nn.Linear, self.get_base_layer())
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
 
-    def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and B (out, r)."""
-        return cast(nn.Linear, self.lora_A[adapter]).weight, cast(nn.Linear, self.lora_B[adapter]).weight
+    def effective(self) -> dict[str, torch.Tensor]:
+        """The weights that forward uses and merge writes, by the parameter of the base layer they stand for."""
+        raise NotImplementedError
 
-    def effective(self, adapter: str = ADAPTER) -> torch.Tensor:
-        """The weight (out, in) that forward uses and merge writes."""
-        A, B = self._factors(adapter)
-        return effective_weight(self._base().weight, A, B, self.scaling[adapter], self.keep)
+    def adapted(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged:
-            if self.merged and self.disable_adapters:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        adapter = self.active_adapters[0]
-        A, B = self._factors(adapter)
-        base = self._base()
-        return sparse_linear(x, base.weight, base.bias, A, B, self.scaling[adapter], self.keep)
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging adds to the base weight, (out, in), in float32."""
-        return self.effective(adapter).float() - self._base().weight.float()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.merged and self.disable_adapters:
+            self.unmerge()
+        if self.merged or self.disable_adapters:
+            return self.base_layer(*args, **kwargs)
+        return self.adapted(*args, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the effective weight in place of the base weight; the base weight is kept for `unmerge`."""
+        """Put the effective weights in place of the base weights, which are kept for `unmerge`."""
         if self.merged:
             raise ValueError("the adapter is merged already; unmerge it first")
-        base = self._base()
-        merged = self.effective((adapter_names or self.active_adapters)[0])
-        if safe_merge and not torch.isfinite(merged).all():
+        merged = self.effective()
+        if safe_merge and not all(bool(torch.isfinite(E).all()) for E in merged.values()):
             raise ValueError("NaN or infinity in the merged weights; the adapter is broken")
-        self._unmerged, base.weight.data = base.weight.data, merged
-        self.merged_adapters.append((adapter_names or self.active_adapters)[0])
+        for name, E in merged.items():
+            parameter = getattr(self.base_layer, name)
+            self._unmerged[name], parameter.data = parameter.data, E
+        self.merged_adapters.append(ADAPTER)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if self._unmerged is not None:
-            self._base().weight.data, self._unmerged = self._unmerged, None
-            self.merged_adapters.clear()
+        """Put the base weights back, bit for bit."""
+        for name, W in self._unmerged.items():
+            getattr(self.base_layer, name).data = W
+        self._unmerged.clear()
+        self.merged_adapters.clear()
+
+    def _hold(self, suffix: str, factors: Factors, device: torch.device) -> None:
+        for name, first in zip(FORMS[self.form].names, factors, strict=True):
+            held = getattr(self, f"lora_{name}", None) or nn.ParameterDict()
+            held[f"{ADAPTER}{suffix}"] = nn.Parameter(first.to(device))
+            setattr(self, f"lora_{name}", held)
+
+    def held(self, suffix: str = "") -> Factors:
+        return tuple(getattr(self, f"lora_{name}")[f"{ADAPTER}{suffix}"] for name in FORMS[self.form].names)
 
 
-def add_adapters(
-    model: nn.Module,
-    layers: Mapping[str, tuple[int, torch.Tensor | None]],
-    *,
-    alpha: float = 16,
-    seed: int = 0,
-) -> Any:
-    """Wrap `model` in PEFT, in place: `layers` gives each layer's rank and packed mask.
+class MaskedLinear(MaskedTuner):
+    """A linear layer under a mask."""
 
-    A layer with a mask gets SparseLoRA, one without (None) plain LoRA. A starts kaiming-uniform, B at zero, both
-    float32; everything else is frozen. Returns the `PeftModel`.
+    keep: torch.Tensor  # the packed mask of the weight
+
+    def __init__(self, base_layer: nn.Linear, form: str, alpha: float, rank: int, keep: torch.Tensor) -> None:
+        super().__init__(base_layer, form, alpha, rank)
+        self.register_buffer("keep", keep, persistent=False)
+        self._hold("", FORMS[form].start(base_layer.weight, keep, rank), base_layer.weight.device)
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        base = cast(nn.Linear, self.base_layer)
+        return sparse_linear(x, base.weight, base.bias, self.held(), self.scaling, self.keep, self.form)
+
+    def effective(self) -> dict[str, torch.Tensor]:
+        W = cast(nn.Linear, self.base_layer).weight.data
+        return {"weight": effective(self.form, W, self.held(), self.scaling, self.keep)}
+
+
+class MaskedExperts(MaskedTuner):
+    """Fused experts under masks: every 3-D tensor (experts, out, in) has one of each factor per expert.
+
+    The module takes its products itself, so autograd keeps the effective weights of the tensors until backward; with
+    gradient checkpointing those of one block only.
     """
-    masks = {id(model.get_submodule(name)): keep for name, (_, keep) in layers.items()}
 
-    def place(target: nn.Module, adapter_name: str, **kwargs: Any) -> LoraLinear:
-        keep = masks[id(target)]
+    def __init__(
+        self, base_layer: nn.Module, form: str, alpha: float, rank: int, keep: dict[str, list[torch.Tensor]]
+    ) -> None:
+        super().__init__(base_layer, form, alpha, rank)
+        self.names = tuple(keep)
+        for name, masks in keep.items():
+            self.register_buffer(f"keep_{name}", torch.stack(masks), persistent=False)
+            W = getattr(base_layer, name)
+            each = [FORMS[form].start(w, bits, rank) for w, bits in zip(W, masks, strict=True)]
+            self._hold(f"_{name}", tuple(torch.stack(own) for own in zip(*each, strict=True)), W.device)
+
+    def effective(self) -> dict[str, torch.Tensor]:
+        return {
+            name: _Weight.apply(
+                getattr(self.base_layer, name), getattr(self, f"keep_{name}"), self.scaling, self.form,
+                *self.held(f"_{name}"),
+            )
+            for name in self.names
+        }  # fmt: skip
+
+    def adapted(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.base_layer, self.effective(), args, kwargs)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One layer, how much is trained on it, and its packed mask; without a mask it gets plain LoRA."""
+
+    layer: Layer
+    rank: int
+    keep: torch.Tensor | None
+    form: str = "sparselora"
+
+
+def add_adapters(model: nn.Module, chosen: Sequence[Adapted], *, alpha: float = 16, seed: int = 0) -> Any:
+    """Wrap `model` in PEFT, in place, with an adapter on each of the `chosen` layers; everything else is frozen.
+
+    Factors are float32, whatever the model's dtype. Returns the `PeftModel`.
+    """
+    modules: dict[int, list[Adapted]] = {}
+    for adapted in chosen:
+        modules.setdefault(id(adapted.layer.module), []).append(adapted)
+
+    def place(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
+        first, *others = modules[id(target)]
+        if first.layer.expert:
+            return MaskedExperts(target, first.form, alpha, first.rank, _by_tensor([first, *others], target))
         if type(target) is not nn.Linear:
             raise SparsightError(
-                f"a layer is {type(target).__name__} and not a plain linear layer (a quantized base?); "
+                f"{first.layer.name} is {type(target).__name__} and not a plain linear layer (a quantized base?); "
                 "load the model in float32, bfloat16 or float16"
             )
-        if keep is None:
-            return LoraLinear(target, adapter_name, **kwargs)
-        return SparseLoraLinear(target, adapter_name, keep=keep, **kwargs)
+        if first.keep is None:
+            return LoraLinear(target, adapter_name, **{**kwargs, "r": first.rank})
+        return MaskedLinear(target, first.form, alpha, first.rank, first.keep)
 
-    ranks: dict[int, list[str]] = {}
-    for name, (rank, _) in layers.items():
-        ranks.setdefault(rank, []).append(re.escape(name))
-    groups = {rank: "(?:" + "|".join(names) + ")" for rank, names in ranks.items()}
+    names = {_module_name(adapted.layer): type(adapted.layer.module) for adapted in chosen}
     config = LoraConfig(
-        r=max(groups),
         lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules="|".join(groups.values()),
-        rank_pattern={f"^{names}$": rank for rank, names in groups.items()},
+        lora_dropout=0.0,  # it would train the dense product and not the masked weight
+        target_modules="|".join(re.escape(name) for name in names),
         bias="none",
     )
-    config._register_custom_module({nn.Linear: place})  # type: ignore[dict-item]
+    config._register_custom_module(dict.fromkeys({nn.Linear, *names.values()}, place))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by an older name whether activations are checkpointed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -192,7 +259,38 @@ def add_adapters(
         return get_peft_model(model, config)
 
 
-def adapters(model: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted layers of a wrapped model, by the name of the layer they wrap."""
+def adapters(model: nn.Module) -> dict[str, LoraLinear | MaskedTuner]:
+    """The adapted modules of a wrapped model, by the name of the module they wrap."""
     prefix = "base_model.model."
-    return {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    return {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, LoraLinear | MaskedTuner)}
+
+
+def factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything that is trained, as `MODULE.A`, `MODULE.B`, `MODULE.values`; experts as `MODULE.A_down_proj`."""
+    found = {}
+    for name, module in adapters(model).items():
+        if isinstance(module, LoraLinear):
+            for letter, held in (("A", module.lora_A), ("B", module.lora_B)):
+                found[f"{name}.{letter}"] = cast(nn.Parameter, cast(nn.Linear, held[ADAPTER]).weight)
+            continue
+        for letter in FORMS[module.form].names:
+            for key, parameter in getattr(module, f"lora_{letter}").items():
+                found[f"{name}.{letter}{key.removeprefix(ADAPTER)}"] = parameter
+    return found
+
+
+def _module_name(layer: Layer) -> str:
+    """The module's path; a fused expert's layer name goes on with its tensor and its index."""
+    return layer.name.rsplit(".", 2)[0] if layer.expert else layer.name
+
+
+def _by_tensor(chosen: Sequence[Adapted], module: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """The masks of a module's experts in order, by tensor; an expert that is not pruned has a mask of ones."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for adapted in chosen:
+        key, index = cast(tuple[str, int], adapted.layer.expert)
+        count, size = getattr(module, key).shape[0], -(-adapted.layer.weight.numel() // 8)
+        masks = found.setdefault(key, [adapted.layer.weight.new_full((size,), 255, dtype=torch.uint8)] * count)
+        if adapted.keep is not None:
+            masks[index] = adapted.keep
+    return found

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsight.data import Encoder, batches
+from sparsight.data.encoding import answers_of
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.checkpoint import found_plan, read_record, recorded_family
-from sparsight.model.families import Family
+from sparsight.model.families import COMPONENTS, Family
 from sparsight.model.load import load_model, load_processor
 from sparsight.plan.budget import nearest
 from sparsight.plan.pattern import Pattern
-from sparsight.restore.sparse_lora import add_adapters
+from sparsight.restore.cache import Cache, cache_key, fill
+from sparsight.restore.head import Head
+from sparsight.restore.refit import SAMPLES, refit
+from sparsight.restore.sparse_lora import Adapted, add_adapters
 from sparsight.restore.teacher import (
+    MODES,
     Masks,
     Teacher,
     live_teacher,
@@ -26,94 +32,237 @@ from sparsight.restore.teacher import (
     shared_teacher,
 )
 
-ADAPTERS = ("sparselora", "lora")
+# what --adapter names, and what form a pruned layer takes; plain LoRA's has no mask, so its merge is dense
+ADAPTERS = {
+    "sparselora": "sparselora",
+    "sparselora-fast": "sparselora-fast",
+    "hira": "hira",
+    "masked-full": "full",
+    "lora": "",
+}
 DEFAULT_RANKS = {"vision": 4, "connector": 2, "language": 8}
+PROBED = 32  # samples encoded to foretell the size of a cache
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained, on which components, and beside what kind of teacher."""
+
+    adapter: str = "sparselora"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alpha: float = 16
+    tune: tuple[str, ...] = COMPONENTS
+    teacher_mode: str = "auto"
+    reconstruct: int = 0
+
+    def check(self) -> None:
+        """Refuse values that make no sense, by the option's name."""
+        if self.adapter not in ADAPTERS:
+            raise SparsightError(f"--adapter: unknown adapter {self.adapter!r}; {nearest(self.adapter, tuple(ADAPTERS))}")
+        if self.teacher_mode not in MODES:
+            raise SparsightError(f"--teacher-mode: unknown mode {self.teacher_mode!r}; {nearest(self.teacher_mode, MODES)}")
+        for component in self.tune:
+            if component not in COMPONENTS:
+                raise SparsightError(f"--tune: unknown component {component!r}; {nearest(component, COMPONENTS)}")
+        if not self.tune:
+            raise SparsightError(f"--tune: names no component; give some of {', '.join(COMPONENTS)}")
+        if isinstance(self.reconstruct, bool) or not isinstance(self.reconstruct, int) or self.reconstruct < 0:
+            raise SparsightError(f"--reconstruct: {self.reconstruct!r} is not a number of epochs, 0 or more")
+
+    @property
+    def masked(self) -> bool:
+        """Whether every zero survives the merge."""
+        return bool(ADAPTERS[self.adapter])
 
 
 @dataclass
 class Student:
-    """`weight_bytes` counts student and teacher together, adapters left out; `dense_bytes` one dense copy."""
+    """A sparse model ready to be trained, with what is needed to train it.
+
+    `samples` are those that the model can take, the last `held_out` of them kept out of training. `weight_bytes` counts
+    student and teacher together, adapters left out; `dense_bytes` one dense copy; `modes` what each way of holding the
+    teacher would take, in bytes of memory and, for a cache, of disk.
+    """
 
     wrapped: Any  # the PeftModel
     processor: Any
     anatomy: Anatomy
     masks: Masks
     plan: dict[str, Pattern]  # the zeros found in the sparse model
-    teacher: Teacher | None
-    mode: str  # "shared", "live" or "none"
-    weight_bytes: int
-    dense_bytes: int
-
-
-def check_adapter(adapter: str) -> None:
-    if adapter not in ADAPTERS:
-        raise SparsightError(f"--adapter: unknown adapter {adapter!r}; {nearest(adapter, ADAPTERS)}")
+    encoder: Encoder
+    samples: list[Any]
+    held_out: int
+    head: Head
+    teacher: Teacher | None = None
+    teacher_head: Head | None = None
+    cache: Cache | None = None
+    mode: str = "none"
+    weight_bytes: int = 0
+    dense_bytes: int = 0
+    modes: dict[str, dict[str, int]] = field(default_factory=dict)
+    refitted: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def make_student(
     sparse: str | Path,
     teacher: str | Path | None,
+    samples: Sequence[Any],
+    held_out: Sequence[Any] = (),
     *,
-    adapter: str = "sparselora",
-    ranks: Mapping[str, int] | None = None,
-    alpha: float = 16,
+    tuning: Tuning | None = None,
+    cache: Path | None = None,
+    fingerprint: str = "",
+    every_position: bool = False,
+    batch_size: int = 32,
     seed: int = 0,
     dtype: Any = "auto",
     device: str = "cpu",
     family: Family | None = None,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
 ) -> Student:
     """Load the sparse model, find its masks in its zeros, put adapters on it, and arrange for the teacher.
 
-    Pruned layers get SparseLoRA (or plain LoRA with `adapter="lora"`, whose merge is dense), connector layers that were
-    not pruned get plain LoRA. `teacher` None trains without one. Where every kept weight equals the teacher's, the
-    teacher's copy serves both; it is then the only one in memory.
+    Pruned layers get the adapter that `tuning` names, connector layers that were not pruned plain LoRA. `teacher` None
+    trains without one. Where every kept weight equals the teacher's, the teacher's copy serves both; it is then the only
+    one in memory. Else the teacher's hidden states go into the folder `cache`, below a name that says what they are of
+    (`fingerprint` tells the data apart), unless its output head is not the student's: that takes a second model.
+    `every_position` says that the loss needs the teacher at every position, which no cache has.
     """
-    rank = {**DEFAULT_RANKS, **(ranks or {})}
+    tuning = tuning or Tuning()
     processor = load_processor(sparse)
     model = load_model(sparse, dtype=dtype, device=device)
     record = read_record(sparse)
-    body = anatomy(model, family or recorded_family(record))
+    known = family or recorded_family(record)
+    body = anatomy(model, known)
     masks, plan = read_masks(body, record["layers"] if record else ()), found_plan(body)
     if not any((body[name].weight == 0).any() for name in masks):
         raise SparsightError(f"{sparse}: holds no zeros, so there is nothing to restore; give a pruned folder")
-    chosen = {
-        layer.name: (rank[layer.component], masks.get(layer.name) if adapter == "sparselora" else None)
-        for layer in body.layers
-        if layer.name in masks or layer.component == "connector"
-    }
-    for name, (r, _) in chosen.items():
-        if name in masks and r < 1:
-            raise SparsightError(f"--rank: {name} is pruned and its rank is {r}; give its component a rank of at least 1")
-    mode, teach, second = "none", None, 0
-    if teacher is not None:
-        # the dtype of most layers: a model may keep a few parameters in float32
-        kind = Counter(body[name].weight.dtype for name in masks).most_common(1)[0][0]
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        shareable = masked_hashes(model, masks) if adapter == "sparselora" else {}
-        del model, body
-        dense = load_model(teacher, dtype=kind, device=device)
-        if {name: tuple(p.shape) for name, p in dense.named_parameters()} != shapes:
-            raise SparsightError(f"--teacher: {teacher} is not the same architecture as {sparse}; give its dense original")
-        if pruned_too(dense, masks):
-            raise SparsightError(f"--teacher: {teacher} is itself pruned where {sparse} is; give its dense original")
-        if shareable and masked_hashes(dense, masks) == shareable:
-            mode, model = "shared", dense
-        else:
-            mode, teach, second = "live", live_teacher(dense), _bytes(dense)
-            model = load_model(sparse, dtype=kind, device=device)
-        body = anatomy(model, family or recorded_family(record))
-    dense_bytes = _bytes(model)
-    wrapped = add_adapters(model, {n: v for n, v in chosen.items() if v[0]}, alpha=alpha, seed=seed)
-    if mode == "shared":
-        teach = shared_teacher(wrapped)
-    packed = sum(m.numel() for m in masks.values()) if adapter == "sparselora" else 0
-    return Student(wrapped, processor, body, masks, plan, teach, mode, dense_bytes + second + packed, dense_bytes)
+    _check_ranks(tuning, body, masks)
+    encoder = Encoder(processor, model, skip_bad=skip_bad)
+    usable = [*encoder.usable(samples), *(kept := encoder.usable(held_out) if held_out else [])]
+    student = Student(None, processor, body, masks, plan, encoder, usable, len(kept), Head(model), dense_bytes=_bytes(model))
+    student.weight_bytes = student.dense_bytes + (sum(mask.numel() for mask in masks.values()) if tuning.masked else 0)
+    if teacher is None:
+        if tuning.reconstruct:
+            raise SparsightError("--reconstruct: fits blocks to those of the dense model; name it with --teacher")
+        student.head.check(model, encoder.encode(usable[:1]).to(device).inputs)
+        return _finish(student, model, body, tuning, seed)
+    # the dtype of most layers: a model may keep a few parameters in float32
+    kind = Counter(body[name].weight.dtype for name in masks).most_common(1)[0][0]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    hashes = masked_hashes(model, body, masks) if tuning.masked and not tuning.reconstruct else {}
+    own_head = student.head.hash()
+    del model, body, student.head, student.anatomy  # so that no two models are in memory unless they have to
+    dense = load_model(teacher, dtype=kind, device=device)
+    body = anatomy(dense, known)
+    _check_teacher(dense, body, shapes, masks, teacher, sparse)
+    head = Head(dense)
+    head.check(dense, encoder.encode(usable[:1]).to(device).inputs)
+    shareable = bool(hashes) and masked_hashes(dense, body, masks) == hashes
+    cacheable = head.hash() == own_head and not every_position
+    student.modes = _modes(student, head, shareable, cacheable)
+    student.mode = _choose(tuning.teacher_mode, student.modes, sparse, teacher)
+    if student.mode == "shared":
+        student.head = head
+        _finish(student, dense, body, tuning, seed)
+        student.teacher = shared_teacher(student.wrapped, head)
+        return student
+    if student.mode == "cached":
+        if cache is None:
+            raise SparsightError("--teacher-cache: names no folder for what the teacher says")
+        folder = cache / cache_key(dense, encoder, usable, fingerprint)
+        fill(folder, dense, head, usable, encoder, batch_size, device=device, progress=progress)
+        student.cache = Cache(folder)
+    if tuning.reconstruct:
+        pruned = load_model(sparse, dtype=kind, device=device)
+        ready = [batch.to(device) for batch in batches(usable[: min(SAMPLES, len(usable) - len(kept))], encoder, 8)]
+        done = refit(
+            dense, body, pruned, anatomy(pruned, known), list(masks), ready, tuning.reconstruct, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        student.refitted, model = done.reconstructed, dense
+        del pruned, dense, ready
+        if student.mode == "live":
+            dense = load_model(teacher, dtype=kind, device=device)
+            head = Head(dense)
+    else:
+        if student.mode == "cached":
+            del dense, body, head
+        model = load_model(sparse, dtype=kind, device=device)
+    if student.mode == "live":
+        student.teacher, student.teacher_head = live_teacher(dense, head), head
+        student.weight_bytes += student.dense_bytes
+    student.head = Head(model)
+    return _finish(student, model, anatomy(model, known), tuning, seed)
 
 
 def zeros_left(student: Student) -> dict[str, Pattern]:
     """The zeros that the pruned layers still hold; plain LoRA, merged, leaves about none."""
     layers = [layer for layer in student.anatomy.layers if layer.name in student.masks]
     return {layer.name: Pattern("tensor", int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
+
+
+def _finish(student: Student, model: Any, body: Anatomy, tuning: Tuning, seed: int) -> Student:
+    """Put the adapters on."""
+    rank, form = {**DEFAULT_RANKS, **tuning.ranks}, ADAPTERS[tuning.adapter]
+    chosen = []
+    for layer in body.layers:
+        keep = student.masks.get(layer.name) if form else None
+        if layer.component in tuning.tune and (layer.name in student.masks or layer.component == "connector"):
+            if rank[layer.component]:
+                chosen.append(Adapted(layer, rank[layer.component], keep, form or "sparselora"))
+        elif keep is not None and student.mode == "shared":  # the weights below are dense
+            chosen.append(Adapted(layer, 1, keep, "mask"))
+    if not any(adapted.form != "mask" for adapted in chosen):
+        raise SparsightError(f"--tune: {', '.join(tuning.tune)} has no layer to train; name a component that was pruned")
+    student.anatomy = body
+    student.wrapped = add_adapters(model, chosen, alpha=tuning.alpha, seed=seed)
+    return student
+
+
+def _check_ranks(tuning: Tuning, body: Anatomy, masks: Masks) -> None:
+    rank = {**DEFAULT_RANKS, **tuning.ranks}
+    for layer in body.layers:
+        if layer.name in masks and layer.component in tuning.tune and rank[layer.component] < 1:
+            raise SparsightError(
+                f"--rank: {layer.name} is pruned and its rank is {rank[layer.component]}; give its component at least 1"
+            )
+
+
+def _check_teacher(
+    dense: Any, body: Anatomy, shapes: Mapping[str, Any], masks: Masks, teacher: str | Path, sparse: str | Path
+) -> None:
+    if {name: tuple(p.shape) for name, p in dense.named_parameters()} != shapes:
+        raise SparsightError(f"--teacher: {teacher} is not the same architecture as {sparse}; give its dense original")
+    if pruned_too(body, masks):
+        raise SparsightError(f"--teacher: {teacher} is itself pruned where {sparse} is; give its dense original")
+
+
+def _modes(student: Student, head: Head, shareable: bool, cacheable: bool) -> dict[str, dict[str, int]]:
+    """What each mode that is possible would take, in bytes."""
+    one = student.weight_bytes
+    modes = {"shared": {"memory": one}} if shareable else {}
+    if cacheable:
+        probed = student.samples[:PROBED]
+        labels = student.encoder.encode(probed).inputs["labels"]
+        tokens = len(answers_of(labels, labels, student.encoder.shifted)[0]) / len(probed) * len(student.samples)
+        modes["cached"] = {"memory": one, "disk": round(tokens * head.weight.shape[1] * head.weight.element_size())}
+    return modes | {"live": {"memory": one + student.dense_bytes}}
+
+
+def _choose(asked: str, modes: Mapping[str, Any], sparse: str | Path, teacher: str | Path) -> str:
+    if asked == "auto":
+        return next(iter(modes))
+    if asked not in modes:
+        reasons = {
+            "shared": f"the kept weights of {sparse} are not those of {teacher}, or are changed before training",
+            "cached": f"{sparse} has another output head than {teacher}, or --reduction paper wants every position",
+        }
+        raise SparsightError(f"--teacher-mode: {asked} cannot be: {reasons[asked]}; give {' or '.join(modes)}")
+    return asked
 
 
 def _bytes(model: Any) -> int:

@@ -1,36 +1,42 @@
-"""Train the adapters: a `transformers.Trainer` whose loss is distillation on answer positions."""
+"""Train the adapters: a `transformers.Trainer` whose loss is distillation from hidden states at answer positions."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
+import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import SequentialSampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparsight.data.encoding import Encoder, answers_of
+from sparsight import processes
+from sparsight.data.encoding import answers_of
 from sparsight.errors import SparsightError
 from sparsight.plan.budget import nearest
-from sparsight.restore.losses import distillation
-from sparsight.restore.sparse_lora import ADAPTER, adapters
-from sparsight.restore.teacher import Teacher
+from sparsight.restore.checkpoints import factor_tensors, last_checkpoint, load_factors, save_factors, seal
+from sparsight.restore.losses import DIVERGENCES, Loss, distillation
+from sparsight.restore.student import Student
 from sparsight.settings import check_above_zero, check_whole
 
 SCHEDULERS = ("cosine", "linear", "constant")
-COMPLETE = "complete"  # a file that a checkpoint gets last
-ADAPTER_FILE = "sparse_lora.safetensors"
+REDUCTIONS = ("token", "paper")
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; `steps` None means `epochs` over the data."""
+    """How long and how fast to train, and when to look up; `steps` None means `epochs` over the data."""
 
     steps: int | None = None
     epochs: float = 1.0
@@ -39,88 +45,214 @@ class Schedule:
     lr: float = 1e-4
     scheduler: str = "cosine"
     warmup: float = 0.03
-    kl: float = 0.1
-    temperature: float = 1.0
     seed: int = 0
     save_every: int = 100
+    patience: int | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+    report_to: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse values that cannot train, by the option's name."""
         check_whole("--steps", self.steps, optional=True)
+        check_whole("--patience", self.patience, optional=True)
         for option, count in (("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
             check_whole(option, count)
         check_whole("--save-every", self.save_every)
-        for option, amount in (("--lr", self.lr), ("--epochs", self.epochs), ("--temperature", self.temperature)):
+        for option, amount in (("--lr", self.lr), ("--epochs", self.epochs)):
             check_above_zero(option, amount)
-        if not 0 <= self.kl <= 1:
-            raise SparsightError(f"--kl: {self.kl:g} is not a weight from 0 to 1")
-        if self.scheduler not in SCHEDULERS:
-            raise SparsightError(f"--scheduler: unknown {self.scheduler!r}; {nearest(self.scheduler, SCHEDULERS)}")
+        check_choice("--scheduler", self.scheduler, SCHEDULERS)
+        check_choice("--mixed-precision", self.mixed_precision, PRECISIONS)
+        for tracker in self.report_to:
+            check_choice("--report-to", tracker, get_available_reporting_integrations(), "installed are")
+
+    @property
+    def step_size(self) -> int:
+        """Samples of one optimizer step, over all processes."""
+        return self.batch_size * self.accumulate * processes.count()
+
+    def samples(self) -> int | None:
+        """The most samples that the steps can use; None where epochs count."""
+        return None if self.steps is None else self.steps * self.step_size
 
     def total(self, samples: int) -> int:
         """The number of optimizer steps."""
         if self.steps is not None:
             return self.steps
-        return max(1, math.ceil(self.epochs * samples / (self.batch_size * self.accumulate)))
+        return max(1, math.ceil(self.epochs * samples / self.step_size))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised; see `losses.py`."""
+
+    kl: float = 0.1
+    temperature: float = 1.0
+    divergence: str = "forward"
+    hidden: float = 0.0
+    reduction: str = "token"
+
+    def check(self) -> None:
+        if not 0 <= self.kl <= 1:
+            raise SparsightError(f"--kl: {self.kl:g} is not a weight from 0 to 1")
+        check_above_zero("--temperature", self.temperature)
+        if not 0 <= self.hidden < math.inf:
+            raise SparsightError(f"--hidden: {self.hidden:g} is not a weight of at least 0")
+        check_choice("--divergence", self.divergence, DIVERGENCES)
+        check_choice("--reduction", self.reduction, REDUCTIONS)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kl > 0 or self.hidden > 0
+
+
+def check_choice(option: str, value: str, allowed: Any, word: str = "") -> None:
+    if value not in allowed:
+        known = nearest(value, allowed) if allowed else "none is installed"
+        raise SparsightError(f"{option}: unknown {value!r}; {word + ' ' if word and allowed else ''}{known}")
+
+
+class Shuffled(Sequence):
+    """What training sees, in order: `length` samples, pass after pass over all of them, each pass in an order of its own.
+
+    A step is never cut short by the end of a pass, so it is the same on one process and on several.
+    """
+
+    def __init__(self, numbered: Sequence[tuple[int, Any]], length: int, seed: int) -> None:
+        self.numbered, self.length, self.seed = numbered, length, seed
+        self._pass = -1
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: Any) -> Any:
+        turn, i = divmod(place, len(self.numbered))
+        if turn != self._pass:
+            order = list(range(len(self.numbered)))
+            random.Random(f"{self.seed} {turn}").shuffle(order)
+            self._pass, self._order = turn, order
+        return self.numbered[self._order[i]]
 
 
 class RestoreTrainer(Trainer):
-    """Student: the wrapped model. The model stays in eval mode: dropout is off for student and teacher alike."""
+    """Trains a `Student`. The model stays in eval mode: dropout is off for student and teacher alike."""
 
-    def __init__(self, *, teacher: Teacher | None, shifted: bool, schedule: Schedule, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.teacher, self.shifted, self.schedule = teacher, shifted, schedule
+    def __init__(self, *, student: Student, objective: Objective, **kwargs: Any) -> None:
+        super().__init__(model=student.wrapped, data_collator=self.collate, **kwargs)
+        self.student: Student = student
+        self.objective: Objective = objective
         self.model_accepts_loss_kwargs = True  # the loss below divides by all answer tokens of a step by itself
-        self._apart = {"ce": 0.0, "kl": 0.0, "tokens": 0}
+        student.wrapped.eval()
+        student.wrapped.train = lambda mode=True: student.wrapped
+        self._samples = 1  # of the step under way, over all processes
+        self._sums = torch.zeros(4, dtype=torch.float64)  # ce, kl, hidden, tokens since the last log
+
+    def collate(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        """Encode samples, and look up what the teacher says to them."""
+        inputs = dict(self.student.encoder.encode([sample for _, sample in numbered]).inputs)
+        if self.student.cache is not None:
+            inputs["taught"] = torch.cat([self.student.cache[number] for number, _ in numbered])
+        return inputs
+
+    def loss(self, model: Any, inputs: Mapping[str, Any], tokens_per_sample: float | None = None) -> Loss:
+        """The loss of one batch, in sums."""
+        student, shifted = self.student, self.student.encoder.shifted
+        inputs = dict(inputs)
+        taught, labels = inputs.pop("taught", None), inputs["labels"]
+        every = tokens_per_sample is not None
+        if student.teacher is not None:
+            taught, _ = answers_of(student.teacher(model, inputs), labels, shifted, every=every)
+        hidden, targets = answers_of(student.head.hidden(model, inputs), labels, shifted, every=every)
+        how = self.objective
+        return distillation(
+            hidden, taught, targets, student.head, student.teacher_head, kl=how.kl, temperature=how.temperature,
+            divergence=how.divergence, hidden=how.hidden, tokens_per_sample=tokens_per_sample,
+        )  # fmt: skip
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if model.training:
-            model.eval()
-        labels = inputs["labels"]
-        if self.shifted:  # the model need not compute a loss of its own; an encoder-decoder feeds its decoder with them
-            inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        taught = None
-        if self.teacher is not None:
-            taught, _ = answers_of(self.teacher(inputs), labels, self.shifted)
-        output = model(**inputs, use_cache=False)
-        student, targets = answers_of(output.logits, labels, self.shifted)
-        loss = distillation(student, taught, targets, self.schedule.kl, self.schedule.temperature)
+        paper = self.objective.reduction == "paper"
+        loss = self.loss(model, inputs, float(num_items_in_batch) / self._samples if paper else None)
         if not torch.isfinite(loss.total):
             raise SparsightError(
                 f"the loss became NaN or infinite after step {self.state.global_step}; lower --lr "
-                f"(it is {self.schedule.lr:g}); no output was written"
+                f"(it is {self.args.learning_rate:g}); no output was written"
             )
-        self._apart["ce"] += float(loss.ce)
-        self._apart["kl"] += float(loss.kl)
-        self._apart["tokens"] += loss.tokens
-        total = loss.total / (num_items_in_batch if num_items_in_batch is not None else loss.tokens)
-        return (total, output) if return_outputs else total
+        self._sums += torch.tensor([float(loss.ce), float(loss.kl), float(loss.hidden), loss.tokens], dtype=torch.float64)
+        # several processes average their gradients, and each has divided by the answer tokens of all
+        total = loss.total * (self.args.world_size / num_items_in_batch)
+        return (total, None) if return_outputs else total
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # which is shuffled already
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Count the answer tokens of a step as the loss does; the base class would shift an encoder-decoder's labels."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        count = sum(int((b["labels"][:, int(self.shifted) :] != -100).sum()) for b in batches)
-        return batches, torch.tensor(count, device=self.args.device) if count else None
+        shift = int(self.student.encoder.shifted)
+        tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in batches)
+        counts = torch.tensor([[tokens, sum(len(batch["labels"]) for batch in batches)]], device=self.args.device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts)
+        tokens, self._samples = counts.sum(0).tolist()
+        return batches, torch.tensor(max(tokens, 1), device=self.args.device)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss per answer token of the held-out samples, exactly once each, over all processes."""
+        held: Any = eval_dataset or self.eval_dataset
+        size, world = self.args.per_device_train_batch_size, self.args.world_size
+        batches = [range(start, min(start + size, len(held))) for start in range(0, len(held), size)]
+        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(batches), world):  # a sharded model needs every process in every forward
+            mine = start + processes.rank()
+            chosen = batches[mine] if mine < len(batches) else batches[-1]
+            with self.compute_loss_context_manager():
+                loss = self.loss(self.model_wrapped, self._prepare_inputs(self.collate([held[i] for i in chosen])))
+            if mine < len(batches):
+                found = [float(part) for part in (loss.total, loss.ce, loss.kl, loss.hidden)]
+                sums += torch.tensor([*found, loss.tokens], dtype=torch.float64, device=sums.device)
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        total, ce, kl, hidden, tokens = sums.tolist()
+        means = {"loss": total / tokens, "ce": ce / tokens, "kl": kl / tokens}
+        if self.objective.hidden:
+            means["hidden"] = hidden / tokens
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._sums[3] and "loss" in logs:
+            ce, kl, hidden, tokens = self._sums.tolist()
+            logs |= {"ce": ce / tokens, "kl": kl / tokens}
+            if self.objective.hidden:
+                logs["hidden"] = hidden / tokens
+            self._sums.zero_()
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        processes.wait()
+        if self.args.should_save:
+            seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._apart["tokens"] and "loss" in logs:
-            logs["ce"] = self._apart["ce"] / self._apart["tokens"]
-            logs["kl"] = self._apart["kl"] / self._apart["tokens"]
-            self._apart = {"ce": 0.0, "kl": 0.0, "tokens": 0}
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the adapters in our own file: stock PEFT would take its own format for a dense LoRA."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(adapter_tensors(self.model), folder / ADAPTER_FILE)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the factors, which every process has to gather where they are sharded."""
+        tensors = factor_tensors(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_factors(tensors, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_tensors(model or self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_FILE))
+        load_factors(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_factors(self.model, Path(str(self.state.best_model_checkpoint)))
 
 
 class _Progress(TrainerCallback):
@@ -131,7 +263,7 @@ class _Progress(TrainerCallback):
     """
 
     def __init__(self, report: Callable[[str, int, int], None] | None) -> None:
-        self.report, self.note, self.stop = report, "restore", False
+        self.report, self.note, self.held, self.stop = report, "restore", "", False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -155,32 +287,41 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         if logs and "ce" in logs:
             self.note = f"restore · ce {logs['ce']:.3f} · kl {logs['kl']:.3f}"
+        if logs and "eval_loss" in logs:
+            self.held = f" · held out {logs['eval_loss']:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.report:
-            self.report(self.note, state.global_step, state.max_steps)
+            self.report(self.note + self.held, state.global_step, state.max_steps)
+        if state.global_step == state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
         if self.stop:
             control.should_save = control.should_training_stop = True
 
 
 def train(
-    wrapped: Any,
-    teacher: Teacher | None,
-    samples: Sequence[Any],
-    encoder: Encoder,
+    student: Student,
+    objective: Objective,
     schedule: Schedule,
     folder: Path,
     *,
     device: str = "cpu",
     resume: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train the adapters of `wrapped` in place; checkpoints go into `folder`.
+) -> dict[str, Any]:
+    """Train the student's adapters in place; checkpoints go into `folder`.
 
-    With `resume` it goes on from the last checkpoint there. Returns the loss curve: a row per logged step with `step`,
-    `loss`, `ce`, `kl`, `learning_rate`.
+    With `resume` it goes on from the last good checkpoint there. With held-out samples their loss is taken at every
+    checkpoint, and the best one is what is left in the adapters. Returns `curve`, a row per logged step with `step`,
+    `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row per evaluation, and `best_step`.
     """
-    total = schedule.total(len(samples))
+    # accelerate would take the classes from the model's own list, which names some that a model may not have
+    blocks = {type(block.module).__name__ for block in student.anatomy.blocks}
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(blocks)))
+    numbered = list(enumerate(student.samples))
+    learned, held = numbered[: len(numbered) - student.held_out], numbered[len(numbered) - student.held_out :]
+    total = schedule.total(len(learned))
+    seen = Shuffled(learned, total * schedule.step_size, schedule.seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=schedule.batch_size,
@@ -194,58 +335,62 @@ def train(
         logging_steps=max(1, total // 100),
         save_steps=schedule.save_every,
         save_total_limit=2,
-        report_to="none",
+        eval_strategy="steps" if held else "no",
+        eval_steps=schedule.save_every,
+        load_best_model_at_end=bool(held),
+        metric_for_best_model="eval_loss" if held else None,
+        greater_is_better=False if held else None,
+        report_to=list(schedule.report_to) or "none",
+        run_name=folder.name.removesuffix(".unfinished"),
         remove_unused_columns=False,
         label_names=["labels"],
+        bf16=schedule.mixed_precision == "bf16",
+        fp16=schedule.mixed_precision == "fp16",
         use_cpu=torch.device(device).type == "cpu",
         dataloader_pin_memory=False,
         disable_tqdm=True,
+        ddp_broadcast_buffers=False,  # the masks are the same everywhere and never change
+        ddp_find_unused_parameters=True,  # the last blocks of some vision towers do not reach the output
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more would silently multiply the batch
     trainer = RestoreTrainer(
-        model=wrapped,
-        args=arguments,
-        train_dataset=samples,
-        data_collator=lambda chosen: encoder.encode(chosen).inputs,
-        teacher=teacher,
-        shifted=encoder.shifted,
-        schedule=schedule,
+        student=student, objective=objective, args=arguments, train_dataset=seen, eval_dataset=held or None
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     watching = _Progress(progress)
     trainer.add_callback(watching)
-    with watching.listening():
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
-    return [row for row in trainer.state.log_history if "ce" in row]
+    if schedule.patience and held:
+        trainer.add_callback(EarlyStoppingCallback(schedule.patience))
+    if schedule.gradient_checkpointing:
+        checkpoint_blocks(student.wrapped)
+    with watching.listening(), warnings.catch_warnings():
+        # accelerate passes torch's DistributedDataParallel an option by its older name
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        found = processes.by_main(lambda: last_checkpoint(folder)) if resume else None
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
+    history = trainer.state.log_history
+    facts: dict[str, Any] = {"curve": [row for row in history if "ce" in row]}
+    if held:
+        facts["held_out"] = [row for row in history if "eval_loss" in row]
+        facts["best_step"] = trainer.state.best_global_step
+    return facts
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    done = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return str(max(done, key=lambda path: int(path.name.rpartition("-")[2]))) if done else None
+def checkpoint_blocks(wrapped: Any) -> None:
+    """Keep only the inputs of blocks for backward, which runs them again.
 
-
-def adapter_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
-    """A and B of every adapted layer, on the CPU, keyed `LAYER.A` and `LAYER.B`."""
-    return {key: tensor.detach().cpu().clone() for key, tensor in _factors(wrapped).items()}
-
-
-@torch.no_grad()
-def load_adapter_tensors(wrapped: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put A and B back, in place; every layer must be there with the same rank."""
-    for key, factor in _factors(wrapped).items():
-        found = tensors.get(key)
-        if found is None or found.shape != factor.shape:
-            raise SparsightError(f"the adapter file has no {key} of shape {tuple(factor.shape)}; it is of another model")
-        factor.copy_(found)
-
-
-def _factors(wrapped: Any) -> dict[str, torch.nn.Parameter]:
-    factors = {}
-    for name, layer in adapters(wrapped).items():
-        factors[f"{name}.A"] = cast(torch.nn.Parameter, layer.lora_A[ADAPTER].weight)
-        factors[f"{name}.B"] = cast(torch.nn.Parameter, layer.lora_B[ADAPTER].weight)
-    return factors
+    transformers checkpoints blocks in training mode only. That mode is given to the blocks alone, not to what is inside
+    them, and the dropout that a few of them do themselves is set to zero.
+    """
+    base = wrapped.get_base_model()  # the name is newer than the oldest transformers that will do
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for block in wrapped.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.training = True
+            for name, value in vars(block).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(block, name, 0.0)

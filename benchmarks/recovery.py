@@ -1,0 +1,214 @@
+"""How much of what pruning costs comes back: SparseLoRA and its rivals on the demo models, three seeds.
+
+Vision and language are pruned by Wanda (128 calibration samples) or by what a recipe names; then every adapter gets the
+same training scenes, the same steps and the same teacher, and answers held-out scenes whose digits were never trained on:
+exact match over questions and captions. A seed draws the calibration samples, the training samples, their order and the
+first values of the adapters. Learning rates were chosen per adapter on samples held out from training, at 70 %.
+
+    python benchmarks/recovery.py [--model instructblip llava] [--settings "2:4" "70 %"] [--recipes ...] [--seeds 0 1 2]
+
+Results: recovery-MODEL.csv beside this file, a row per setting, recipe and seed; `right` holds which answers were right, in
+hexadecimal. What is there already is not measured again unless with `--again`. `--table` prints the files as Markdown, and
+the paired differences between recipes, and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsight import load, verbs
+from sparsight.data import Encoder, read
+from sparsight.demo import MODELS
+from sparsight.demo.scenes import write
+from sparsight.evaluate import evaluate
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "50 %": {"sparsity": 0.5},
+    "60 %": {"sparsity": 0.6},
+    "70 %": {"sparsity": 0.7},
+    "80 %": {"sparsity": 0.8},
+    "90 %": {"sparsity": 0.9},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+}
+TRAIN: dict[str, Any] = {"steps": 100, "batch_size": 16, "lr": 4e-3, "kl": 0.1}
+ALPS = {"method": "alps"}
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {  # how to prune, how to restore
+    "wanda": ({}, None),
+    "lora, merged": ({}, {"adapter": "lora"}),
+    "hira": ({}, {"adapter": "hira"}),
+    "sparselora, no KL": ({}, {"kl": 0.0}),
+    "sparselora": ({}, {}),
+    "sparselora-fast": ({}, {"adapter": "sparselora-fast"}),
+    "masked-full": ({}, {"adapter": "masked-full"}),
+    "reconstruct + sparselora": ({}, {"reconstruct": 16}),
+    "alps": (ALPS, None),
+    "alps, reconstruct + sparselora": (ALPS, {"reconstruct": 16}),
+}
+RATES = {"masked-full": 6e-4, "hira": 4e-3, "lora": 2e-3}  # the others: TRAIN's
+SCENES = 300
+COLUMNS = ("date", "torch", "commit", "model", "setting", "recipe", "seed", "questions", "captions", "mean", "s", "right")
+HERE = Path(__file__).parent
+
+
+class Bench:
+    """One demo model and its scenes."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self.dense, self.folder = model, MODELS[model], folder
+        self.train = write(folder / "train", "train", 1200, seed=0)
+        test, processor = load(self.dense, dtype="float32")
+        self.test = Encoder(processor, test).usable(read(write(folder / "test", "test", SCENES, seed=7)))
+
+    def run(self, setting: str, recipe: str, seed: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        answered = self.dense
+        if recipe != "dense":
+            pruning, restoring = RECIPES[recipe]
+            answered = self.folder / "pruned"
+            verbs.prune(
+                self.dense, answered, data=self.train, seed=seed, dtype="float32", overwrite=True, **SETTINGS[setting],
+                **pruning,
+            )  # fmt: skip
+            if restoring is not None:
+                sparse, answered = answered, self.folder / "restored"
+                how = {**TRAIN, "lr": RATES.get(restoring.get("adapter", ""), TRAIN["lr"]), **restoring}
+                verbs.restore(
+                    sparse, answered, data=self.train, seed=seed, teacher=self.dense, teacher_mode="cached",
+                    teacher_cache=self.folder / "teacher", overwrite=True, **how,
+                )  # fmt: skip
+                if how.get("adapter") != "lora":
+                    assert not verbs.verify(answered, against=sparse)["differences"]
+        seconds = time.perf_counter() - began
+        return {**self.score(answered), "s": f"{seconds:.0f}"}
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        model, processor = load(folder, dtype="float32")
+        answers = evaluate(model, processor, self.test, max_new_tokens=40, batch_size=64, answers=False).predictions
+        right = np.array([row["correct"] for row in answers])
+        captions = np.array([row["kind"] == "caption" for row in answers])
+        q, c = 100 * right[~captions].mean(), 100 * right[captions].mean()
+        bits = np.packbits(right).tobytes().hex()
+        return {"questions": f"{q:.1f}", "captions": f"{c:.1f}", "mean": f"{(q + c) / 2:.1f}", "right": bits}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    if asked.table:
+        for model in asked.model:
+            print(markdown(model, stored(model)))
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    for model in asked.model:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(model, Path(folder))
+            cells = [("-", "dense", 0)]
+            cells += [(x, r, seed) for seed in asked.seeds for x in asked.settings for r in asked.recipes]
+            there = {(row["setting"], row["recipe"], row["seed"]) for row in stored(model)}
+            for setting, recipe, seed in cells:
+                if asked.again or (setting, recipe, str(seed)) not in there:
+                    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "commit": commit}
+                    cell = {"model": model, "setting": setting, "recipe": recipe, "seed": str(seed)}
+                    keep({**fixed, **cell, **bench.run(setting, recipe, seed)})
+
+
+def stored(model: str) -> list[dict[str, str]]:
+    path = HERE / f"recovery-{model}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def keep(row: dict[str, str]) -> None:
+    """Put a row into the file in place of its predecessor."""
+    print("  ".join(row[c] for c in COLUMNS[3:-1]), flush=True)
+    key = ("setting", "recipe", "seed")
+    rows = [r for r in stored(row["model"]) if [r[k] for k in key] != [row[k] for k in key]] + [row]
+    with (HERE / f"recovery-{row['model']}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def by_scene(rows: Sequence[dict[str, str]]) -> np.ndarray:
+    """Scores (seeds, scenes, 2) in percent: of each scene its two questions and its caption."""
+    packed = [np.frombuffer(bytes.fromhex(row["right"]), dtype=np.uint8) for row in rows]
+    right = 100.0 * np.stack([np.unpackbits(bits)[: 3 * SCENES].reshape(SCENES, 3) for bits in packed])
+    return np.stack([right[..., :2].mean(-1), right[..., 2]], axis=-1)
+
+
+def interval(scores: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % of the means of `scores` (seeds, scenes) when seeds and scenes are drawn again."""
+    g = np.random.default_rng(0)
+    seeds, scenes = scores.shape
+    means = [
+        scores[g.integers(0, seeds, seeds)][:, g.integers(0, scenes, scenes)].mean() for _ in range(draws)
+    ]  # fmt: skip
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def markdown(model: str, rows: list[dict[str, str]]) -> str:
+    cells: dict[tuple[str, str], np.ndarray] = {}
+    for setting, recipe in dict.fromkeys((row["setting"], row["recipe"]) for row in rows):
+        cells[setting, recipe] = by_scene([r for r in rows if (r["setting"], r["recipe"]) == (setting, recipe)])
+    settings = [s for s in SETTINGS if any(s == setting for setting, _ in cells)]
+    dense = cells["-", "dense"]
+    head = f"### {model}, dense {cell(dense, dense, None)}"
+    lines = [head, "", f"| recipe | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
+    for recipe in RECIPES:
+        found = [cells.get((s, recipe)) for s in settings]
+        shown = ["" if x is None else cell(x, dense, cells.get((s, "wanda"))) for s, x in zip(settings, found, strict=True)]
+        if any(shown):
+            lines.append(f"| {recipe} | {' | '.join(shown)} |")
+    lines += ["", f"#### {model}: questions and captions apart, and what one recipe has over another", ""]
+    for s in settings:
+        for recipe in RECIPES:
+            if (s, recipe) in cells:
+                q, c = cells[s, recipe].mean((0, 1))
+                lines.append(f"* {s} {recipe}: questions {q:.1f}, captions {c:.1f}")
+        pairs = [("sparselora", "sparselora, no KL"), ("sparselora", "hira"), ("sparselora", "masked-full")]
+        pairs += [("sparselora", "wanda"), ("sparselora", "lora, merged"), ("reconstruct + sparselora", "sparselora")]
+        for one, other in pairs:
+            if (s, one) in cells and (s, other) in cells:
+                n = min(len(cells[s, one]), len(cells[s, other]))
+                apart = (cells[s, one][:n] - cells[s, other][:n]).mean(-1)
+                low, high = interval(apart)
+                lines.append(f"* {s} {one} over {other}: {apart.mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+    return "\n".join([*lines, ""])
+
+
+def cell(scores: np.ndarray, dense: np.ndarray, pruned: np.ndarray | None) -> str:
+    """Mean over seeds with its interval, and what part of the points that Wanda lost has come back."""
+    mean = scores.mean()
+    low, high = interval(scores.mean(-1))
+    lost = 0.0 if pruned is None else dense.mean() - pruned.mean()
+    back = (
+        f" ({100 * (mean - pruned.mean()) / lost:.0f} %)"
+        if pruned is not None and lost >= 3 and mean != pruned.mean()
+        else ""
+    )
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]{back}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What training leaves on its way: checkpoints that say whether they are whole, and the factors in a file of our own.
+
+Stock PEFT would take its own format for a dense LoRA, so there is none of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsight import processes
+from sparsight.errors import SparsightError
+from sparsight.restore.sparse_lora import factors
+
+COMPLETE = "complete.json"  # what a checkpoint gets last: the hash of every other file
+FACTORS = "sparse_lora.safetensors"
+logger = logging.getLogger(__name__)
+
+
+def seal(folder: Path) -> None:
+    """Write down that `folder` is whole, and what is in it."""
+    (folder / COMPLETE).write_text(json.dumps(_hashes(folder), indent=1), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that is whole and undamaged; says on the log which ones it passes over."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            whole = json.loads((path / COMPLETE).read_text(encoding="utf-8")) == _hashes(path)
+        except (OSError, ValueError):
+            whole = False
+        if whole:
+            return path
+        logger.warning("%s is damaged or was never finished; going on from an earlier one", path)
+    return None
+
+
+def save_factors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    save_file(dict(tensors), folder / FACTORS)
+
+
+def load_factors(wrapped: Any, folder: Path) -> None:
+    load_factor_tensors(wrapped, load_file(folder / FACTORS))
+
+
+def factor_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
+    """Everything that is trained, whole and on the CPU; every process of a sharded model has to call it."""
+    return {key: _whole(factor.detach()).cpu().clone() for key, factor in factors(wrapped).items()}
+
+
+@torch.no_grad()
+def load_factor_tensors(wrapped: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the factors back, in place; every one must be there in its shape."""
+    held: dict[str, Any] = dict(factors(wrapped))
+    for key, factor in held.items():
+        found = tensors.get(key)
+        if found is None or found.shape != factor.shape:
+            raise SparsightError(f"the adapter file has no {key} of shape {tuple(factor.shape)}; it is of another model")
+        if hasattr(factor, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            found = distribute_tensor(found.to(factor.device), factor.device_mesh, factor.placements)
+        factor.copy_(found)
+
+
+def gather(wrapped: Any) -> None:
+    """Make a sharded model whole again, in place, in the main process; every process has to call it."""
+    for module in wrapped.modules():
+        for name, parameter in module._parameters.items():
+            if hasattr(parameter, "full_tensor"):
+                whole = _whole(parameter.detach())
+                if processes.is_main():
+                    module._parameters[name] = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def _whole(factor: torch.Tensor) -> torch.Tensor:
+    """A factor that FSDP has sharded, gathered."""
+    return factor.full_tensor() if hasattr(factor, "full_tensor") else factor
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != COMPLETE:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    return found

@@ -1,0 +1,148 @@
+"""The loss is the formula, made from hidden states in chunks; the head is that of every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsight.data.encoding import answers_of
+from sparsight.errors import SparsightError
+from sparsight.restore import losses
+from sparsight.restore.head import Head
+from sparsight.restore.losses import distillation
+
+import zoo
+from walks import calibration
+
+
+class Tail:
+    """A head by itself."""
+
+    def __init__(self, vocabulary, width, dtype=torch.float64, cap=None, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64).to(dtype)
+        self.bias, self.cap = torch.randn(vocabulary, generator=g, dtype=torch.float64).to(dtype), cap
+
+    def logits(self, hidden):
+        return self.capped(F.linear(hidden, self.weight, self.bias).to(torch.promote_types(hidden.dtype, torch.float32)))
+
+    capped = Head.capped
+
+
+def draw(n, width, seed, dtype=torch.float64):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def formula(s, t, targets, kl, T, divergence):
+    """In plain torch, from whole logits."""
+    ce = F.cross_entropy(s, targets, reduction="sum")
+    p, q = (t / T).softmax(-1), (s / T).softmax(-1)
+    m = (p + q) / 2
+
+    def over(a, b):
+        return (a * (a / b).log()).sum()
+
+    apart = {"forward": over(p, q), "reverse": over(q, p), "js": (over(p, m) + over(q, m)) / 2}[divergence]
+    return (1 - kl) * ce + kl * T**2 * apart, ce, apart
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 1 << 22])
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("T", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_the_loss_and_its_gradient_are_the_formula(divergence, T, cap, chunk, monkeypatch):
+    """(1 - kl) CE + kl T^2 D(teacher, student), summed over tokens, with another head for the teacher."""
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    head, teacher_head = Tail(11, 6, cap=cap), Tail(11, 6, cap=cap, seed=1)
+    student, taught = draw(7, 6, 2).requires_grad_(True), draw(7, 6, 3)
+    targets = torch.tensor([0, 10, 3, 3, 7, 1, 5])
+    found = distillation(student, taught, targets, head, teacher_head, kl=0.3, temperature=T, divergence=divergence)
+    (by_us,) = torch.autograd.grad(found.total, student)
+    total, ce, apart = formula(head.logits(student), teacher_head.logits(taught), targets, 0.3, T, divergence)
+    (by_autograd,) = torch.autograd.grad(total, student)
+    for ours, theirs in ((found.total, total), (found.ce, ce), (found.kl, apart)):
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(by_us, by_autograd, rtol=1e-6, atol=1e-8)
+    assert found.tokens == 7
+
+
+def test_without_a_teacher_it_is_the_cross_entropy():
+    head, student, targets = Tail(11, 6), draw(4, 6, 0).requires_grad_(True), torch.tensor([1, 2, 3, 4])
+    found = distillation(student, None, targets, head, kl=0.9)
+    torch.testing.assert_close(found.total.double(), F.cross_entropy(head.logits(student), targets, reduction="sum"))
+    assert float(found.kl) == 0
+
+
+def test_hidden_states_may_be_matched():
+    head, targets = Tail(11, 6), torch.tensor([1, 2, -100, 4])
+    student, taught = draw(4, 6, 0).requires_grad_(True), draw(4, 6, 1)
+    plain = distillation(student, taught, targets, head, kl=0.5)
+    found = distillation(student, taught, targets, head, kl=0.5, hidden=0.7)
+    rows = [0, 1, 3]
+    apart = sum((student[i] - taught[i]).square().sum() / taught[i].square().sum() for i in rows)
+    torch.testing.assert_close(found.hidden.double(), apart.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.total - plain.total, (0.7 * apart).float(), rtol=1e-4, atol=1e-5)
+    (with_it,) = torch.autograd.grad(found.total, student)
+    (without,) = torch.autograd.grad(plain.total, student)
+    (expected,) = torch.autograd.grad(0.7 * apart, student)
+    torch.testing.assert_close(with_it - without, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_paper_s_reduction():
+    """Its code: CE a mean over answer tokens, KL a sum over every position divided by the samples, no T^2."""
+    head = Tail(11, 6)
+    hidden, taught = draw(8, 6, 0).view(2, 4, 6), draw(8, 6, 1).view(2, 4, 6)
+    labels = torch.tensor([[-100, 3, 4, -100], [-100, -100, 2, -100]])
+    rows = [answers_of(x, labels, True, every=True) for x in (hidden, taught)]
+    student, targets = rows[0][0].requires_grad_(True), rows[0][1]
+    found = distillation(student, rows[1][0], targets, head, kl=0.1, tokens_per_sample=3 / 2)
+    s, t = head.logits(student), head.logits(rows[1][0])
+    there = targets != -100
+    ce = F.cross_entropy(s[there], targets[there])
+    kl = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="sum", log_target=True) / 2
+    torch.testing.assert_close((found.total / 3).double(), (0.9 * ce + 0.1 * kl).detach(), rtol=1e-6, atol=1e-6)
+    assert found.tokens == 3
+    (by_us,) = torch.autograd.grad(found.total / 3, student)
+    (by_autograd,) = torch.autograd.grad(0.9 * ce + 0.1 * kl, student)
+    torch.testing.assert_close(by_us, by_autograd, rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_logits_are_compared_in_float32():
+    head = Tail(5, 3, torch.bfloat16)
+    hidden = draw(2, 3, 0, torch.bfloat16).requires_grad_(True)
+    found = distillation(hidden, hidden.detach(), torch.tensor([0, 1]), head, kl=0.5)
+    assert found.total.dtype == torch.float32
+    assert float(found.kl) == 0
+    found.total.backward()
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_logits_of_all_answers_never_live_at_once():
+    """The largest tensor that the loss makes is a chunk of logits, in forward and backward."""
+    vocabulary, n = 5000, 4000
+    head = Tail(vocabulary, 4, torch.float32)
+    student, taught = draw(n, 4, 0, torch.float32).requires_grad_(True), draw(n, 4, 1, torch.float32)
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+        distillation(student, taught, torch.zeros(n, dtype=torch.long), head, kl=0.5).total.backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 4 * n * vocabulary / 2
+    assert largest == 4 * (losses.CHUNK // vocabulary) * vocabulary
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_the_head_of_every_family(name, zoo_folder):
+    """Hidden states in front of the head give the logits of a plain forward, which is left as it was."""
+    model, processor = zoo.build(name)
+    batch = calibration(model, processor, 3, 3)[0]
+    with torch.no_grad():
+        expected = model(**batch.inputs, use_cache=False).logits
+        head = Head(model)
+        hidden = head.hidden(model, batch.inputs)
+        assert hidden.shape[:2] == batch.inputs["labels"].shape
+        torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(**batch.inputs, use_cache=False).logits, expected)
+        head.check(model, batch.inputs)
+        head.linear.register_forward_hook(lambda module, args, output: output * 2)
+        with pytest.raises(SparsightError, match="changes its logits behind the output head"):
+            head.check(model, batch.inputs)
