@@ -93,7 +93,7 @@ def test_the_road_on_the_command_line(run, zoo_folder, scenes, tmp_path):
         "restore", "sparse", "restored", "--data", scenes, "--steps", 2, "--batch-size", 4, "--rank", "language=2", "--quiet"
     )
     assert code == 0
-    assert "teacher shared" in out
+    assert "Teacher shared" in out
     code, out, _ = run("verify", "restored", "--against", "sparse")
     assert (code, "no zero of sparse was lost" in out) == (0, True)
     code, out, _ = run(
@@ -126,7 +126,7 @@ def test_the_road_on_a_gpu(run, zoo_folder, scenes):
     assert run("prune", zoo_folder("llava"), "sparse", "--pattern", "2:4", "--samples", 8, *where)[0] == 0
     code, out, _ = run("restore", "sparse", "restored", "--steps", 2, "--batch-size", 4, *where)
     assert code == 0
-    assert "teacher shared" in out
+    assert "Teacher shared" in out
     assert run("verify", "sparse")[0] == 0
     code, out, _ = run("verify", "restored", "--against", "sparse")
     assert (code, "no zero of sparse was lost" in out) == (0, True)
@@ -284,6 +284,26 @@ BAD_RESTORE = {
     "steps": (["--steps", "0"], ["--steps: 0"]),
     "scheduler": (["--scheduler", "cosin"], ["did you mean cosine?"]),
     "teacher": (["--teacher", "./nowhere"], ["nowhere", "no such folder"]),
+    "teacher mode": (["--teacher-mode", "cache"], ["--teacher-mode", "did you mean cached?"]),
+    "tune": (["--tune", "text"], ["--tune", "'text'", "vision, connector, language"]),
+    "tune nothing": (["--tune", ""], ["--tune", "names no component"]),
+    "divergence": (["--divergence", "jsd"], ["--divergence", "did you mean js?"]),
+    "temperature": (["--temperature", "0"], ["--temperature: 0"]),
+    "hidden": (["--hidden", "-1"], ["--hidden: -1"]),
+    "reduction": (["--reduction", "papers"], ["--reduction", "did you mean paper?"]),
+    "paper and cache": (
+        ["--reduction", "paper", "--teacher-mode", "cached"],
+        ["--teacher-mode", "every position", "shared"],
+    ),
+    "warmup": (["--warmup", "2"], ["--warmup: 2"]),
+    "reconstruct": (["--reconstruct", "-1"], ["--reconstruct", "0 or more"]),
+    "held out": (["--held-out", "99"], ["--held-out: 99 of 12 samples"]),
+    "held out data": (["--held-out", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    "patience": (["--patience", "2"], ["--patience", "--held-out"]),
+    "patience 0": (["--held-out", "2", "--patience", "0"], ["--patience: 0"]),
+    "tracker": (["--report-to", "tensorbord"], ["--report-to", "'tensorbord'", "did you mean tensorboard?"]),
+    "precision": (["--mixed-precision", "bf-16"], ["--mixed-precision", "did you mean bf16?"]),
+    "kl without teacher": (["--kl", "0", "--reconstruct", "2", "--teacher", "./nowhere"], ["nowhere", "no such folder"]),
 }
 
 

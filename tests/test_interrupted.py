@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from sparsight import SparsightError, verbs
 from sparsight.errors import Interrupted
+from sparsight.model.checkpoint import read_metrics
 from sparsight.restore.checkpoints import last_checkpoint
 
 from test_road import digest
@@ -141,6 +143,42 @@ def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_pa
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("mode", ["shared", "cached"])
+def test_killed_at_any_step_it_comes_to_the_same_weights(mode, zoo_folder, scenes, tmp_path):
+    """kill -9 at steps of chance, again and again; what is written in the end is the uninterrupted run's, bit for bit."""
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    words = ["--data", scenes, "--steps", 60, "--batch-size", 4, "--lr", "5e-3", "--save-every", 3, "--held-out", 3]
+    words += ["--teacher-mode", mode, "--accumulate", 2, "--adapter", "sparselora", "--quiet"]
+    whole = started("restore", tmp_path / "sparse", tmp_path / "whole", *words)
+    kills, resume, g = 0, [], random.Random(mode)
+    while kills < 3:
+        work = started("restore", tmp_path / "sparse", tmp_path / "out", *words, *resume)
+        newest, patience = last_step(tmp_path), time.monotonic() + 60
+        while last_step(tmp_path) <= newest and work.poll() is None and time.monotonic() < patience:
+            time.sleep(0.01)
+        time.sleep(g.random() * 0.2)
+        if work.poll() is not None:
+            break
+        work.kill()
+        work.communicate(timeout=60)
+        kills, resume = kills + 1, ["--resume"]
+    if not (tmp_path / "out").exists():
+        last = started("restore", tmp_path / "sparse", tmp_path / "out", *words, "--resume")
+        _, errors = last.communicate(timeout=120)
+        assert last.returncode == 0, errors
+    whole.communicate(timeout=120)
+    assert kills >= 2
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    curves = [read_metrics(tmp_path / name)["restore"] for name in ("out", "whole")]
+    assert curves[0]["held_out"] == curves[1]["held_out"]
+    assert [row["step"] for row in curves[0]["curve"]] == list(range(1, 61))
+
+
+def last_step(folder):
+    found = [int(path.parent.name.split("-")[1]) for path in folder.glob("out.unfinished/checkpoint-*/complete.json")]
+    return max(found, default=0)
+
+
 def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
@@ -180,4 +218,12 @@ def test_a_disk_that_fills_up_while_restoring(zoo_folder, scenes, tmp_path):
     assert "could not be written" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+    if (tmp_path / "out.unfinished").exists():  # with room on the disk it goes on, from the last good checkpoint
+        assert "--resume goes on from there" in errors
+        work = started(*words, "--resume")
+        work.communicate(timeout=120)
+        assert work.returncode == 0
+        whole = started("restore", tmp_path / "sparse", tmp_path / "whole", *words[3:])
+        whole.communicate(timeout=120)
+        assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -58,12 +58,16 @@ def test_two_processes_are_as_good_as_one(kind, folder):
 
 
 def test_accelerate_launch_on_the_command_line(folder):
-    """The main process alone speaks and writes; wrong input is one line of it."""
-    accelerate = (Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", 2, "-m", "sparsight")
-    words = ("restore", folder / "sparse", folder / "ddp" / "cli", "--data", folder / "data", "--steps", 4, "--lr", "5e-3")
-    done = launch(*accelerate, *words, "--kl", "0.3", "--batch-size", 2, "--held-out", 3)
+    """The main process alone speaks and writes; wrong input is one line of it. (Without GPUs they meet on CPUs.)"""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    launcher = (accelerate, "launch", "--multi_gpu", "--num_processes", 2, "-m", "sparsight")
+    where = ("restore", folder / "sparse", folder / "ddp" / "cli", "--data", folder / "data")
+    how = ("--steps", 4, "--lr", "5e-3", "--kl", "0.3", "--held-out", 3)
+    done = launch(*launcher, *where, *how, "--batch-size", 2)
     assert done.stdout.count("wrote ") == 1
-    assert_alike(folder, "one/shared", "ddp/cli")
-    done = launch(*accelerate, *words, code=1)
+    alone = ("restore", folder / "sparse", folder / "one" / "cli", "--data", folder / "data")
+    launch(sys.executable, "-m", "sparsight", *alone, *how, "--batch-size", 4)
+    assert_alike(folder, "one/cli", "ddp/cli")
+    done = launch(*launcher, *where, code=1)
     assert done.stderr.count("sparsight: ") == 1
     assert "ddp/cli: is there already; give another folder" in done.stderr

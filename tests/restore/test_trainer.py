@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sparsight import verbs
+from sparsight import load, verbs
+from sparsight.data import Encoder, read
+from sparsight.data.encoding import answers_of
 from sparsight.restore.checkpoints import last_checkpoint, seal
+from sparsight.restore.student import make_student
+from sparsight.restore.trainer import Objective, Schedule, Shuffled, checkpoint_blocks, train
 
 
 @pytest.mark.parametrize("name", ["instructblip-t5", "llava"])
@@ -30,8 +35,6 @@ def test_ranks_are_per_component(zoo_folder, scenes, tmp_path):
         tmp_path / "sparse", tmp_path / "out", data=scenes, steps=1, batch_size=2, rank="vision=3,language=5",
         save_adapter=True,
     )  # fmt: skip
-    from safetensors.torch import load_file
-
     ranks: dict[str, set[int]] = {}
     for key, tensor in load_file(tmp_path / "out" / "adapter" / "sparse_lora.safetensors").items():
         part = next(word for word in ("vision", "projector", "language") if word in key)
@@ -59,3 +62,146 @@ def test_training_leaves_the_thread_as_it_was(zoo_folder, scenes, tmp_path):
     verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     verbs.restore(tmp_path / "sparse", tmp_path / "out", data=scenes, steps=1, batch_size=2)
     assert (torch.is_grad_enabled(), torch.get_num_threads()) == (grad, threads)
+
+
+@pytest.fixture
+def sparse(zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    return tmp_path / "sparse"
+
+
+def restored(sparse, out, scenes, **how):
+    settings = {"steps": 6, "batch_size": 4, "lr": 5e-3, "save_every": 2, "overwrite": True, **how}
+    return verbs.restore(sparse, sparse.parent / out, data=scenes, **settings).metrics["restore"]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_the_rest(sparse, scenes):
+    """A rate that soon makes it worse: training stops early, and what is written is the best, not the last."""
+    found = restored(sparse, "out", scenes, held_out=4, lr=0.3, steps=40, patience=2, scheduler="constant")
+    rows = found["held_out"]
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert found["best_step"] == best["step"]
+    assert rows[-1]["step"] == best["step"] + 2 * 2 < 40
+    assert found["held_out_samples"] == 4
+    other = restored(sparse, "other", scenes, held_out=4, lr=0.3, steps=40, patience=2, scheduler="constant", resume=False)
+    assert other["held_out"] == rows
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(weights(sparse.parent / n).values() for n in ("out", "other")), strict=True)
+    )
+
+
+def test_the_held_out_loss_is_that_of_the_model_that_is_written(sparse, scenes, zoo_folder, tmp_path):
+    """Data of its own, mean per answer token, whatever the batches; and scored on the merged model it is the same."""
+    found = restored(sparse, "out", scenes, held_out=str(scenes), kl=0.0, batch_size=5)
+    model, processor = load(sparse.parent / "out")
+    batch = Encoder(processor, model).encode(list(read(scenes)))
+    with torch.no_grad():
+        logits, targets = answers_of(model(**batch.inputs).logits, batch.inputs["labels"], True)
+    loss = float(torch.nn.functional.cross_entropy(logits, targets))
+    assert min(row["eval_loss"] for row in found["held_out"]) == pytest.approx(loss, rel=1e-4)
+    assert [row["step"] for row in found["held_out"]] == [2, 4, 6]
+
+
+def test_held_out_samples_are_never_trained_on(sparse, scenes):
+    seen = set()
+    student = make_student(sparse, None, list(read(scenes))[:9], list(read(scenes))[9:])
+    encode = student.encoder.encode
+    student.encoder.encode = lambda samples: seen.update(s.id for s in samples) or encode(samples)
+    train(student, Objective(kl=0.0), Schedule(steps=9, batch_size=2, save_every=100), sparse.parent / "folder")
+    learned = {sample.id for sample in student.samples[:9]}
+    assert seen == {sample.id for sample in student.samples}  # the held-out ones when they were scored
+    order = Shuffled(list(enumerate(student.samples[:9])), 36, seed=3)
+    passes = [[sample.id for _, sample in (order[i] for i in range(9 * k, 9 * k + 9))] for k in range(4)]
+    assert all(set(one) == learned for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert passes[0] == [Shuffled(order.numbered, 9, seed=3)[i][1].id for i in range(9)]
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+def test_schedules(scheduler, sparse, scenes):
+    rates = [row["learning_rate"] for row in restored(sparse, "out", scenes, scheduler=scheduler, warmup=0.34)["curve"]]
+    shape = {
+        "cosine": [0.5, 1, 0.853553, 0.5, 0.146447, 0],
+        "linear": [0.5, 1, 0.75, 0.5, 0.25, 0],
+        "constant": [1, 1, 1, 1, 1, 1],
+    }[scheduler]
+    assert rates[1:] == pytest.approx([5e-3 * part for part in shape[:-1]], abs=1e-6) or scheduler == "constant"
+    if scheduler == "constant":
+        assert set(rates) == {5e-3}
+
+
+@pytest.mark.parametrize("name", ["llava", "instructblip-t5", "blip2-opt", "qwen3-vl-moe"])
+@pytest.mark.parametrize("adapter", ["sparselora", "masked-full"])
+def test_gradient_checkpointing_changes_nothing_but_memory(name, adapter, zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder(name), tmp_path / "sparse", data=scenes, samples=8)
+    curves = []
+    for on in (False, True):
+        found = restored(tmp_path / "sparse", f"out{on}", scenes, gradient_checkpointing=on, adapter=adapter, steps=2)
+        curves.append([row["loss"] for row in found["curve"]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    a, b = (weights(tmp_path / f"out{on}") for on in (False, True))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-6
+
+
+def test_blocks_are_run_again_in_backward(sparse, scenes):
+    """What is kept between the passes is the inputs of blocks."""
+    kept = []
+    for on in (False, True):
+        student = make_student(sparse, None, list(read(scenes)))
+        if on:
+            checkpoint_blocks(student.wrapped)
+        saved = 0
+
+        def count(tensor):
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        batch = student.encoder.encode(student.samples)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            student.head.hidden(student.wrapped, batch.inputs)
+        kept.append(saved)
+    assert kept[1] < kept[0] / 4
+
+
+def test_mixed_precision_is_autocast_around_a_float32_model(sparse, scenes):
+    plain, mixed = (restored(sparse, f"out-{kind}", scenes, mixed_precision=kind) for kind in ("no", "bf16"))
+    losses = [[row["loss"] for row in found["curve"]] for found in (plain, mixed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+    assert {t.dtype for t in weights(sparse.parent / "out-bf16").values()} == {torch.float32}
+    assert verbs.verify(sparse.parent / "out-bf16", against=sparse)["differences"] == {}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_are_trained_too(dtype, zoo_folder, scenes, tmp_path):
+    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8, dtype=dtype)
+    for adapter in ("sparselora", "hira", "masked-full"):
+        restored(tmp_path / "sparse", adapter, scenes, adapter=adapter)
+        assert verbs.verify(tmp_path / adapter, against=tmp_path / "sparse")["differences"] == {}
+        a, b = (weights(tmp_path / name) for name in ("sparse", adapter))
+        assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+def test_only_what_is_named_is_tuned(sparse, scenes):
+    before = weights(sparse)
+    for tune, word in (("vision", "vision_tower"), ("connector", "multi_modal_projector"), ("language", "language_model")):
+        for mode in ("shared", "cached"):
+            restored(sparse, "out", scenes, tune=tune, teacher_mode=mode, steps=2)
+            changed = {key for key, tensor in weights(sparse.parent / "out").items() if not torch.equal(tensor, before[key])}
+            assert changed
+            assert all(word in key for key in changed)
+            assert verbs.verify(sparse.parent / "out", against=sparse)["differences"] == {}
+
+
+def test_a_tracker_hears_of_every_step(sparse, scenes, monkeypatch, tmp_path):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    restored(sparse, "out", scenes, report_to="tensorboard", held_out=4)
+    (events,) = (tmp_path / "runs").rglob("events.out.tfevents*")
+    text = events.read_bytes()
+    for word in (b"train/ce", b"train/kl", b"eval/loss", b"train/learning_rate"):
+        assert word in text

@@ -61,6 +61,8 @@ class Schedule:
         check_whole("--save-every", self.save_every)
         for option, amount in (("--lr", self.lr), ("--epochs", self.epochs)):
             check_above_zero(option, amount)
+        if not 0 <= self.warmup < 1:
+            raise SparsightError(f"--warmup: {self.warmup:g} is not a part of the steps, from 0 to below 1")
         check_choice("--scheduler", self.scheduler, SCHEDULERS)
         check_choice("--mixed-precision", self.mixed_precision, PRECISIONS)
         for tracker in self.report_to:
