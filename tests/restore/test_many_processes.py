@@ -70,4 +70,4 @@ def test_accelerate_launch_on_the_command_line(folder):
     assert_alike(folder, "one/cli", "ddp/cli")
     done = launch(*launcher, *where, code=1)
     assert done.stderr.count("sparsight: ") == 1
-    assert "ddp/cli: is there already; give another folder" in done.stderr
+    assert "ddp/cli: is not empty" in done.stderr
