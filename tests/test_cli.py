@@ -303,6 +303,9 @@ BAD_RESTORE = {
     "patience 0": (["--held-out", "2", "--patience", "0"], ["--patience: 0"]),
     "tracker": (["--report-to", "tensorbord"], ["--report-to", "'tensorbord'", "did you mean tensorboard?"]),
     "precision": (["--mixed-precision", "bf-16"], ["--mixed-precision", "did you mean bf16?"]),
+    "fp16 on a CPU": (["--mixed-precision", "fp16"], ["--mixed-precision", "needs a GPU"]),
+    "cache in OUT": (["--teacher-cache", "out/teacher"], ["--teacher-cache", "lies in OUT"]),
+    "adapter of fitted layers": (["--save-adapter", "--reconstruct", "1"], ["--save-adapter", "leave it or --reconstruct"]),
     "kl without teacher": (["--kl", "0", "--reconstruct", "2", "--teacher", "./nowhere"], ["nowhere", "no such folder"]),
 }
 

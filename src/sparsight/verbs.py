@@ -21,6 +21,7 @@ from sparsight.model.checkpoint import (
     atomic_folder,
     check_output,
     found_plan,
+    identity,
     read_plan,
     read_record,
     recorded_family,
@@ -201,7 +202,7 @@ def prune(
     planned = processes.by_main(planned_by_main)
     sparse_before = {**found_plan(body), **{n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}}
     with ExitStack() as stack:
-        ours = unfinished(target, settings, resume=resume, overwrite=overwrite)
+        ours = unfinished(target, {**settings, "files": identity(model)}, resume=resume, overwrite=overwrite)
         folder = processes.by_main(lambda: stack.enter_context(ours))
         record = prune_in_place(
             loaded, body, planned, calibration, method=how, seed=seed, journal=Journal(folder, how.mask_only),
@@ -294,8 +295,8 @@ def restore(
     every checkpoint: the best is what is written, and `patience` stops after so many without a better one.
     """
     from sparsight.restore.run import Run, run
+    from sparsight.restore.schedule import Objective, Schedule
     from sparsight.restore.student import Tuning
-    from sparsight.restore.trainer import Objective, Schedule
 
     settings = plain(locals(), "sparse", "data", "adapter", "rank", "alpha", "kl", "temperature", "lr", "family")
     settings |= plain(locals(), "scheduler", "epochs", "steps", "batch_size", "accumulate", "samples", "seed", "dtype")

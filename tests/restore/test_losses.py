@@ -67,6 +67,28 @@ def test_the_loss_and_its_gradient_are_the_formula(divergence, T, cap, chunk, mo
     assert found.tokens == 7
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("T", [1.0, 0.1])
+def test_logits_far_apart_in_float32(divergence, T):
+    """Where both probabilities are 0 nothing is lost and nothing becomes NaN; gradients are those of float64."""
+    s, t = [[0.0, 5.0, -110.0, 1.0]], [[0.0, 5.0, -112.0, 2.0]]
+
+    class Straight(Tail):
+        def __init__(self, dtype):
+            self.weight, self.bias, self.cap = torch.eye(4, dtype=dtype), None, None
+
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        student, taught = torch.tensor(s, dtype=dtype, requires_grad=True), torch.tensor(t, dtype=dtype)
+        loss = distillation(
+            student, taught, torch.tensor([1]), Straight(dtype), kl=0.5, temperature=T, divergence=divergence
+        )
+        loss.total.backward()
+        found.append((loss.kl.double(), student.grad.double()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(found[0][1]).all()
+
+
 def test_without_a_teacher_it_is_the_cross_entropy():
     head, student, targets = Tail(11, 6), draw(4, 6, 0).requires_grad_(True), torch.tensor([1, 2, 3, 4])
     found = distillation(student, None, targets, head, kl=0.9)

@@ -41,7 +41,7 @@ def assert_alike(folder, one, other):
     print(f"{other}: trained by {trained:.3f}, {apart:.1e} apart from one process")
     assert apart < 1e-5 < 1e-3 < trained
     curves = [[row["loss"] for row in read_metrics(folder / name)["restore"]["curve"]] for name in (one, other)]
-    assert curves[0][0] == pytest.approx(curves[1][0], rel=0.5)  # a process logs the loss of its own half
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -70,4 +70,4 @@ def test_accelerate_launch_on_the_command_line(folder):
     assert_alike(folder, "one/cli", "ddp/cli")
     done = launch(*launcher, *where, code=1)
     assert done.stderr.count("sparsight: ") == 1
-    assert "ddp/cli: is not empty" in done.stderr
+    assert "ddp/cli: exists and is not empty" in done.stderr

@@ -8,6 +8,7 @@ to load such a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -128,6 +129,20 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
 def read_recipe(folder: str | Path) -> dict[str, Any]:
     """Read `recipe.yaml`; empty if there is none."""
     return _read(Path(folder) / "recipe.yaml", yaml.safe_load) or {}
+
+
+def identity(model: str | Path | None) -> str | None:
+    """What tells one state of a model's folder from another: its record, which has hashes, or its files' sizes and times.
+
+    None for a name on the hub.
+    """
+    if model is None or not Path(model).is_dir():
+        return None
+    record = Path(model) / "sparsity.json"
+    if record.is_file():
+        return hashlib.blake2b(record.read_bytes(), digest_size=16).hexdigest()
+    files = sorted(Path(model).glob("*.safetensors"))
+    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 def found_plan(anatomy: Anatomy) -> dict[str, Pattern]:

@@ -112,7 +112,7 @@ def check_device(device: str, one_gpu: bool = False) -> None:
         raise SparsightError(f"--device: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and --device cuda")
 
 
-def _check_folder(where: str) -> None:
+def check_folder(where: str) -> None:
     folder = Path(where)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -128,7 +128,7 @@ def _check_folder(where: str) -> None:
 def _config(where: str) -> None:
     """Refuse a folder, or a hub name, without a configuration that can be read."""
     try:
-        _check_folder(where)
+        check_folder(where)
     except OSError as error:  # a name too long, no permission
         reason = error.strerror or _reason(error)
         raise SparsightError(f"{where}: cannot be opened ({reason}); give the folder of a model or a hub name") from error

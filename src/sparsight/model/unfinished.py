@@ -38,7 +38,7 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
     """Give the folder to keep intermediate results in; it is deleted once the block ends without an error.
 
     Ctrl-C leaves it in place and raises `Interrupted` with a line about how to go on. A full disk, a crash and a killed
-    process leave it too, if anything was done by then; an error in what was given (`SparsightError`) deletes it.
+    process leave it too, if anything was done by then, and so does any other error.
 
     **Raises** `SparsightError` if `resume` finds no such folder or one of other work, and if there is one that neither
     `resume` nor `overwrite` speaks of.
@@ -59,8 +59,7 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
                     (folder / SETTINGS).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
                 yield folder
             except BaseException as error:
-                wrong_input = isinstance(error, SparsightError) and not isinstance(error, NotWritten)
-                if wrong_input or not (isinstance(error, KeyboardInterrupt) or _anything_done(folder)):
+                if not resume and not isinstance(error, KeyboardInterrupt) and not _anything_done(folder):
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             shutil.rmtree(folder, ignore_errors=True)
@@ -69,6 +68,8 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
     except (OSError, SafetensorError, NotWritten) as error:  # safetensors wraps a full disk into an error of its own
         said = str(error) if isinstance(error, NotWritten) else f"{folder}: could not be written ({error})"
         raise NotWritten(f"{said}; {goes_on if _anything_done(folder) else 'nothing was left behind'}") from error
+    except SparsightError as error:
+        raise type(error)(f"{error}; {goes_on}" if _anything_done(folder) else str(error)) from error
     except Exception as error:
         if _anything_done(folder):
             error.add_note(goes_on)

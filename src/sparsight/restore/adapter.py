@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.masks import mask_hash, pack, packed_hash
 from sparsight.restore.checkpoints import factor_tensors, load_factors, save_factors
-from sparsight.restore.sparse_lora import ADAPTER, Adapted, MaskedExperts, MaskedLinear, adapters, add_adapters
+from sparsight.restore.sparse_lora import ADAPTER, PLAIN, Adapted, MaskedExperts, MaskedLinear, adapters, add_adapters
 
 MANIFEST = "sparse_lora.json"
 
@@ -28,12 +30,15 @@ def save_adapter(wrapped: Any, alpha: float, folder: Path) -> None:
     for name, module in held.items():
         if isinstance(module, MaskedExperts):
             for key in module.names:
-                for i, bits in enumerate(getattr(module, f"keep_{key}")):
-                    layers[f"{name}.{key}.{i}"] = {"rank": module.rank, "form": module.form, "mask": packed_hash(bits)}
+                every = pack(torch.ones(getattr(module.base_layer, key).shape[1:], dtype=torch.bool))
+                for i, bits in enumerate(getattr(module, f"keep_{key}").cpu()):
+                    mask = None if torch.equal(bits, every) else packed_hash(bits)
+                    layers[f"{name}.{key}.{i}"] = {"rank": module.rank, "form": module.form, "mask": mask}
         elif isinstance(module, MaskedLinear):
-            layers[name] = {"rank": module.rank, "form": module.form, "mask": packed_hash(module.keep)}
+            mask = None if module.keep is None else packed_hash(module.keep)
+            layers[name] = {"rank": module.rank, "form": module.form, "mask": mask}
         else:
-            layers[name] = {"rank": module.r[ADAPTER], "form": "lora", "mask": None}
+            layers[name] = {"rank": module.r[ADAPTER], "form": PLAIN, "mask": None}
     manifest = {"format": 2, "type": "sparse_lora", "alpha": alpha, "layers": layers}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

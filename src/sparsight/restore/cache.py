@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def cache_key(model: nn.Module, encoder: Encoder, samples: Sequence[Any], finger
         digest.update(f"{name} {weight_hash(parameter.data)}\n".encode())
     processor = encoder.processor
     words = sorted(processor.tokenizer.get_vocab().items())
-    facts = [FORMAT, fingerprint, str(processor.to_dict()), template(processor), words]
+    special = [str(token) for token in processor.tokenizer.all_special_tokens]
+    config = encoder.config.to_json_string()
+    facts = [FORMAT, fingerprint, str(processor.to_dict()), template(processor), words, special, config]
     digest.update(json.dumps(facts, default=str).encode())
     for sample in samples:
         turns = [[turn.prompt, list(turn.answers)] for turn in sample.turns]
@@ -97,7 +100,7 @@ def fill(
             counts += _per_sample(labels, chosen, encoder)
             if progress:
                 progress("teacher", min(first + batch_size, len(samples)), len(samples))
-        beside = path.with_suffix(f".{processes.rank()}.part")
+        beside = path.with_suffix(f".{os.getpid()}.part")
         save_file({"hidden": torch.cat(hidden), "counts": torch.tensor(counts)}, beside)
         beside.replace(path)
     processes.wait()

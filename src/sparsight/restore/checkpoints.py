@@ -29,17 +29,31 @@ def seal(folder: Path) -> None:
     (folder / COMPLETE).write_text(json.dumps(_hashes(folder), indent=1), encoding="utf-8")
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end and is undamaged."""
+    try:
+        return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")) == _hashes(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole and undamaged; says on the log which ones it passes over."""
+    """The newest checkpoint in `folder` that is whole, and the best one until then with it.
+
+    Says on the log which ones it passes over.
+    """
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            whole = json.loads((path / COMPLETE).read_text(encoding="utf-8")) == _hashes(path)
-        except (OSError, ValueError):
-            whole = False
-        if whole:
+        if is_whole(path) and ((best := _best(path)) is None or is_whole(folder / best)):
             return path
         logger.warning("%s is damaged or was never finished; going on from an earlier one", path)
     return None
+
+
+def _best(checkpoint: Path) -> str | None:
+    """The name of the best checkpoint that this one remembers."""
+    state = checkpoint / "trainer_state.json"
+    best = json.loads(state.read_text(encoding="utf-8"))["best_model_checkpoint"] if state.is_file() else None
+    return Path(best).name if best else None
 
 
 def save_factors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

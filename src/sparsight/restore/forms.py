@@ -112,7 +112,7 @@ def _gather(dE: torch.Tensor, W: torch.Tensor, factors: Factors, scaling: float,
         return (dE.reshape(-1).to(values.dtype),)
     if (kept := kernels.compress(dE, packed)) is None:
         kept = dE[unpack(packed, dE.shape)]
-    return (kept.to(values.dtype),)
+    return (torch.nn.functional.pad(kept.to(values.dtype), (0, len(values) - len(kept))),)
 
 
 def _two_products(g: torch.Tensor, x: torch.Tensor, factors: Factors, scaling: float) -> Factors:

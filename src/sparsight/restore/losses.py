@@ -10,6 +10,7 @@ T^2 and computes in bf16 (He et al., arXiv 2404.02424); `tokens_per_sample` asks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def _reverse(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     p, q = log_p.exp(), log_q.exp()
-    log_m = (p + q).mul_(0.5).log_()
+    log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))  # both may be 0 in float32
     of_q = (q * (log_q - log_m)).sum(-1)
     each = 0.5 * ((p * (log_p - log_m)).sum(-1) + of_q)
     return each, (log_q - log_m).sub_(of_q.unsqueeze(-1)).mul_(q).mul_(0.5)
@@ -63,7 +64,9 @@ class _FromHidden(torch.autograd.Function):
     def forward(ctx, student, taught, targets, head, teacher_head, weights, temperature, divergence):
         ce_weight, kl_weight = weights
         sums = torch.zeros(2, dtype=torch.float64, device=student.device)
-        grad = torch.empty_like(student) if student.requires_grad else None
+        wide = torch.promote_types(student.dtype, torch.float32)
+        grad = torch.empty_like(student, dtype=wide) if student.requires_grad else None
+        ctx.dtype = student.dtype
         rows = max(1, CHUNK // head.weight.shape[0])
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
@@ -84,7 +87,7 @@ class _FromHidden(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, *_):
         (grad,) = ctx.saved_tensors
-        return (grad * grad_total.to(grad.dtype), *(None,) * 7)
+        return ((grad * grad_total).to(ctx.dtype), *(None,) * 7)
 
 
 def _chunk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from sparsight.model.checkpoint import (
     Record,
     atomic_folder,
     check_output,
+    identity,
     read_metrics,
     read_plan,
     read_recipe,
@@ -27,12 +29,13 @@ from sparsight.model.checkpoint import (
     sparsity_record,
 )
 from sparsight.model.families import Family
-from sparsight.model.load import check_device, parse_dtype
+from sparsight.model.load import check_device, check_folder, parse_dtype
 from sparsight.model.unfinished import unfinished
 from sparsight.restore.adapter import save_adapter
 from sparsight.restore.checkpoints import gather
+from sparsight.restore.schedule import Objective, Schedule
 from sparsight.restore.student import Student, Tuning, make_student, zeros_left
-from sparsight.restore.trainer import Objective, Schedule, train
+from sparsight.restore.trainer import train
 from sparsight.settings import check_above_zero, check_seed, check_whole, whole_name
 
 Progress = Callable[[str, int, int], None]
@@ -62,13 +65,19 @@ class Run:
     resume: bool
 
     def check(self) -> None:
-        for part in (self.tuning, self.objective, self.schedule):
-            part.check()
+        self.tuning.check()
+        self.objective.check()
+        parse_dtype(self.dtype)
+        check_device(self.device, one_gpu=True)
+        self.schedule.check(self.device)
         check_above_zero("--alpha", self.tuning.alpha)
         check_seed(self.schedule.seed)
         check_whole("--samples", self.samples, optional=True)
-        parse_dtype(self.dtype)
-        check_device(self.device, one_gpu=True)
+        if self.save_adapter and self.tuning.reconstruct:
+            raise SparsightError(
+                "--save-adapter: its layers were fitted before it was trained, so it would not go with the sparse model; "
+                "leave it or --reconstruct out"
+            )
         if self.schedule.patience and self.held_out is None:
             raise SparsightError("--patience: waits for a better loss on held-out samples; name some with --held-out")
 
@@ -76,6 +85,7 @@ class Run:
 def run(asked: Run, progress: Progress | None = None) -> Record:
     """Check, load, train, merge, write. Where a launcher has started several processes they share the training data."""
     asked.check()
+    check_folder(str(asked.sparse))
     record = read_record(asked.sparse)
     family = Family.parse(asked.family) if asked.family else recorded_family(record)
     original = whole_name(asked.teacher) if asked.teacher is not None else (record or {}).get("base_model")
@@ -95,14 +105,21 @@ def run(asked: Run, progress: Progress | None = None) -> Record:
     learned, held = _divide(asked, chosen, other)
     fingerprint = chosen.fingerprint + (other.fingerprint if other else "")
     settings = {**asked.settings, "teacher": original if taught else None, "fingerprint": fingerprint}
+    if asked.teacher_cache and Path(asked.teacher_cache).resolve().is_relative_to(target.resolve()):
+        raise SparsightError(
+            f"--teacher-cache: {asked.teacher_cache} lies in OUT, which is written at the end; give another"
+        )
+    # work goes on with the same models and processes only, but it may do so with less memory
+    same = {key: value for key, value in settings.items() if key != "gradient_checkpointing"}
+    same |= {"processes": processes.count(), "files": [identity(asked.sparse), identity(original) if taught else None]}
     with ExitStack() as stack:
-        ours = unfinished(target, settings, resume=asked.resume, overwrite=asked.overwrite)
+        ours = unfinished(target, same, resume=asked.resume, overwrite=asked.overwrite)
         folder = processes.by_main(lambda: stack.enter_context(ours))
         student = make_student(
             asked.sparse, original if taught else None, learned, held, tuning=asked.tuning,
             cache=Path(asked.teacher_cache) if asked.teacher_cache else folder / "teacher",
-            fingerprint=fingerprint, every_position=asked.objective.reduction == "paper",
-            batch_size=asked.schedule.batch_size,
+            fingerprint=fingerprint, distil=asked.objective.needs_teacher,
+            every_position=asked.objective.reduction == "paper", batch_size=asked.schedule.batch_size,
             seed=asked.schedule.seed, dtype=asked.dtype, device=asked.device, family=family, skip_bad=asked.skip_bad,
             progress=progress,
         )  # fmt: skip
@@ -110,6 +127,7 @@ def run(asked: Run, progress: Progress | None = None) -> Record:
         trained = train(
             student, asked.objective, asked.schedule, folder, device=asked.device, resume=asked.resume, progress=progress
         )
+        gc.collect()  # the trainer and its optimizer, which point at each other
         measured = {
             **trained,
             "seconds": time.perf_counter() - began,
@@ -154,6 +172,7 @@ def _write(
     record = read_record(asked.sparse)
     if asked.save_adapter:
         save_adapter(student.wrapped, asked.tuning.alpha, new / "adapter")
+    student.teacher = None  # the dense weights are no longer needed once they are merged
     merged = student.wrapped.merge_and_unload()
     steps = [*([f"reconstruct {asked.tuning.reconstruct}"] if asked.tuning.reconstruct else []), asked.tuning.adapter]
     written = Record(

@@ -23,12 +23,15 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Layer
+from sparsight.model.masks import pack
 from sparsight.restore.forms import FORMS, Factors, effective, project
 
 ADAPTER = "default"
+PLAIN = "lora"  # stock PEFT, unmasked
 
 
 class _Product(torch.autograd.Function):
@@ -165,9 +168,9 @@ class MaskedTuner(nn.Module, BaseTunerLayer):
 class MaskedLinear(MaskedTuner):
     """A linear layer under a mask."""
 
-    keep: torch.Tensor  # the packed mask of the weight
+    keep: torch.Tensor | None  # the packed mask of the weight
 
-    def __init__(self, base_layer: nn.Linear, form: str, alpha: float, rank: int, keep: torch.Tensor) -> None:
+    def __init__(self, base_layer: nn.Linear, form: str, alpha: float, rank: int, keep: torch.Tensor | None) -> None:
         super().__init__(base_layer, form, alpha, rank)
         self.register_buffer("keep", keep, persistent=False)
         self._hold("", FORMS[form].start(base_layer.weight, keep, rank), base_layer.weight.device)
@@ -197,7 +200,8 @@ class MaskedExperts(MaskedTuner):
             self.register_buffer(f"keep_{name}", torch.stack(masks), persistent=False)
             W = getattr(base_layer, name)
             each = [FORMS[form].start(w, bits, rank) for w, bits in zip(W, masks, strict=True)]
-            self._hold(f"_{name}", tuple(torch.stack(own) for own in zip(*each, strict=True)), W.device)
+            # experts may keep different numbers of weights: short lists of values end in zeros that nobody reads
+            self._hold(f"_{name}", tuple(pad_sequence(list(own), True) for own in zip(*each, strict=True)), W.device)
 
     def effective(self) -> dict[str, torch.Tensor]:
         return {
@@ -214,7 +218,7 @@ class MaskedExperts(MaskedTuner):
 
 @dataclass(frozen=True)
 class Adapted:
-    """One layer, how much is trained on it, and its packed mask; without a mask it gets plain LoRA."""
+    """One layer, how much is trained on it, and its packed mask, None for all of it; `form` may be `PLAIN`, stock LoRA."""
 
     layer: Layer
     rank: int
@@ -234,13 +238,14 @@ def add_adapters(model: nn.Module, chosen: Sequence[Adapted], *, alpha: float = 
     def place(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
         first, *others = modules[id(target)]
         if first.layer.expert:
-            return MaskedExperts(target, first.form, alpha, first.rank, _by_tensor([first, *others], target))
+            form = "sparselora" if first.form == PLAIN else first.form
+            return MaskedExperts(target, form, alpha, first.rank, _by_tensor([first, *others], target))
         if type(target) is not nn.Linear:
             raise SparsightError(
                 f"{first.layer.name} is {type(target).__name__} and not a plain linear layer (a quantized base?); "
                 "load the model in float32, bfloat16 or float16"
             )
-        if first.keep is None:
+        if first.form == PLAIN:
             return LoraLinear(target, adapter_name, **{**kwargs, "r": first.rank})
         return MaskedLinear(target, first.form, alpha, first.rank, first.keep)
 
@@ -289,8 +294,8 @@ def _by_tensor(chosen: Sequence[Adapted], module: nn.Module) -> dict[str, list[t
     found: dict[str, list[torch.Tensor]] = {}
     for adapted in chosen:
         key, index = cast(tuple[str, int], adapted.layer.expert)
-        count, size = getattr(module, key).shape[0], -(-adapted.layer.weight.numel() // 8)
-        masks = found.setdefault(key, [adapted.layer.weight.new_full((size,), 255, dtype=torch.uint8)] * count)
+        count = len(getattr(module, key))
+        masks = found.setdefault(key, [pack(torch.ones_like(adapted.layer.weight, dtype=torch.bool))] * count)
         if adapted.keep is not None:
             masks[index] = adapted.keep
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsight import processes
 from sparsight.data import Encoder, batches
 from sparsight.data.encoding import answers_of
 from sparsight.errors import SparsightError
@@ -20,7 +21,7 @@ from sparsight.plan.pattern import Pattern
 from sparsight.restore.cache import Cache, cache_key, fill
 from sparsight.restore.head import Head
 from sparsight.restore.refit import SAMPLES, refit
-from sparsight.restore.sparse_lora import Adapted, add_adapters
+from sparsight.restore.sparse_lora import PLAIN, Adapted, add_adapters
 from sparsight.restore.teacher import (
     MODES,
     Masks,
@@ -114,6 +115,7 @@ def make_student(
     tuning: Tuning | None = None,
     cache: Path | None = None,
     fingerprint: str = "",
+    distil: bool = True,
     every_position: bool = False,
     batch_size: int = 32,
     seed: int = 0,
@@ -125,11 +127,12 @@ def make_student(
 ) -> Student:
     """Load the sparse model, find its masks in its zeros, put adapters on it, and arrange for the teacher.
 
-    Pruned layers get the adapter that `tuning` names, connector layers that were not pruned plain LoRA. `teacher` None
-    trains without one. Where every kept weight equals the teacher's, the teacher's copy serves both; it is then the only
-    one in memory. Else the teacher's hidden states go into the folder `cache`, below a name that says what they are of
-    (`fingerprint` tells the data apart), unless its output head is not the student's: that takes a second model.
-    `every_position` says that the loss needs the teacher at every position, which no cache has.
+    Pruned layers get the adapter that `tuning` names, connector layers that were not pruned LoRA. `teacher` None trains
+    without one; with `distil` false it is there for reconstruction only. Where every kept weight equals the teacher's, the
+    teacher's copy serves both; it is then the only one in memory. Else the teacher's hidden states go into the folder
+    `cache`, below a name that says what they are of (`fingerprint` tells the data apart), unless its output head is not
+    the student's: that takes a second model. `every_position` says that the loss needs the teacher at every position,
+    which no cache has.
     """
     tuning = tuning or Tuning()
     processor = load_processor(sparse)
@@ -163,8 +166,8 @@ def make_student(
     head.check(dense, encoder.encode(usable[:1]).to(device).inputs)
     shareable = bool(hashes) and masked_hashes(dense, body, masks) == hashes
     cacheable = head.hash() == own_head and not every_position
-    student.modes = _modes(student, head, shareable, cacheable)
-    student.mode = _choose(tuning.teacher_mode, student.modes, sparse, teacher)
+    student.modes = _modes(student, head, shareable, cacheable) if distil else {}
+    student.mode = _choose(tuning.teacher_mode, student.modes, sparse, teacher) if distil else "none"
     if student.mode == "shared":
         student.head = head
         _finish(student, dense, body, tuning, seed)
@@ -173,7 +176,7 @@ def make_student(
     if student.mode == "cached":
         if cache is None:
             raise SparsightError("--teacher-cache: names no folder for what the teacher says")
-        folder = cache / cache_key(dense, encoder, usable, fingerprint)
+        folder = cache / processes.by_main(lambda: cache_key(dense, encoder, usable, fingerprint))
         fill(folder, dense, head, usable, encoder, batch_size, device=device, progress=progress)
         student.cache = Cache(folder)
     if tuning.reconstruct:
@@ -213,7 +216,8 @@ def _finish(student: Student, model: Any, body: Anatomy, tuning: Tuning, seed: i
         keep = student.masks.get(layer.name) if form else None
         if layer.component in tuning.tune and (layer.name in student.masks or layer.component == "connector"):
             if rank[layer.component]:
-                chosen.append(Adapted(layer, rank[layer.component], keep, form or "sparselora"))
+                kind = PLAIN if not form else form if keep is not None else "sparselora"
+                chosen.append(Adapted(layer, rank[layer.component], keep, kind))
         elif keep is not None and student.mode == "shared":  # the weights below are dense
             chosen.append(Adapted(layer, 1, keep, "mask"))
     if not any(adapted.form != "mask" for adapted in chosen):

@@ -3,115 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsight import processes
 from sparsight.data.encoding import answers_of
-from sparsight.errors import SparsightError
-from sparsight.plan.budget import nearest
-from sparsight.restore.checkpoints import factor_tensors, last_checkpoint, load_factors, save_factors, seal
-from sparsight.restore.losses import DIVERGENCES, Loss, distillation
+from sparsight.errors import NotWritten, SparsightError
+from sparsight.restore.checkpoints import factor_tensors, is_whole, last_checkpoint, load_factors, save_factors, seal
+from sparsight.restore.losses import Loss, distillation
+from sparsight.restore.schedule import Objective, Schedule
 from sparsight.restore.student import Student
-from sparsight.settings import check_above_zero, check_whole
-
-SCHEDULERS = ("cosine", "linear", "constant")
-REDUCTIONS = ("token", "paper")
-PRECISIONS = ("no", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train, and when to look up; `steps` None means `epochs` over the data."""
-
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 32
-    accumulate: int = 1
-    lr: float = 1e-4
-    scheduler: str = "cosine"
-    warmup: float = 0.03
-    seed: int = 0
-    save_every: int = 100
-    patience: int | None = None
-    gradient_checkpointing: bool = False
-    mixed_precision: str = "no"
-    report_to: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Refuse values that cannot train, by the option's name."""
-        check_whole("--steps", self.steps, optional=True)
-        check_whole("--patience", self.patience, optional=True)
-        for option, count in (("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
-            check_whole(option, count)
-        check_whole("--save-every", self.save_every)
-        for option, amount in (("--lr", self.lr), ("--epochs", self.epochs)):
-            check_above_zero(option, amount)
-        if not 0 <= self.warmup < 1:
-            raise SparsightError(f"--warmup: {self.warmup:g} is not a part of the steps, from 0 to below 1")
-        check_choice("--scheduler", self.scheduler, SCHEDULERS)
-        check_choice("--mixed-precision", self.mixed_precision, PRECISIONS)
-        for tracker in self.report_to:
-            check_choice("--report-to", tracker, get_available_reporting_integrations(), "installed are")
-
-    @property
-    def step_size(self) -> int:
-        """Samples of one optimizer step, over all processes."""
-        return self.batch_size * self.accumulate * processes.count()
-
-    def samples(self) -> int | None:
-        """The most samples that the steps can use; None where epochs count."""
-        return None if self.steps is None else self.steps * self.step_size
-
-    def total(self, samples: int) -> int:
-        """The number of optimizer steps."""
-        if self.steps is not None:
-            return self.steps
-        return max(1, math.ceil(self.epochs * samples / self.step_size))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised; see `losses.py`."""
-
-    kl: float = 0.1
-    temperature: float = 1.0
-    divergence: str = "forward"
-    hidden: float = 0.0
-    reduction: str = "token"
-
-    def check(self) -> None:
-        if not 0 <= self.kl <= 1:
-            raise SparsightError(f"--kl: {self.kl:g} is not a weight from 0 to 1")
-        check_above_zero("--temperature", self.temperature)
-        if not 0 <= self.hidden < math.inf:
-            raise SparsightError(f"--hidden: {self.hidden:g} is not a weight of at least 0")
-        check_choice("--divergence", self.divergence, DIVERGENCES)
-        check_choice("--reduction", self.reduction, REDUCTIONS)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.kl > 0 or self.hidden > 0
-
-
-def check_choice(option: str, value: str, allowed: Any, word: str = "") -> None:
-    if value not in allowed:
-        known = nearest(value, allowed) if allowed else "none is installed"
-        raise SparsightError(f"{option}: unknown {value!r}; {word + ' ' if word and allowed else ''}{known}")
 
 
 class Shuffled(Sequence):
@@ -144,6 +56,7 @@ class RestoreTrainer(Trainer):
         super().__init__(model=student.wrapped, data_collator=self.collate, **kwargs)
         self.student: Student = student
         self.objective: Objective = objective
+        self.paper = objective.reduction == "paper"
         self.model_accepts_loss_kwargs = True  # the loss below divides by all answer tokens of a step by itself
         student.wrapped.eval()
         student.wrapped.train = lambda mode=True: student.wrapped
@@ -173,8 +86,7 @@ class RestoreTrainer(Trainer):
         )  # fmt: skip
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        paper = self.objective.reduction == "paper"
-        loss = self.loss(model, inputs, float(num_items_in_batch) / self._samples if paper else None)
+        loss = self.loss(model, inputs, float(num_items_in_batch) / self._samples if self.paper else None)
         if not torch.isfinite(loss.total):
             raise SparsightError(
                 f"the loss became NaN or infinite after step {self.state.global_step}; lower --lr "
@@ -191,13 +103,17 @@ class RestoreTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Count the answer tokens of a step as the loss does; the base class would shift an encoder-decoder's labels."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        shift = int(self.student.encoder.shifted)
-        tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in batches)
-        counts = torch.tensor([[tokens, sum(len(batch["labels"]) for batch in batches)]], device=self.args.device)
+        counts = torch.tensor([self._count(batches)], device=self.args.device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts)
         tokens, self._samples = counts.sum(0).tolist()
         return batches, torch.tensor(max(tokens, 1), device=self.args.device)
+
+    def _count(self, batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+        """Answer tokens, and samples."""
+        shift = int(self.student.encoder.shifted)
+        tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in batches)
+        return tokens, sum(len(batch["labels"]) for batch in batches)
 
     @torch.no_grad()
     def evaluate(
@@ -212,7 +128,9 @@ class RestoreTrainer(Trainer):
             mine = start + processes.rank()
             chosen = batches[mine] if mine < len(batches) else batches[-1]
             with self.compute_loss_context_manager():
-                loss = self.loss(self.model_wrapped, self._prepare_inputs(self.collate([held[i] for i in chosen])))
+                inputs = self._prepare_inputs(self.collate([held[i] for i in chosen]))
+                tokens, rows = self._count([inputs])
+                loss = self.loss(self.model_wrapped, inputs, tokens / rows if self.paper else None)
             if mine < len(batches):
                 found = [float(part) for part in (loss.total, loss.ce, loss.kl, loss.hidden)]
                 sums += torch.tensor([*found, loss.tokens], dtype=torch.float64, device=sums.device)
@@ -229,7 +147,10 @@ class RestoreTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._sums[3] and "loss" in logs:
-            ce, kl, hidden, tokens = self._sums.tolist()
+            sums = self._sums.to(self.args.device)
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(sums)
+            ce, kl, hidden, tokens = sums.tolist()
             logs |= {"ce": ce / tokens, "kl": kl / tokens}
             if self.objective.hidden:
                 logs["hidden"] = hidden / tokens
@@ -254,7 +175,10 @@ class RestoreTrainer(Trainer):
         load_factors(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_factors(self.model, Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint))
+        if not processes.by_main(lambda: is_whole(best)):
+            raise NotWritten(f"{best}: the best checkpoint is damaged, so that nothing was written")
+        load_factors(self.model, best)
 
 
 class _Progress(TrainerCallback):
@@ -297,8 +221,33 @@ class _Progress(TrainerCallback):
             self.report(self.note + self.held, state.global_step, state.max_steps)
         if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
-        if self.stop:
+        if self._heard(args.device):
             control.should_save = control.should_training_stop = True
+
+    def _heard(self, device: Any) -> bool:
+        """Whether any process heard Ctrl-C: all of them stop after the same step."""
+        if processes.count() > 1:
+            heard = torch.tensor(float(self.stop), device=device)
+            torch.distributed.all_reduce(heard)
+            self.stop = bool(heard > 0)
+        return self.stop
+
+
+class _Patience(TrainerCallback):
+    """Stops after so many evaluations without a better one; they are counted in the history, which a checkpoint keeps."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def over(self, state: Any) -> bool:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = control.should_training_stop or self.over(state)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_evaluate(args, state, control)
 
 
 def train(
@@ -317,9 +266,6 @@ def train(
     checkpoint, and the best one is what is left in the adapters. Returns `curve`, a row per logged step with `step`,
     `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row per evaluation, and `best_step`.
     """
-    # accelerate would take the classes from the model's own list, which names some that a model may not have
-    blocks = {type(block.module).__name__ for block in student.anatomy.blocks}
-    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(blocks)))
     numbered = list(enumerate(student.samples))
     learned, held = numbered[: len(numbered) - student.held_out], numbered[len(numbered) - student.held_out :]
     total = schedule.total(len(learned))
@@ -330,7 +276,7 @@ def train(
         gradient_accumulation_steps=schedule.accumulate,
         max_steps=total,
         learning_rate=schedule.lr,
-        lr_scheduler_type=schedule.scheduler,
+        lr_scheduler_type="constant_with_warmup" if schedule.scheduler == "constant" else schedule.scheduler,
         warmup_steps=round(schedule.warmup * total),
         weight_decay=0.0,
         seed=schedule.seed,
@@ -356,21 +302,21 @@ def train(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more would silently multiply the batch
-    trainer = RestoreTrainer(
-        student=student, objective=objective, args=arguments, train_dataset=seen, eval_dataset=held or None
-    )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == "PrinterCallback":
-            trainer.remove_callback(callback)
     watching = _Progress(progress)
-    trainer.add_callback(watching)
-    if schedule.patience and held:
-        trainer.add_callback(EarlyStoppingCallback(schedule.patience))
-    if schedule.gradient_checkpointing:
-        checkpoint_blocks(student.wrapped)
-    with watching.listening(), warnings.catch_warnings():
+    with _sharding(student), watching.listening(), warnings.catch_warnings():
         # accelerate passes torch's DistributedDataParallel an option by its older name
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        trainer = RestoreTrainer(
+            student=student, objective=objective, args=arguments, train_dataset=seen, eval_dataset=held or None
+        )
+        for callback in list(trainer.callback_handler.callbacks):
+            if type(callback).__name__ == "PrinterCallback":
+                trainer.remove_callback(callback)
+        trainer.add_callback(watching)
+        if schedule.patience and held:
+            trainer.add_callback(_Patience(schedule.patience))
+        if schedule.gradient_checkpointing:
+            checkpoint_blocks(student.wrapped)
         found = processes.by_main(lambda: last_checkpoint(folder)) if resume else None
         trainer.train(resume_from_checkpoint=str(found) if found else None)
     history = trainer.state.log_history
@@ -379,6 +325,29 @@ def train(
         facts["held_out"] = [row for row in history if "eval_loss" in row]
         facts["best_step"] = trainer.state.best_global_step
     return facts
+
+
+@contextlib.contextmanager
+def _sharding(student: Student) -> Iterator[None]:
+    """Where accelerate shards the model (FSDP): tell it what a block is, and refuse data that would make processes wait.
+
+    It would take the classes from the model's own list, which names some that a model may not have.
+    """
+    name, before = "FSDP_TRANSFORMER_CLS_TO_WRAP", os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or processes.count() == 1:
+        yield
+        return
+    if len({bool(sample.images) for sample in student.samples}) > 1:
+        raise SparsightError(
+            "--data: some samples have images and some have none; a sharded model needs every process in every block, so "
+            "leave FSDP out (DDP takes them), or give one kind"
+        )
+    os.environ[name] = before or ",".join(sorted({type(block.module).__name__ for block in student.anatomy.blocks}))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def checkpoint_blocks(wrapped: Any) -> None:
