@@ -61,6 +61,15 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {  # how to p
 }
 RATES = {"masked-full": 6e-4, "hira": 4e-3, "lora": 2e-3}  # the others: TRAIN's
 SCENES = 300
+PAIRS = (
+    ("sparselora", "wanda"),
+    ("sparselora", "sparselora, no KL"),
+    ("sparselora", "hira"),
+    ("sparselora", "masked-full"),
+    ("sparselora", "lora, merged"),
+    ("reconstruct + sparselora", "wanda"),
+    ("reconstruct + sparselora", "sparselora"),
+)
 COLUMNS = ("date", "torch", "commit", "model", "setting", "recipe", "seed", "questions", "captions", "mean", "s", "right")
 HERE = Path(__file__).parent
 
@@ -183,20 +192,26 @@ def markdown(model: str, rows: list[dict[str, str]]) -> str:
         shown = ["" if x is None else cell(x, dense, cells.get((s, "wanda"))) for s, x in zip(settings, found, strict=True)]
         if any(shown):
             lines.append(f"| {recipe} | {' | '.join(shown)} |")
-    lines += ["", f"#### {model}: questions and captions apart, and what one recipe has over another", ""]
-    for s in settings:
-        for recipe in RECIPES:
-            if (s, recipe) in cells:
-                q, c = cells[s, recipe].mean((0, 1))
-                lines.append(f"* {s} {recipe}: questions {q:.1f}, captions {c:.1f}")
-        pairs = [("sparselora", "sparselora, no KL"), ("sparselora", "hira"), ("sparselora", "masked-full")]
-        pairs += [("sparselora", "wanda"), ("sparselora", "lora, merged"), ("reconstruct + sparselora", "sparselora")]
-        for one, other in pairs:
-            if (s, one) in cells and (s, other) in cells:
-                n = min(len(cells[s, one]), len(cells[s, other]))
-                apart = (cells[s, one][:n] - cells[s, other][:n]).mean(-1)
-                low, high = interval(apart)
-                lines.append(f"* {s} {one} over {other}: {apart.mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+    apart = [s for s in ("2:4", "70 %") if s in settings]
+    titles = [f"{s}: {kind}" for s in apart for kind in ("questions", "captions")]
+    lines += ["", f"| {model} | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
+    for recipe in ("dense", *RECIPES):
+        found = [cells.get(("-" if recipe == "dense" else s, recipe)) for s in apart]
+        if all(x is not None for x in found):
+            lines.append(f"| {recipe} | {' | '.join(f'{v:.1f}' for x in found for v in x.mean((0, 1)))} |")  # type: ignore[union-attr]
+    lines += ["", f"| {model}: paired differences | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
+    for one, other in PAIRS:
+        shown = []
+        for s in settings:
+            a, b = cells.get((s, one)), cells.get((s, other))
+            if a is None or b is None:
+                shown.append("")
+                continue
+            n = min(len(a), len(b))
+            difference = (a[:n] - b[:n]).mean(-1)
+            low, high = interval(difference)
+            shown.append(f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"| {one} over {other} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
 
 

@@ -134,40 +134,30 @@ def make_student(
     the student's: that takes a second model. `every_position` says that the loss needs the teacher at every position,
     which no cache has.
     """
-    tuning = tuning or Tuning()
-    processor = load_processor(sparse)
-    model = load_model(sparse, dtype=dtype, device=device)
-    record = read_record(sparse)
-    known = family or recorded_family(record)
-    body = anatomy(model, known)
-    masks, plan = read_masks(body, record["layers"] if record else ()), found_plan(body)
-    if not any((body[name].weight == 0).any() for name in masks):
-        raise SparsightError(f"{sparse}: holds no zeros, so there is nothing to restore; give a pruned folder")
-    _check_ranks(tuning, body, masks)
-    encoder = Encoder(processor, model, skip_bad=skip_bad)
-    usable = [*encoder.usable(samples), *(kept := encoder.usable(held_out) if held_out else [])]
-    student = Student(None, processor, body, masks, plan, encoder, usable, len(kept), Head(model), dense_bytes=_bytes(model))
-    student.weight_bytes = student.dense_bytes + (sum(mask.numel() for mask in masks.values()) if tuning.masked else 0)
+    tuning, known = tuning or Tuning(), family or recorded_family(read_record(sparse))
+    student, model = _opened(sparse, samples, held_out, tuning, dtype, device, known, skip_bad)
+    first = student.encoder.encode(student.samples[:1]).to(device).inputs
     if teacher is None:
         if tuning.reconstruct:
             raise SparsightError("--reconstruct: fits blocks to those of the dense model; name it with --teacher")
-        student.head.check(model, encoder.encode(usable[:1]).to(device).inputs)
-        return _finish(student, model, body, tuning, seed)
+        student.head.check(model, first)
+        return _finish(student, model, student.anatomy, tuning, seed)
     # the dtype of most layers: a model may keep a few parameters in float32
-    kind = Counter(body[name].weight.dtype for name in masks).most_common(1)[0][0]
+    kind = Counter(student.anatomy[name].weight.dtype for name in student.masks).most_common(1)[0][0]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    hashes = masked_hashes(model, body, masks) if tuning.masked and not tuning.reconstruct else {}
+    may_share = tuning.masked and not tuning.reconstruct
+    hashes = masked_hashes(model, student.anatomy, student.masks) if may_share else {}
     own_head = student.head.hash()
-    del model, body, student.head, student.anatomy  # so that no two models are in memory unless they have to
+    del model, student.head, student.anatomy  # so that no two models are in memory unless they have to
     dense = load_model(teacher, dtype=kind, device=device)
     body = anatomy(dense, known)
-    _check_teacher(dense, body, shapes, masks, teacher, sparse)
+    _check_teacher(dense, body, shapes, student.masks, teacher, sparse)
     head = Head(dense)
-    head.check(dense, encoder.encode(usable[:1]).to(device).inputs)
-    shareable = bool(hashes) and masked_hashes(dense, body, masks) == hashes
-    cacheable = head.hash() == own_head and not every_position
-    student.modes = _modes(student, head, shareable, cacheable) if distil else {}
-    student.mode = _choose(tuning.teacher_mode, student.modes, sparse, teacher) if distil else "none"
+    head.check(dense, first)
+    if distil:
+        shareable = bool(hashes) and masked_hashes(dense, body, student.masks) == hashes
+        student.modes = _modes(student, head, shareable, head.hash() == own_head and not every_position)
+        student.mode = _choose(tuning.teacher_mode, student.modes, sparse, teacher)
     if student.mode == "shared":
         student.head = head
         _finish(student, dense, body, tuning, seed)
@@ -176,30 +166,71 @@ def make_student(
     if student.mode == "cached":
         if cache is None:
             raise SparsightError("--teacher-cache: names no folder for what the teacher says")
-        folder = cache / processes.by_main(lambda: cache_key(dense, encoder, usable, fingerprint))
-        fill(folder, dense, head, usable, encoder, batch_size, device=device, progress=progress)
+        folder = cache / processes.by_main(lambda: cache_key(dense, student.encoder, student.samples, fingerprint))
+        fill(folder, dense, head, student.samples, student.encoder, batch_size, device=device, progress=progress)
         student.cache = Cache(folder)
-    if tuning.reconstruct:
-        pruned = load_model(sparse, dtype=kind, device=device)
-        ready = [batch.to(device) for batch in batches(usable[: min(SAMPLES, len(usable) - len(kept))], encoder, 8)]
-        done = refit(
-            dense, body, pruned, anatomy(pruned, known), list(masks), ready, tuning.reconstruct, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-        student.refitted, model = done.reconstructed, dense
-        del pruned, dense, ready
-        if student.mode == "live":
-            dense = load_model(teacher, dtype=kind, device=device)
-            head = Head(dense)
-    else:
-        if student.mode == "cached":
-            del dense, body, head
-        model = load_model(sparse, dtype=kind, device=device)
     if student.mode == "live":
         student.teacher, student.teacher_head = live_teacher(dense, head), head
         student.weight_bytes += student.dense_bytes
+        dense = load_model(teacher, dtype=kind, device=device) if tuning.reconstruct else None
+    elif not tuning.reconstruct:
+        dense = None
+    del body, head
+    model = load_model(sparse, dtype=kind, device=device)
+    if tuning.reconstruct:
+        _refit(student, dense, model, tuning.reconstruct, seed, device, known, progress)
+        model = dense
     student.head = Head(model)
     return _finish(student, model, anatomy(model, known), tuning, seed)
+
+
+def _opened(
+    sparse: str | Path,
+    samples: Sequence[Any],
+    held_out: Sequence[Any],
+    tuning: Tuning,
+    dtype: Any,
+    device: str,
+    family: Family | None,
+    skip_bad: bool,
+) -> tuple[Student, Any]:
+    """The sparse model, and a student that is not wrapped yet."""
+    processor = load_processor(sparse)
+    model = load_model(sparse, dtype=dtype, device=device)
+    record, body = read_record(sparse), anatomy(model, family)
+    masks = read_masks(body, record["layers"] if record else ())
+    if not any((body[name].weight == 0).any() for name in masks):
+        raise SparsightError(f"{sparse}: holds no zeros, so there is nothing to restore; give a pruned folder")
+    _check_ranks(tuning, body, masks)
+    encoder = Encoder(processor, model, skip_bad=skip_bad)
+    kept = encoder.usable(held_out) if held_out else []
+    usable = [*encoder.usable(samples), *kept]
+    size, packed = _bytes(model), sum(mask.numel() for mask in masks.values()) if tuning.masked else 0
+    student = Student(
+        None, processor, body, masks, found_plan(body), encoder, usable, len(kept), Head(model),
+        weight_bytes=size + packed, dense_bytes=size,
+    )  # fmt: skip
+    return student, model
+
+
+def _refit(
+    student: Student,
+    dense: Any,
+    sparse: Any,
+    epochs: int,
+    seed: int,
+    device: str,
+    family: Family | None,
+    progress: Progress | None,
+) -> None:
+    """Turn `dense` into `sparse` with its kept weights fitted, in place, on samples that are trained on."""
+    learned = student.samples[: len(student.samples) - student.held_out][:SAMPLES]
+    ready = [batch.to(device) for batch in batches(learned, student.encoder, 8)]
+    done = refit(
+        dense, anatomy(dense, family), sparse, anatomy(sparse, family), list(student.masks), ready, epochs, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    student.refitted = done.reconstructed
 
 
 def zeros_left(student: Student) -> dict[str, Pattern]:
