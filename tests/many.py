@@ -76,7 +76,7 @@ def errors(folder: Path) -> dict[str, str]:
     said = {}
     for name, how in ways.items():
         try:
-            verbs.prune(folder / "llava", folder / "error", data=folder / "data", **FEW, **how)
+            verbs.prune(folder / "llava", folder / f"error-{name}", data=folder / "data", overwrite=True, **FEW, **how)
         except SparsightError as error:
             said[name] = str(error)
     return said

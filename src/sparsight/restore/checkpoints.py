@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def last_checkpoint(folder: Path) -> Path | None:
             return path
         logger.warning("%s is damaged or was never finished; going on from an earlier one", path)
     return None
+
+
+def go_back(folder: Path) -> Path | None:
+    """The checkpoint to go on from; what was passed over is deleted, or a limit on their number would keep it instead."""
+    found = last_checkpoint(folder)
+    for path in folder.glob("checkpoint-*"):
+        if found is None or _step(path) > _step(found):
+            shutil.rmtree(path)
+    return found
 
 
 def _best(checkpoint: Path) -> str | None:

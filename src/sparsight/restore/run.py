@@ -87,6 +87,7 @@ def run(asked: Run, progress: Progress | None = None) -> Record:
     asked.check()
     check_folder(str(asked.sparse))
     record = read_record(asked.sparse)
+    earlier = (read_metrics(asked.sparse), read_recipe(asked.sparse))
     family = Family.parse(asked.family) if asked.family else recorded_family(record)
     original = whole_name(asked.teacher) if asked.teacher is not None else (record or {}).get("base_model")
     taught = asked.objective.needs_teacher or asked.tuning.reconstruct > 0
@@ -138,7 +139,7 @@ def run(asked: Run, progress: Progress | None = None) -> Record:
 
         def written_by_main() -> Record:
             with atomic_folder(target, asked.overwrite) as new:
-                return _write(asked, student, settings, measured, original, family, new)
+                return _write(asked, student, settings, measured, earlier, original, family, new)
 
         return processes.by_main(written_by_main)
 
@@ -164,6 +165,7 @@ def _write(
     student: Student,
     settings: dict[str, Any],
     measured: dict[str, Any],
+    earlier: tuple[dict[str, Any], dict[str, Any]],
     original: str | None,
     family: Family | None,
     new: Path,
@@ -184,8 +186,8 @@ def _write(
             mask_only=False,
             family=family,
         ),
-        {**read_metrics(asked.sparse), "restore": measured},
-        {**read_recipe(asked.sparse), "sparsight": sparsight.__version__, "restore": settings},
+        {**earlier[0], "restore": measured},
+        {**earlier[1], "sparsight": sparsight.__version__, "restore": settings},
     )
     save(merged, student.processor, written, new)
     return written

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sparsight import processes
 from sparsight.data.encoding import answers_of
 from sparsight.errors import NotWritten, SparsightError
-from sparsight.restore.checkpoints import factor_tensors, is_whole, last_checkpoint, load_factors, save_factors, seal
+from sparsight.restore.checkpoints import factor_tensors, go_back, is_whole, load_factors, save_factors, seal
 from sparsight.restore.losses import Loss, distillation
 from sparsight.restore.schedule import Objective, Schedule
 from sparsight.restore.student import Student
@@ -317,7 +317,7 @@ def train(
             trainer.add_callback(_Patience(schedule.patience))
         if schedule.gradient_checkpointing:
             checkpoint_blocks(student.wrapped)
-        found = processes.by_main(lambda: last_checkpoint(folder)) if resume else None
+        found = processes.by_main(lambda: go_back(folder)) if resume else None
         trainer.train(resume_from_checkpoint=str(found) if found else None)
     history = trainer.state.log_history
     facts: dict[str, Any] = {"curve": [row for row in history if "ce" in row]}
