@@ -83,6 +83,10 @@ class Published(nn.Module):
         self.A = nn.Parameter(torch.randn(rank, base.in_features) * 0.02)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 
+    @property
+    def weight(self) -> torch.Tensor:  # T5 looks at its dtype
+        return self.base.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         W = self.base.weight
         if Published.dense:

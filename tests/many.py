@@ -78,7 +78,7 @@ def errors(folder: Path) -> dict[str, str]:
         try:
             verbs.prune(folder / "llava", folder / f"error-{name}", data=folder / "data", overwrite=True, **FEW, **how)
         except SparsightError as error:
-            said[name] = str(error)
+            said[name] = str(error).partition("; what was done")[0]  # which the main process alone adds
     return said
 
 

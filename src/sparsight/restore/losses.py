@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from sparsight.restore.head import Head
 
-CHUNK = 1 << 22  # logits at a time
+CHUNK = 1 << 21  # logits at a time
 IGNORE = -100
 
 
