@@ -151,8 +151,8 @@ def prune(
     leaves `OUT.unfinished`, and `resume` goes on from the last finished block. Where `torchrun` has started several
     processes they share the work, and the main one writes the very weights that one process writes.
 
-    **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data; then no folder
-    is left behind.
+    **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data; no folder is left
+    behind, but for `OUT.unfinished` where blocks were done by then.
     """
     from sparsight.model.load import check_device, load, parse_dtype
     from sparsight.plan.measure import Measure

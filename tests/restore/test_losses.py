@@ -89,6 +89,32 @@ def test_logits_far_apart_in_float32(divergence, T):
     assert torch.isfinite(found[0][1]).all()
 
 
+def test_the_rows_that_speak_of_answers():
+    """Decoder-only: position t foretells token t + 1; an encoder-decoder foretells label t at position t."""
+    hidden = draw(10, 6, 0).view(2, 5, 6)
+    labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, -100, -100]])
+    rows, targets = answers_of(hidden, labels, shifted=True)
+    assert targets.tolist() == [3, 4, 1, 2]
+    assert torch.equal(rows, torch.stack([hidden[0, 1], hidden[0, 2], hidden[1, 0], hidden[1, 1]]))
+    rows, targets = answers_of(hidden, labels, shifted=False)
+    assert targets.tolist() == [3, 4, 1, 2]
+    assert torch.equal(rows, torch.stack([hidden[0, 2], hidden[0, 3], hidden[1, 1], hidden[1, 2]]))
+
+
+def test_padding_and_length_do_not_weigh_in_the_loss():
+    """The published code divides by the batch size, so that longer padding weighs more; ours does not see it."""
+    head, labels = Tail(11, 6), torch.tensor([[-100, 1, 2, -100]])
+    hidden, taught = (draw(4, 6, seed).view(1, 4, 6) for seed in (0, 1))
+    longer = F.pad(labels, (0, 6), value=-100)
+    wider = [F.pad(x, (0, 0, 0, 6), value=9.0) for x in (hidden, taught)]
+    found = []
+    for pair, words in (((hidden, taught), labels), (wider, longer)):
+        (student, targets), (teacher, _) = (answers_of(x, words, True) for x in pair)
+        found.append(distillation(student, teacher, targets, head, kl=0.5))
+    assert torch.equal(found[0].total, found[1].total)
+    assert found[0].tokens == found[1].tokens == 2
+
+
 def test_without_a_teacher_it_is_the_cross_entropy():
     head, student, targets = Tail(11, 6), draw(4, 6, 0).requires_grad_(True), torch.tensor([1, 2, 3, 4])
     found = distillation(student, None, targets, head, kl=0.9)
