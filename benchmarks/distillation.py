@@ -96,7 +96,7 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         given = problem(getattr(torch, dtype))
         for divergence in ("forward", "reverse", "js") if dtype == "float32" else ("forward",):
-            grads = {way: run(way, given, divergence).float() for way in WAYS}
+            grads = {way: run(way, given, divergence).double() for way in WAYS}
             cosine = float(F.cosine_similarity(grads["ours"].flatten(), grads["naive"].flatten(), dim=0))
             best = dict.fromkeys(WAYS, float("inf"))
             for _ in range(asked.runs):

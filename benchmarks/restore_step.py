@@ -2,7 +2,8 @@
 
 The published recipe (arXiv 2404.02424, its code): every pruned layer computes (W + B A s) * mask in its forward, its
 gradient left to autograd, masks in bytes; the same module runs dense as the teacher; the KL is over every position and the
-whole vocabulary. Ours: `restore/` with a shared and with a cached teacher. The same model, masks, batch, ranks and AdamW.
+whole vocabulary. Ours: `restore/` with a shared and with a cached teacher, with the batch in four parts whose gradients
+add up to the same (`--accumulate 4`), and with activations made again. The same model, masks, batch, ranks and AdamW.
 
 Each way runs in a process of its own, in turns; seconds are the minimum over its steps, memory what the process held at
 most above what it held before the model was there. One thread.
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ from sparsight.restore.sparse_lora import Adapted, add_adapters, factors
 from sparsight.restore.teacher import shared_teacher
 from sparsight.restore.trainer import checkpoint_blocks
 
-WAYS = ("published", "ours, shared", "ours, cached", "ours, cached, checkpointed")
+WAYS = ("published", "ours, shared", "ours, cached", "ours, cached, in parts", "ours, cached, checkpointed")
+PARTS = 4
 RANK, ALPHA, KL, RATE = {"vision": 4, "language": 8}, 16, 0.1, 1e-4
 
 
@@ -100,36 +103,40 @@ def published(model: Any, batch: dict[str, torch.Tensor], chosen: list) -> Any:
         setattr(model.get_submodule(parent), name, Published(layer.module, mask, RANK[layer.component]))
     trained = [p for n, p in model.named_parameters() if n.endswith((".A", ".B"))]
 
-    def loss() -> torch.Tensor:
+    def losses() -> Iterator[torch.Tensor]:
         Published.dense = True
         with torch.no_grad():
             taught = model(**batch, use_cache=False).logits
         Published.dense = False
         output = model(**batch, use_cache=False)
         p, q = F.softmax(taught, dim=-1), F.log_softmax(output.logits, dim=-1)
-        return (1 - KL) * output.loss + KL * F.kl_div(q, p, reduction="sum") / len(batch["labels"])
+        yield (1 - KL) * output.loss + KL * F.kl_div(q, p, reduction="sum") / len(batch["labels"])
 
-    return trained, loss
+    return trained, losses
 
 
 def ours(model: Any, batch: dict[str, torch.Tensor], chosen: list, shifted: bool, way: str) -> Any:
     head = Head(model)
-    labels = batch["labels"]
-    taught = None
+    size = len(batch["labels"])
+    step = size // PARTS if "parts" in way else size
+    parts = [{k: v[i : i + step] for k, v in batch.items()} for i in range(0, size, step)]
+    tokens = int((batch["labels"][:, 1 if shifted else 0 :] != -100).sum())
+    cache = None
     if "cached" in way:
         with torch.no_grad():
-            taught, _ = answers_of(head.hidden(model, batch), labels, shifted)
+            cache = [answers_of(head.hidden(model, part), part["labels"], shifted)[0] for part in parts]
     wrapped = add_adapters(model, [Adapted(layer, RANK[layer.component], pack(mask)) for layer, mask in chosen], alpha=ALPHA)
     teacher = shared_teacher(wrapped, head)
     if "checkpointed" in way:
         checkpoint_blocks(wrapped)
 
-    def loss() -> torch.Tensor:
-        said = taught if taught is not None else answers_of(teacher(wrapped, batch), labels, shifted)[0]
-        hidden, targets = answers_of(head.hidden(wrapped, batch), labels, shifted)
-        return distillation(hidden, said, targets, head, kl=KL).total / len(targets)
+    def losses() -> Iterator[torch.Tensor]:
+        for i, part in enumerate(parts):
+            said = cache[i] if cache else answers_of(teacher(wrapped, part), part["labels"], shifted)[0]
+            hidden, targets = answers_of(head.hidden(wrapped, part), part["labels"], shifted)
+            yield distillation(hidden, said, targets, head, kl=KL).total / tokens
 
-    return list(factors(wrapped).values()), loss
+    return list(factors(wrapped).values()), losses
 
 
 def resident(name: str) -> int:
@@ -156,7 +163,7 @@ def alone(name: str, way: str, steps: int) -> None:
             for part in ("vision", "language")
             for layer in body.component(part)
         ]
-        trained, loss = published(model, batch, chosen) if way == "published" else ours(model, batch, chosen, shifted, way)
+        trained, losses = published(model, batch, chosen) if way == "published" else ours(model, batch, chosen, shifted, way)
         del chosen
         gc.collect()
         adam = torch.optim.AdamW(trained, lr=RATE)
@@ -164,11 +171,13 @@ def alone(name: str, way: str, steps: int) -> None:
         for _ in range(steps):
             began = time.perf_counter()
             adam.zero_grad()
-            value = loss()
-            value.backward()
+            value = 0.0
+            for part in losses():
+                part.backward()
+                value += float(part.detach())
             adam.step()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps({"seconds": min(seconds), "bytes": resident("VmHWM") - before, "loss": float(value)}))
+        print(json.dumps({"seconds": min(seconds), "bytes": resident("VmHWM") - before, "loss": value}))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from sparsight.restore.head import Head
 
-CHUNK = 1 << 21  # logits at a time
+CHUNK = 1 << 22  # logits at a time
 IGNORE = -100
 
 
@@ -36,11 +36,13 @@ class Loss:
 
 def _forward(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     p = log_p.exp()
-    return (p * (log_p - log_q)).sum(-1), log_q.exp().sub_(p)
+    each = log_p.sub_(log_q).mul_(p).sum(-1)
+    return each, log_q.exp_().sub_(p)
 
 
 def _reverse(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    q, apart = log_q.exp(), log_q - log_p
+    apart = log_p.neg_().add_(log_q)
+    q = log_q.exp_()
     each = (q * apart).sum(-1)
     return each, apart.sub_(each.unsqueeze(-1)).mul_(q)
 
@@ -48,12 +50,14 @@ def _reverse(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, to
 def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     p, q = log_p.exp(), log_q.exp()
     log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))  # both may be 0 in float32
-    of_q = (q * (log_q - log_m)).sum(-1)
-    each = 0.5 * ((p * (log_p - log_m)).sum(-1) + of_q)
-    return each, (log_q - log_m).sub_(of_q.unsqueeze(-1)).mul_(q).mul_(0.5)
+    of_p = log_p.sub_(log_m).mul_(p).sum(-1)
+    apart = log_q.sub_(log_m)
+    of_q = (q * apart).sum(-1)
+    return 0.5 * (of_p + of_q), apart.sub_(of_q.unsqueeze(-1)).mul_(q).mul_(0.5)
 
 
-# (log p of the teacher, log q of the student), each (n, V), to the divergence (n,) and its gradient by the student's logits
+# (log p of the teacher, log q of the student), each (n, V) and used up, to the divergence (n,) and its gradient by the
+# student's logits
 DIVERGENCES: dict[str, Callable] = {"forward": _forward, "reverse": _reverse, "js": _jensen_shannon}
 
 
@@ -62,25 +66,19 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, taught, targets, head, teacher_head, weights, temperature, divergence):
-        ce_weight, kl_weight = weights
-        sums = torch.zeros(2, dtype=torch.float64, device=student.device)
         wide = torch.promote_types(student.dtype, torch.float32)
         grad = torch.empty_like(student, dtype=wide) if student.requires_grad else None
-        ctx.dtype = student.dtype
+        sums = torch.zeros(2, dtype=torch.float64, device=student.device)
         rows = max(1, CHUNK // head.weight.shape[0])
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
-            s = head.logits(student[part])
-            found = _chunk(
-                s, None if taught is None else teacher_head.logits(taught[part]), targets[part], ce_weight, kl_weight,
-                temperature, DIVERGENCES[divergence],
+            sums += _chunk(
+                student[part], None if taught is None else taught[part], targets[part], head, teacher_head, weights,
+                temperature, DIVERGENCES[divergence], None if grad is None else grad[part],
             )  # fmt: skip
-            sums += found[0]
-            if grad is not None:
-                slope = found[1] if head.cap is None else found[1].mul_(1 - (s / head.cap).square_())
-                grad[part] = slope.to(head.weight.dtype) @ head.weight
         ctx.save_for_backward(grad)
-        total = (sums[0] * ce_weight + sums[1] * kl_weight).float()
+        ctx.dtype = student.dtype
+        total = (sums * sums.new_tensor(weights)).sum().float()
         return total, sums[0].float(), sums[1].float()
 
     @staticmethod
@@ -91,32 +89,50 @@ class _FromHidden(torch.autograd.Function):
 
 
 def _chunk(
-    s: torch.Tensor,
-    t: torch.Tensor | None,
+    student: torch.Tensor,
+    taught: torch.Tensor | None,
     targets: torch.Tensor,
-    ce_weight: float,
-    kl_weight: float,
+    head: Head,
+    teacher_head: Head,
+    weights: tuple[float, float],
     temperature: float,
     divergence: Callable,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of CE and divergence (2,) of one chunk, and the gradient (n, V) of their weighted sum by the logits s."""
+    grad: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sums of CE and divergence (2,) over n rows; `grad` (n, d) is filled. At most four buffers of (n, V) at a time."""
+    s = head.logits(student)
+    bend = None if head.cap is None else (s / head.cap).square_().neg_().add_(1)
+    ce, slope = _cross_entropy(s, targets, weights[0])
+    kl = torch.zeros_like(ce)
+    if taught is not None:
+        log_p = _log_softmax(teacher_head.logits(taught), temperature)
+        s = _log_softmax(s, temperature)
+        each, by_logits = divergence(log_p, s)
+        kl = each.sum(dtype=torch.float64)
+        slope.add_(by_logits, alpha=weights[1] / temperature)
+    if grad is not None:
+        slope = slope if bend is None else slope.mul_(bend)
+        grad.copy_(slope.to(head.weight.dtype) @ head.weight)
+    return torch.stack([ce, kl])
+
+
+def _cross_entropy(s: torch.Tensor, targets: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over answers of one chunk, and the gradient (n, V) of `weight` times it by the logits s."""
     log_q = F.log_softmax(s, dim=-1)
     there = targets != IGNORE
     rows = there.nonzero().flatten()
     right = targets[rows]
     ce = -log_q[rows, right].sum(dtype=torch.float64)
-    slope = log_q.exp()
+    slope = log_q.exp_()
     if len(rows) < len(targets):
         slope.mul_(there.unsqueeze(-1))
     slope[rows, right] -= 1
-    slope.mul_(ce_weight)
-    kl = ce.new_zeros(())
-    if t is not None:
-        warm = log_q if temperature == 1 else F.log_softmax(s / temperature, dim=-1)
-        each, by_logits = divergence(F.log_softmax(t / temperature, dim=-1), warm)
-        kl = each.sum(dtype=torch.float64)
-        slope.add_(by_logits, alpha=kl_weight / temperature)
-    return torch.stack([ce, kl]), slope
+    return ce, slope.mul_(weight)
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of logits that nobody else needs."""
+    return F.log_softmax(logits if temperature == 1 else logits.div_(temperature), dim=-1)
 
 
 def distillation(
