@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError
-from sparsight.plan.budget import check_component, parse_pairs
+from sparsight.plan.budget import check_component, nearest, parse_pairs
 
 SEEDS = 2**32
 
@@ -54,6 +54,13 @@ def check_whole(option: str, value: Any, *, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SparsightError(f"{option}: {value!r} is not a whole number of at least 1")
+
+
+def check_choice(option: str, value: str, allowed: Any, word: str = "") -> None:
+    """Refuse what is not one of `allowed`, naming the nearest of them."""
+    if value not in allowed:
+        known = nearest(value, tuple(allowed)) if allowed else "none is installed"
+        raise SparsightError(f"{option}: unknown {value!r}; {word + ' ' if word and allowed else ''}{known}")
 
 
 def check_above_zero(option: str, value: float) -> None:

@@ -72,20 +72,41 @@ def share(
         dense = subset(size, worth * size, (1 - budget / pattern.sparsity) * size.sum())
         sparsity = np.where(dense, 0.0, pattern.sparsity)
         return Shared(dict(zip(names, sparsity.tolist(), strict=True)), float(sparsity @ size / size.sum()))
-    weight = shape[:, 0] if pattern.kind == "row" else np.ones(len(names), dtype=np.int64)  # zeros per unit
-    units = size // weight
+    units = size // _weight(shape, pattern)
     low, high = np.ceil(floor * units - 1e-9), np.floor(cap * units + 1e-9)
-    _check_reach(budget, low @ weight / size.sum(), high @ weight / size.sum(), len(names), f"{floor:g} to {cap:g}")
+    least, most = (float(bound @ _weight(shape, pattern) / size.sum()) for bound in (low, high))
+    _check_reach(budget, least, most, len(names), f"{floor:g} to {cap:g}")
     if scale == "curves":
         _finite([_cost(importance[name], budget) for name in names])
         wanted = fill([hull(importance[name]) for name in names], size, budget, low / units, high / units)  # type: ignore[arg-type]
     else:
         given = _finite([importance[name] for name in names])
         wanted = level(given, size, budget, low / units, high / units, scale, cap)
-    total = float(size.sum())
-    bounds = low.astype(np.int64), high.astype(np.int64)
-    solved = whole(wanted * units, *bounds, weight, budget * total, slack=TOLERANCE * total)
-    return Shared(dict(zip(names, (solved / units).tolist(), strict=True)), float(solved @ weight / size.sum()))
+    return settle(dict(zip(names, wanted.tolist(), strict=True)), shapes, budget, pattern=pattern, floor=floor, cap=cap)
+
+
+def settle(
+    wanted: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    budget: float,
+    *,
+    pattern: Pattern,
+    floor: float = 0.0,
+    cap: float = MOST,
+) -> Shared:
+    """Round a sparsity per layer to what the pattern (`row` or `tensor`) can hold, so that their mean is `budget`."""
+    shape = np.array([shapes[name] for name in wanted], dtype=np.int64)
+    weight, size = _weight(shape, pattern), shape.prod(1)
+    units, total = size // weight, float(size.sum())
+    low, high = (np.ceil(floor * units - 1e-9).astype(np.int64), np.floor(cap * units + 1e-9).astype(np.int64))
+    given = np.array(list(wanted.values()), dtype=np.float64)
+    solved = whole(given * units, low, high, weight, budget * total, slack=TOLERANCE * total)
+    return Shared(dict(zip(wanted, (solved / units).tolist(), strict=True)), float(solved @ weight / total))
+
+
+def _weight(shape: Whole, pattern: Pattern) -> Whole:
+    """How many zeros one more unit of a layer is: one in every row, or one."""
+    return shape[:, 0] if pattern.kind == "row" else np.ones(len(shape), dtype=np.int64)
 
 
 def _check_reach(budget: float, low: float, high: float, layers: int, each: str) -> None:

@@ -21,10 +21,12 @@ from torch import nn
 from sparsight import processes
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
+from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import Plan
 from sparsight.prune.choice import Choice, choose, refuse_many
 from sparsight.prune.gradients import evaluating, gradients
 from sparsight.prune.journal import Journal
+from sparsight.prune.known import Known, served
 from sparsight.prune.lockstep import Call
 from sparsight.prune.moments import Moments, Watch, pool, real_tokens
 from sparsight.prune.permute import permute_block
@@ -45,6 +47,7 @@ def prune(
     method: str | Choice | Callable | Any = "wanda",
     seed: int = 0,
     journal: Journal | None = None,
+    known: Known | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> PruneRecord:
@@ -52,7 +55,8 @@ def prune(
 
     `batches` have `.inputs` (what `model(**inputs)` takes) and `.padding` (masks of real tokens). `method` is a name, a
     function, a `Method` or a `Choice`; `options` are those of `choose`. Blocks that the `journal` holds are taken from
-    there. `progress(stop, done, all)` is called per stop.
+    there. With `known`, which `know` has filled from the same model and batches, nothing is run: the weights are those of
+    `propagate="dense"`, and no errors of blocks are measured. `progress(stop, done, all)` is called per stop.
 
     On several processes every one is given the same model and all batches, walks its share of them and prunes its share
     of the layers; all end with the weights of one process alone, bit for bit (given as many threads).
@@ -62,12 +66,18 @@ def prune(
     """
     choice = method if isinstance(method, Choice) else choose(method, **options)
     refuse_many(choice, processes.count())
+    if known and not served(choice):
+        raise SparsightError("known moments serve --propagate dense, without --reconstruct, --permute and gradients")
     began = time.perf_counter()
     work = (_Layers if choice.propagate == "stage" else _Blocks)(anatomy, plan, batches, choice, seed, journal, progress)
     for layer in work.layers:
         if not torch.isfinite(layer.weight).all():
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
-    if not batches:
+    if known:
+        for block in anatomy.blocks_with(set(plan)):
+            work.take(block.name, known)
+        work.finish()
+    elif not batches:
         if choice.needs:
             raise SparsightError(
                 "--data: this way of pruning needs calibration samples; give --data, or magnitude without further steps"
@@ -82,6 +92,26 @@ def prune(
         work.finish()
     work.record.seconds = time.perf_counter() - began
     return work.record
+
+
+def know(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    known: Known,
+    *,
+    method: str | Choice | Callable | Any = "wanda",
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> None:
+    """Fill `known` with what `method` needs to know of every layer of the dense model: one walk, nothing is changed."""
+    choice = method if isinstance(method, Choice) else choose(method, **options)
+    plan = {layer.name: Pattern.row(0.5) for layer in anatomy.layers}  # every layer; no zeros are made
+    work = _Gathering(anatomy, plan, batches, choice, 0, None, progress)
+    work.known = known
+    with evaluating(model):
+        walk(model, work.stops(anatomy), batches, work.visit)
+    known.finish()
 
 
 class _Pruning:
@@ -100,6 +130,9 @@ class _Pruning:
         raise NotImplementedError
 
     def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
+        raise NotImplementedError
+
+    def take(self, name: str, known: Known) -> None:
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -244,19 +277,38 @@ class _Blocks(_Pruning):
         if choice.reconstruct:
             fitting = Reconstruction(name, block, layers, calls, lambda i, X: self._real(i, X, component))
         moments, targets = self._observe(block, layers, calls, fitting)
-        pooled = pool(layers, moments)
-        facts: dict[str, Any] = {"tokens": {name: _most(moments)}, "pooled": pooled, "layer_errors": {}, "damping": {}}
+        facts = self._facts(name, layers, moments)
         generator = self.generator(name)
         if choice.permute:
             parents = {layer.name: parent(name, block, layer) for layer in layers}
             facts["permuted"] = permute_block(layers, self.plan, moments, self.sensitivity, parents, calls, generator)
+        self._prune_layers(layers, moments, facts)
+        if fitting:
+            facts["reconstructed"] = fitting.fit(choice.reconstruct, generator)
+        return {**facts, "block_errors": {name: self._block_error(component, calls, targets)}}
+
+    def take(self, name: str, known: Known) -> None:
+        """Prune one block's layers from what is known of their inputs."""
+        layers = [layer for layer in self.layers if layer.block == name]
+        moments = known.recall(name, layers, self.choice.tokens.weigh)
+
+        def work() -> dict[str, Any]:
+            facts = self._facts(name, layers, moments)
+            self._prune_layers(layers, moments, facts)
+            return facts
+
+        self.journalled(name, layers, work)
+        self.report(name, len({layer.block for layer in self.layers}))
+
+    def _facts(self, name: str, layers: list[Layer], moments: dict[str, Moments]) -> dict[str, Any]:
+        pooled = pool(layers, moments)
+        return {"tokens": {name: _most(moments)}, "pooled": pooled, "layer_errors": {}, "damping": {}}
+
+    def _prune_layers(self, layers: list[Layer], moments: dict[str, Moments], facts: dict[str, Any]) -> None:
         for layer in layers:
             if layer.name not in moments:
                 raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
         add_to(facts, prune_all(layers, moments, self.prune))
-        if fitting:
-            facts["reconstructed"] = fitting.fit(choice.reconstruct, generator)
-        return {**facts, "block_errors": {name: self._block_error(component, calls, targets)}}
 
     def _observe(
         self, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call], fitting: Reconstruction | None
@@ -289,6 +341,17 @@ class _Blocks(_Pruning):
         for changed, whole in processes.together(mine).values():
             difference, reference = difference + changed, reference + whole
         return _ratio(difference.sqrt(), reference.sqrt())
+
+
+class _Gathering(_Blocks):
+    """Walks as `_Blocks` does, and keeps what it sees."""
+
+    known: Known
+
+    def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
+        layers = [layer for layer in self.layers if layer.block == name]
+        self.known.store(name, self._observe(block, layers, calls, None)[0])
+        self.report(name, self.blocks)
 
 
 def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from sparsight import processes
 from sparsight.errors import SparsightError
-from sparsight.plan.budget import nearest
 from sparsight.restore.losses import DIVERGENCES
-from sparsight.settings import check_above_zero, check_whole
+from sparsight.settings import check_above_zero, check_choice, check_whole
 
 SCHEDULERS = ("cosine", "linear", "constant")
 REDUCTIONS = ("token", "paper")
@@ -95,8 +93,3 @@ class Objective:
     def needs_teacher(self) -> bool:
         return self.kl > 0 or self.hidden > 0
 
-
-def check_choice(option: str, value: str, allowed: Any, word: str = "") -> None:
-    if value not in allowed:
-        known = nearest(value, tuple(allowed)) if allowed else "none is installed"
-        raise SparsightError(f"{option}: unknown {value!r}; {word + ' ' if word and allowed else ''}{known}")

@@ -1,0 +1,122 @@
+"""A recipe: one YAML file with the verbs' own keywords, changed by `key.sub=value`, checked before anything is read.
+
+    model: Salesforce/instructblip-flan-t5-xl
+    data: train.jsonl
+    held_out: test.jsonl
+    prune: {sparsity: 0.5, method: wanda}
+    restore: {steps: 200, lr: 1e-3}
+    evaluate: {max_new_tokens: 40}
+
+A section holds the keywords of the verb of its name; what the whole run shares (`model`, `data`, `dtype`, ...) stands
+outside, once. Relative paths are relative to the file; `demo:llava` is an embedded model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsight.errors import SparsightError
+from sparsight.plan.budget import nearest
+
+SHARED = ("model", "data", "held_out", "dtype", "device", "family", "skip_bad")
+OWN = ("progress", "overwrite", "resume", "record")  # of a run, not of a recipe
+PATHS = ("model", "data", "held_out")
+
+
+def read(
+    path: str | Path, changes: Sequence[str] = (), *, sections: Sequence[str], extra: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Read a recipe, apply `changes`, and check every name in it.
+
+    `sections` are verbs whose keywords may stand in the section of their name, `extra` what else may stand at the top.
+
+    **Raises** `SparsightError`, naming the key, for a file that is no recipe and for a name that nothing has.
+    """
+    recipe = _load(path)
+    for change in changes:
+        _change(recipe, change)
+    recipe["model"] = _demo(recipe.get("model"))
+    top = (*SHARED, *sections, *extra)
+    for key, value in recipe.items():
+        if key not in top:
+            raise SparsightError(f"{path}: unknown key {key!r}; {nearest(str(key), top)}")
+        if key in sections:
+            check_section(f"{path}: {key}", key, value)
+    for key in ("model", "data"):
+        if not isinstance(recipe.get(key), str):
+            raise SparsightError(f"{path}: {key} is missing; add `{key}: ...` to the file, or {key}=... to the command")
+    return recipe
+
+
+def check_section(where: str, verb: str, value: Any) -> None:
+    """Refuse keywords that the verb does not have; nothing at all is a section too."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise SparsightError(f"{where} is {value!r} and not a mapping, as in {verb}: {{seed: 0}}")
+    allowed = keywords(verb)
+    for key in value:
+        if key not in allowed:
+            raise SparsightError(f"{where}: unknown key {key!r}; {nearest(str(key), allowed)}")
+
+
+def keywords(verb: str) -> tuple[str, ...]:
+    """What a verb's section may hold."""
+    from sparsight import verbs
+
+    parameters = inspect.signature(getattr(verbs, verb)).parameters.values()
+    given = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return tuple(name for name in given if name not in (*SHARED, *OWN, "teacher"))
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SparsightError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise SparsightError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise SparsightError(f"{path}: holds no `key: value` lines; give a recipe, such as those in recipes/")
+    for key in PATHS:
+        value = recipe.get(key)
+        if isinstance(value, str) and (there := Path(path).parent / value).exists():
+            recipe[key] = str(there)
+    return recipe
+
+
+def _demo(model: Any) -> Any:
+    """`demo:NAME` is an embedded model."""
+    if not isinstance(model, str) or not model.startswith("demo:"):
+        return model
+    from sparsight.demo import MODELS
+
+    name = model.removeprefix("demo:")
+    if name not in MODELS:
+        raise SparsightError(f"model: there is no demo model {name!r}; {nearest(name, tuple(MODELS))}")
+    return str(MODELS[name])
+
+
+def _change(recipe: dict[str, Any], change: str) -> None:
+    """Apply one `key.sub=value`; the value is read as YAML."""
+    key, equals, text = change.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise SparsightError(f"{change!r} is not KEY=VALUE; write for example prune.sparsity=0.6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SparsightError(f"{change!r}: the value is no YAML ({' '.join(str(error).split())})") from error
+    place: Any = recipe
+    for name in names[:-1]:
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
+        if not isinstance(place, dict):
+            raise SparsightError(f"{change!r}: {name} holds a value and no keys of its own")
+    place[names[-1]] = value

@@ -1,0 +1,193 @@
+"""The sweep: every cell of a grid once, in one process or several, with results that a kill does not cost.
+
+A folder holds `sweep.json` (what is swept), `cells/` (a record and the answers of every finished cell), `results.csv`,
+the figures and the page. A cell whose record is there is never run again; started again, the sweep goes on, and a grid
+may have grown by then.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsight
+from sparsight import recipe as recipes
+from sparsight.data import read
+from sparsight.errors import SparsightError
+from sparsight.model.load import check_device, parse_dtype
+from sparsight.settings import check_whole
+from sparsight.sweep.grid import Cell, cells
+from sparsight.sweep.workbench import FORMAT, Workbench, measure
+from sparsight.sweep.worker import WORK, share
+
+Progress = Callable[[str, int, int], None]
+
+SECTIONS, EXTRA = ("prune", "restore", "evaluate"), ("grid", "seeds")
+IDENTITY = ("model_hash", "data_fingerprint", "held_out_fingerprint", "evaluate", "dtype")
+COLUMNS = (
+    "id", "label", "seed", "pattern", "method", "policy", "restore", "vision", "connector", "language", "parameters",
+    "zeros", "bytes", "packed_bytes", "exact_match", "low", "high", "questions", "captions", "seconds",
+)  # fmt: skip
+
+
+def sweep(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    changes: Sequence[str] = (),
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Run what is left of a sweep and write `results.csv`, figures and page; the records of all its cells.
+
+    `jobs` processes work at a time, each with a model of its own and its share of the threads, or a GPU of its own.
+
+    **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, a folder that
+    holds anything else, and one that holds a sweep of another model or other data.
+    """
+    asked = recipes.read(recipe, changes, sections=SECTIONS, extra=EXTRA)
+    check_whole("--jobs", jobs)
+    parse_dtype(asked.get("dtype") or "auto")
+    check_device(asked.get("device") or "cpu")
+    if not isinstance(asked.get("held_out"), str):
+        raise SparsightError(f"{recipe}: held_out is missing; name the samples to score on, which are not those of data")
+    wanted = cells(asked)
+    folder = Path(out)
+    told = _check_folder(folder)
+    facts = _facts(asked)
+    if told is not None:
+        _check_same(folder, told, facts)
+    bench = Workbench(asked, folder / WORK)
+    facts["model_hash"] = bench.hash()
+    if told is not None:
+        _check_same(folder, told, facts)
+    for cell in wanted:
+        if cell.prune:
+            bench.plan(cell, measured=False)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    _write(folder / "sweep.json", facts)
+    left = [cell for cell in wanted if not (folder / "cells" / f"{cell.id}.json").is_file()]
+    tell = _Tally(progress, len(wanted) - len(left), len(wanted))
+    if jobs == 1 or len(units(left)) < 2:
+        for unit in units(left):
+            measure(bench, unit, folder / "cells", tell)
+    else:
+        share(units(left), asked, folder, jobs, tell)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    records = [json.loads((folder / "cells" / f"{cell.id}.json").read_text(encoding="utf-8")) for cell in wanted]
+    write_results(records, folder / "results.csv")
+    return records
+
+
+def units(left: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that share a pruning, together; those of a seed one after another."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in sorted(left, key=lambda cell: cell.seed):
+        groups.setdefault((cell.seed, cell.pruned), []).append(cell)
+    return list(groups.values())
+
+
+class _Tally:
+    """Counts finished cells and says so."""
+
+    def __init__(self, progress: Progress | None, done: int, every: int) -> None:
+        self.progress, self.done, self.every = progress, done, every
+
+    def __call__(self, note: str, finished: int = 0) -> None:
+        self.done += finished
+        if self.progress:
+            self.progress(note, self.done, self.every)
+
+
+def _facts(asked: Mapping[str, Any]) -> dict[str, Any]:
+    import peft
+    import transformers
+
+    held = read(asked["held_out"], skip_bad=bool(asked.get("skip_bad")))
+    data = read(asked["data"], skip_bad=bool(asked.get("skip_bad")))
+    return {
+        "format": FORMAT,
+        "model": asked["model"],
+        "data": asked["data"],
+        "held_out": asked["held_out"],
+        "data_fingerprint": data.fingerprint,
+        "held_out_fingerprint": held.fingerprint,
+        "evaluate": dict(asked.get("evaluate") or {}),
+        "dtype": asked.get("dtype") or "auto",
+        "grid": {key: asked.get(key) for key in ("grid", "seeds", "prune", "restore")},
+        "environment": {
+            "sparsight": sparsight.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+    }
+
+
+def _check_folder(folder: Path) -> dict[str, Any] | None:
+    """What a folder's sweep was told; None for a folder that is not there or empty."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise SparsightError(f"{folder}: is no folder of a sweep, so nothing is written there; give another")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SparsightError(f"{path}: is damaged ({error}); delete the folder, or give another") from error
+    return told
+
+
+def _check_same(folder: Path, told: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    for key in IDENTITY:
+        if key in facts and told.get(key) != facts[key]:
+            words = key.removesuffix("_hash").removesuffix("_fingerprint").replace("_", "-")
+            raise SparsightError(
+                f"{folder}: holds a sweep with another {words} ({told.get(words.replace('-', '_'))}); give another folder"
+            )
+
+
+def _write(path: Path, facts: Mapping[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def write_results(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One line per cell: what was asked, zeros, bytes, and exact match of all, of questions and of captions."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for record in records:
+            writer.writerow(row(record, path.parent / "cells" / f"{record['id']}.jsonl"))
+    part.replace(path)
+
+
+def row(record: Mapping[str, Any], answers: Path) -> dict[str, Any]:
+    cell, components = record["cell"], record["components"]
+    found = {r["kind"]: r for r in record["scores"] if r["metric"] == "exact_match"}
+    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    asked = [line["correct"] for line in lines if line["kind"] != "caption"]
+    told = [line["correct"] for line in lines if line["kind"] == "caption"]
+    amounts = {c: x["zeros"] / x["parameters"] if x["parameters"] else 0.0 for c, x in components.items()}
+    return {
+        **{key: record[key] for key in ("id", "label", "parameters", "bytes", "packed_bytes")},
+        **{key: cell[key] for key in ("seed", "pattern", "method", "policy")},
+        "restore": json.dumps(cell["restore"]) if cell["restore"] is not None else "",
+        **{component: f"{amount:.6f}" for component, amount in amounts.items()},
+        "zeros": sum(x["zeros"] for x in components.values()),
+        **{key: found["all"][name] for key, name in (("exact_match", "value"), ("low", "low"), ("high", "high"))},
+        "questions": sum(asked) / len(asked) if asked else "",
+        "captions": sum(told) / len(told) if told else "",
+        "seconds": f"{sum(record['seconds'].values()):.2f}",
+    }
