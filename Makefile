@@ -1,11 +1,11 @@
-# The developer's manual: setup · demo · test · check · bench
+# The developer's manual: setup · demo · test · check · bench · docs
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TV     := $(VENV)/torchvision/.ready
 
-.PHONY: setup demo test test-slow check lint types bench clean
+.PHONY: setup demo test test-slow check lint types bench docs clean
 
 setup: $(READY)
 
@@ -42,5 +42,8 @@ check: lint types test    ## what CI runs
 bench: $(READY)           ## one script per ratio, results in benchmarks/
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
+docs: $(READY)            ## guides and reference as pages with search, in docs/_build
+	$(BIN)/sphinx-build -W -q docs docs/_build
+
 clean:
-	rm -rf $(VENV) demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -75,15 +75,34 @@ def plan(
     device: opt.Device = "cpu",
     skip_bad: opt.SkipBad = False,
     layers: Annotated[bool, typer.Option("--layers", help="List what every layer gets.")] = False,
+    cost: opt.Cost = False,
+    method: opt.CostMethod = None,
+    propagate: opt.CostPropagate = None,
+    teacher_mode: opt.CostTeacherMode = None,
+    steps: opt.CostSteps = None,
+    restore_batch_size: opt.CostBatchSize = None,
+    gradient_checkpointing: opt.CostCheckpointing = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Show where the zeros will be; nothing is changed."""
+    """Show where the zeros will be, or with --cost what it will take; nothing is changed."""
     from sparsight import verbs
     from sparsight.plan.plan import plan_facts
     from sparsight.report import tables
     from sparsight.report.progress import shown
 
+    asked = {
+        "method": method, "propagate": propagate, "teacher_mode": teacher_mode, "steps": steps,
+        "restore_batch_size": restore_batch_size, "gradient_checkpointing": gradient_checkpointing or None,
+    }  # fmt: skip
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if cost:
+        _cost(asked, device, layers, as_json, model=model, sparsity=sparsity, pattern=pattern, policy=policy,
+              ignore=ignore or (), family=family, data=data, samples=samples, batch_size=batch_size, seed=seed, dtype=dtype,
+              skip_bad=skip_bad)  # fmt: skip
+        return
+    for name in asked:
+        raise SparsightError(f"--{name.replace('_', '-')}: says what is to be foretold; add --cost, or leave it out")
     with shown("plan", quiet) as progress:
         made = verbs.plan(
             model, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore or (), family=family, data=data,
@@ -93,6 +112,19 @@ def plan(
     facts = plan_facts(made.anatomy, made.plan)
     listed = [tables.planned_layers(made.anatomy, made.plan)] if layers else []
     _show(facts, as_json, tables.plan_table(facts["components"]), *listed)
+
+
+def _cost(asked: Mapping[str, Any], device: str, layers: bool, as_json: bool, **given: Any) -> None:
+    """What `plan --cost` prints."""
+    if device != "cpu":
+        raise SparsightError(f"--device: --cost foretells the memory of a process on the CPU, not on {device}; leave it out")
+    if layers:
+        raise SparsightError("--layers: --cost foretells whole stages; leave one of the two out")
+    from sparsight import verbs
+    from sparsight.report import tables
+
+    facts = verbs.cost(**given, **asked).facts()
+    _show(facts, as_json, *tables.cost_tables(facts))
 
 
 @app.command()
@@ -223,6 +255,7 @@ def evaluate(
     skip_bad: opt.SkipBad = False,
     json_file: Annotated[Optional[str], typer.Option("--json-file", help="Also write the scores here.")] = None,  # noqa: UP045
     predictions: Annotated[Optional[str], typer.Option(help="Write every answer here, as JSONL.")] = None,  # noqa: UP045
+    record: opt.RecordScores = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -235,7 +268,7 @@ def evaluate(
     with shown("eval", quiet) as progress:
         result = verbs.evaluate(
             model, data=data, beams=beams, max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples,
-            seed=seed, dtype=dtype, device=device, skip_bad=skip_bad, progress=progress,
+            seed=seed, dtype=dtype, device=device, skip_bad=skip_bad, record=record, progress=progress,
         )  # fmt: skip
     facts = json.loads(result.to_json())
     title = f"{model} on {len(result.predictions)} samples"
@@ -246,6 +279,94 @@ def evaluate(
     if json_file:
         with _writing("--json-file", json_file):
             Path(json_file).write_text(result.to_json(), encoding="utf-8")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="YAML file: model, data, held_out, prune, restore; see recipes/.")],
+    out: Annotated[str, typer.Argument(help="Folder for models, scores and page; one of the same run is gone on with.")],
+    changes: Annotated[Optional[list[str]], typer.Argument(help="KEY=VALUE in place of what the file says.")] = None,  # noqa: UP045
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """The whole road of a RECIPE: prune, restore, evaluate, prove, report; killed and started again, it goes on."""
+    from sparsight import verbs
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    with shown("run", quiet) as progress:
+        done = verbs.run(recipe, out, changes=changes or (), progress=progress)
+    _show(done, as_json, *tables.run_tables(done))
+    if done["verify"]["differences"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="YAML file: model, data, held_out, and a grid; see recipes/.")],
+    out: Annotated[str, typer.Argument(help="Folder for the results; one of the same sweep is gone on with.")],
+    changes: Annotated[Optional[list[str]], typer.Argument(help="KEY=VALUE in place of what the file says.")] = None,  # noqa: UP045
+    jobs: Annotated[int, typer.Option(help="Processes that work at a time.")] = 1,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Prune, restore and score a model in every way of a grid; killed and started again, it goes on."""
+    from sparsight import verbs
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    with shown("sweep", quiet) as progress:
+        records = verbs.sweep(recipe, out, changes=changes or (), jobs=jobs, progress=progress)
+    _show(records, as_json, *tables.sweep_tables(records, out))
+
+
+@app.command()
+def search(
+    model: opt.Model,
+    out: opt.Out,
+    data: opt.Data,
+    held_out: opt.RequiredHeldOut,
+    sparsity: opt.Sparsity = "0.5",
+    within: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="The other way round: the sparsest plan that loses at most so much score, as 0.02."),
+    ] = None,
+    over: Annotated[str, typer.Option(help="What shares the budget: components, or also their blocks.")] = "blocks",
+    pattern: opt.PatternOption = "row",
+    method: opt.Method = "wanda",
+    refine: opt.Refine = None,
+    update: opt.Update = None,
+    reconstruct: opt.Reconstruct = 0,
+    tokens: opt.Tokens = "all",
+    ignore: opt.Ignore = None,
+    family: opt.FamilyOption = None,
+    propagate: opt.DensePropagate = "dense",
+    samples: opt.CalibrationSamples = 128,
+    batch_size: opt.BatchSize = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    held_out_samples: Annotated[Optional[int], typer.Option(help="How many of them to draw. [default: all]")] = None,  # noqa: UP045
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    skip_bad: opt.SkipBad = False,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Find the split of a budget that harms the answers least, and write the model pruned by it to OUT."""
+    from sparsight import verbs
+    from sparsight.report import tables
+    from sparsight.report.progress import shown
+
+    with shown("search", quiet) as progress:
+        found = verbs.search(
+            model, out, data=data, held_out=held_out, sparsity=sparsity or "0.5", within=within, over=over, pattern=pattern,
+            method=method, refine=refine, update=update, reconstruct=reconstruct, tokens=tokens, ignore=ignore or (),
+            family=family, propagate=propagate, samples=samples, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            held_out_samples=held_out_samples, seed=seed, dtype=dtype, device=device, skip_bad=skip_bad,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    _show(found.facts, as_json, *tables.search_tables(found.facts, out))
 
 
 @app.command()
@@ -262,6 +383,21 @@ def verify(
     _show(found, as_json, *tables.verify_lines(found))
     if found["differences"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Folders of models evaluated with --record, or of sweeps.")],
+    out: Annotated[str, typer.Option(help="The page to write.")] = "report.html",
+    metric: Annotated[Optional[str], typer.Option(help="Compare by this metric. [default: exact match]")] = None,  # noqa: UP045
+    figures: Annotated[Optional[str], typer.Option(help="Folder for every figure as SVG and PNG, too.")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier page.")] = False,
+) -> None:
+    """Compare runs on one HTML page: scores, figures, answers side by side; the first is what the others are set against."""
+    from sparsight import verbs
+
+    page = verbs.report(runs, out=out, metric=metric, figures=figures, overwrite=overwrite)
+    _show(None, False, f"Report: {page}", *([f"Figures: {figures}"] if figures else []))
 
 
 @app.command()

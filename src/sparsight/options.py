@@ -35,6 +35,7 @@ BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken samples out, and count them.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a model.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted work of the same command.")]
+RecordScores = Annotated[bool, typer.Option("--record", help="Keep scores and answers beside the weights, for report.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Method = Annotated[
@@ -53,6 +54,11 @@ Propagate = Annotated[
     str,
     typer.Option(help="block: later blocks see pruned ones; stage: later layers too, in one forward; dense: none do."),
 ]
+DensePropagate = Annotated[
+    str,
+    typer.Option("--propagate", help="dense: measured once for all plans; block or stage: as in prune, for every plan."),
+]
+RequiredHeldOut = Annotated[str, typer.Option("--held-out", help="Samples to score on, which are not those of --data.")]
 Calibration = Annotated[Optional[str], typer.Option("--data", help="Calibration data; see README.")]  # noqa: UP045
 CalibrationSamples = Annotated[int, typer.Option("--samples", help="Calibration samples.")]
 
@@ -105,3 +111,28 @@ GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Run blocks again in backward: less memory, more time.")
 ]
 SaveAdapter = Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")]
+
+Cost = Annotated[
+    bool, typer.Option("--cost", help="FLOPs, bytes and peak memory of every stage instead; no weight is read.")
+]
+CostMethod = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--method", help="With --cost: wanda, sparsegpt, ria, magnitude or random. [default: wanda]"),
+]
+CostPropagate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--propagate", help="With --cost: as in prune. [default: block]"),
+]
+CostTeacherMode = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--teacher-mode", help="With --cost: as in restore. [default: auto]"),
+]
+CostSteps = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--steps", help="With --cost: steps of restore. [default: one pass over the data; 100 without any]"),
+]
+CostBatchSize = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--restore-batch-size", help="With --cost: samples per batch of restore. [default: 32]"),
+]
+CostCheckpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="With --cost: as in restore.")]

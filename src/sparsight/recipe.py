@@ -8,7 +8,8 @@
     evaluate: {max_new_tokens: 40}
 
 A section holds the keywords of the verb of its name; what the whole run shares (`model`, `data`, `dtype`, ...) stands
-outside, once. Relative paths are relative to the file; `demo:llava` is an embedded model.
+outside, once. Relative paths are relative to the file; `demo:llava` is an embedded model,
+`demo:train` and `demo:test` are scenes for it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def read(
     recipe = _load(path)
     for change in changes:
         _change(recipe, change)
-    recipe["model"] = _demo(recipe.get("model"))
+    for key in PATHS:
+        recipe[key] = _embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
+    recipe = {key: value for key, value in recipe.items() if key not in PATHS or value is not None}
     top = (*SHARED, *sections, *extra)
     for key, value in recipe.items():
         if key not in top:
@@ -90,16 +93,18 @@ def _load(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
-def _demo(model: Any) -> Any:
-    """`demo:NAME` is an embedded model."""
-    if not isinstance(model, str) or not model.startswith("demo:"):
-        return model
+def _embedded(key: str, value: Any) -> Any:
+    """`demo:NAME` is an embedded model, or its scenes: those to learn from, and those to be tested on."""
+    if not isinstance(value, str) or not value.startswith("demo:"):
+        return value
     from sparsight.demo import MODELS
+    from sparsight.demo.scenes import SETS, kept
 
-    name = model.removeprefix("demo:")
-    if name not in MODELS:
-        raise SparsightError(f"model: there is no demo model {name!r}; {nearest(name, tuple(MODELS))}")
-    return str(MODELS[name])
+    name = value.removeprefix("demo:")
+    known = tuple(MODELS if key == "model" else SETS)
+    if name not in known:
+        raise SparsightError(f"{key}: there is no {value!r}; {nearest(name, known)}")
+    return str(MODELS[name] if key == "model" else kept(name))
 
 
 def _change(recipe: dict[str, Any], change: str) -> None:

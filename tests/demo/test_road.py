@@ -60,11 +60,22 @@ def test_the_page_is_self_contained(quick):
     assert "script" not in page.tags
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert not re.search(r"@import|url\(\s*['\"]?(?!#|data:)", text)
-    assert page.tags.count("svg") == 4
-    assert page.tags.count("img") == len(facts["gallery"]) == 12
-    assert {scene["kind"] for scene in facts["gallery"]} >= {"caption", "count", "color"}
+    assert page.tags.count("svg") == page.tags.count("figure") == 9
+    assert page.tags.count("img") == 12
+    for kind in ("caption", "count", "color"):
+        assert f'<small class="soft">{kind}</small>' in text
     for run in facts["runs"].values():
         assert run["label"] in text
+    assert "Half the weights of 70 layers gone at 2:4" in text
+    assert "Recounted from the saved files" in text
+    assert text.count('class="lost"') == 2  # plain LoRA's zeros, vision and language
+    assert f"sparsight demo {out} --seed 0" in text
+
+
+def test_reports_of_the_folders_afterwards(quick, tmp_path):
+    _, out = quick
+    page = verbs.report([out / "dense", out / "pruned", out / "sparselora"], out=tmp_path / "report.html")
+    assert "against dense" in page.read_text()
 
 
 def test_the_table_on_the_terminal(quick):

@@ -8,7 +8,10 @@ Every question has one correct answer by construction, and captions have one for
 is a fair score for both. Everything is drawn from an explicit generator: same split, seed and n, same bytes.
 """
 
+import contextlib
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ NAMES = tuple(COLORS)
 BESIDE = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 CAPTION_PROMPT = "describe the image."
 HELD_OUT = 400
+SETS: dict[str, tuple[Split, int, int]] = {"train": ("train", 2400, 1), "test": ("test", 200, 2)}  # scenes, questions each
 
 
 class Digit(NamedTuple):
@@ -272,3 +276,17 @@ def write(folder: Path, split: Split, n: int, seed: int, questions_per_scene: in
                 record = {"image": name, "prompt": prompt, "answer": answer, "kind": kind}
                 lines.write(json.dumps(record) + "\n")
     return folder
+
+
+def kept(name: str) -> Path:
+    """The folder of a set of scenes, written once into the user's cache; always the same bytes."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsight"
+    split, count, questions = SETS[name]
+    target = cache / f"scenes-{name}-{count}-{questions}"
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as beside:
+            made = write(Path(beside) / name, split, count, seed=0, questions_per_scene=questions)
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(target)
+    return target

@@ -49,7 +49,8 @@ class Layer:
     @property
     def sparse(self) -> bool:
         """Whether the layer was pruned, by its zeros; trained weights hold a stray zero now and then."""
-        return int((self.weight == 0).sum()) >= SPARSE_FROM * self.weight.numel()
+        size = self.weight.numel()
+        return size - int(torch.count_nonzero(self.weight)) >= SPARSE_FROM * size  # a sum of booleans makes a copy in int64
 
     def write(self, weight: torch.Tensor) -> None:
         """Put `weight` (out, in) in place of the layer's values, in the layer's own dtype and storage."""

@@ -149,9 +149,96 @@ def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     return [*lines, *left_out(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
 
 
+def cost_tables(facts: Mapping[str, Any]) -> list[Any]:
+    """What every stage will take, and of what its memory consists at its worst moment."""
+    rows, terms = [], []
+    for stage in facts["stages"]:
+        work, disk = sum(stage["flops"].values()), stage["disk"]
+        least = f"{stage['seconds']:,.0f}" if stage["seconds"] is not None and work else "–"
+        bytes_ = " · ".join(f"{name} {size / 1e6:,.1f}" for name, size in disk.items()) or "–"
+        rows.append((stage["name"], f"{work / 1e9:,.0f}" if work else "–", least, f"{stage['peak'] / 1e6:,.0f}", bytes_))
+        terms += [(stage["name"], stage["moment"], name, f"{size / 1e6:,.1f}") for name, size in stage["memory"].items()]
+    tokens = ", ".join(f"{count:g} {kind}" for kind, count in facts["tokens_per_sample"].items())
+    guess = " (no --data: a picture of 640 × 480, 16 words asked, 4 answered)" if facts["assumed"] else ""
+    lines = [
+        table("What it will cost", ("stage", "GFLOPs", "s, roughly at least", "peak MB", "MB on disk"), rows),
+        table("Memory at the worst moment", ("stage", "at", "what", "MB"), terms, left=3),
+        f"Tokens per sample: {tokens}{guess}",
+    ]
+    if facts["rate"]:
+        lines.append(f"Seconds are FLOPs by {facts['rate'] / 1e9:,.0f} GFLOPs a second, a square product measured here")
+    return [*lines, "Nothing was run; base is interpreter and libraries, measured here"]
+
+
 def _sizes(needs: Mapping[str, int]) -> str:
     disk = f" + {needs['disk'] / 1e6:,.1f} MB of disk" if "disk" in needs else ""
     return f"{needs['memory'] / 1e6:,.1f} MB{disk}"
+
+
+def run_tables(done: Mapping[str, Any]) -> list[Any]:
+    """The models of a run: zeros, exact match, bytes; the proof; the page."""
+    from sparsight.report.runs import read_runs
+
+    rows = []
+    for run in read_runs(done["runs"]):
+        shares = [f"{x['zeros'] / x['parameters']:.2%}" if x["parameters"] else "–" for x in run.components.values()]
+        match = [row for row in run.scores if _is_match(row)]
+        rows.append(
+            (run.label, " ".join(shares), *(_interval(row) for row in match), f"{(run.packed_bytes or 0) / 1e6:.1f}")
+        )
+    columns = ("model", "zeros per component", "exact match, 95 % interval", "packed MB")
+    return [table("The road", columns, rows), *verify_lines(done["verify"]), f"Report: {done['report']}"]
+
+
+def sweep_tables(records: Sequence[Mapping[str, Any]], out: str) -> list[Any]:
+    """The cells, those of several seeds in one row: mean, and the lowest and the highest."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["label"], []).append(record)
+    rows = []
+    for label, cells in groups.items():
+        first = cells[0]
+        scores = [score["value"] for c in cells for score in c["scores"] if _is_match(score)]
+        amounts = [f"{x['zeros'] / x['parameters']:.1%}" if x["parameters"] else "–" for x in first["components"].values()]
+        spread = f"{min(scores):.4f} to {max(scores):.4f}" if len(scores) > 1 else "–"
+        rows.append((label, *amounts, f"{sum(scores) / len(scores):.4f}", spread, f"{first['packed_bytes'] / 1e6:.1f}"))
+    columns = ("cell", *records[0]["components"], "exact match", "seeds", "packed MB")
+    seconds = sum(sum(record["seconds"].values()) for record in records)
+    return [table(f"{len(records)} cells", columns, rows), f"{seconds:.0f} s of work · results in {out}"]
+
+
+def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
+    """What was tried, what was chosen, and how far the split that was given is behind."""
+
+    def amounts(tried: Mapping[str, Any]) -> list[str]:
+        return [f"{amount:.2%}" for amount in tried["components"].values()]
+
+    components = tuple(facts["chosen"]["components"])
+    tried = [(x["name"], *amounts(x), f"{x['divergence']:.4f}") for x in facts["tried"]]
+    scored = [("dense", *("0.00%" for _ in components), "–", _interval(facts["dense_score"]))]
+    for name in ("given", "chosen"):
+        scored.append((name, *amounts(facts[name]), f"{facts[name]['divergence']:.4f}", _interval(facts[f"{name}_score"])))
+    lines: list[Any] = [table("Tried", ("plan", *components, "nats"), tried)]
+    if facts["steps"]:
+        steps = [
+            (f"{x['budget']:.2%}", *amounts(x), f"{x['score']:.4f}", "kept" if x["fits"] else "lost") for x in facts["steps"]
+        ]
+        lines.append(table("Budgets", ("sparsity", *components, "exact match", "score"), steps))
+    lines.append(
+        table(f"At {facts['budget']:.2%} zeros", ("plan", *components, "nats", "exact match, 95 % interval"), scored)
+    )
+    better = facts["chosen_score"]["value"] - facts["given_score"]["value"]
+    said = f"the chosen plan is {100 * better:+.1f} points from the given split" if better else "both score the same"
+    cost = f"{facts['measurements']} divergences, {facts['evaluations']} evaluations, {facts['seconds']:.0f} s"
+    return [*lines, f"{said} · {cost} · wrote {out}"]
+
+
+def _is_match(row: Mapping[str, Any]) -> bool:
+    return row["metric"] == "exact_match" and row["kind"] == "all"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
 
 
 def verify_lines(found: Mapping[str, Any]) -> list[Any]:

@@ -92,4 +92,3 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         return self.kl > 0 or self.hidden > 0
-

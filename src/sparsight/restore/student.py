@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +150,7 @@ def make_student(
     hashes = masked_hashes(model, student.anatomy, student.masks) if may_share else {}
     own_head = student.head.hash()
     del model, student.head, student.anatomy  # so that no two models are in memory unless they have to
+    gc.collect()  # a model points at itself
     dense = load_model(teacher, dtype=kind, device=device)
     body = anatomy(dense, known)
     _check_teacher(dense, body, shapes, student.masks, teacher, sparse)
@@ -176,6 +178,7 @@ def make_student(
     elif not tuning.reconstruct:
         dense = None
     del body, head
+    gc.collect()
     model = load_model(sparse, dtype=kind, device=device)
     if tuning.reconstruct:
         _refit(student, dense, model, tuning.reconstruct, seed, device, known, progress)

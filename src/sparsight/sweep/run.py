@@ -8,20 +8,19 @@ may have grown by then.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
-import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import sparsight
 from sparsight import recipe as recipes
 from sparsight.data import read
 from sparsight.errors import SparsightError
+from sparsight.evaluate.record import PICTURES, SHOWN, environment, write_pictures
 from sparsight.model.load import check_device, parse_dtype
+from sparsight.report.report import report
 from sparsight.settings import check_whole
 from sparsight.sweep.grid import Cell, cells
 from sparsight.sweep.workbench import FORMAT, Workbench, measure
@@ -73,6 +72,7 @@ def sweep(
             bench.plan(cell, measured=False)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     _write(folder / "sweep.json", facts)
+    write_pictures(bench.held_out[:SHOWN], folder / PICTURES)
     left = [cell for cell in wanted if not (folder / "cells" / f"{cell.id}.json").is_file()]
     tell = _Tally(progress, len(wanted) - len(left), len(wanted))
     if jobs == 1 or len(units(left)) < 2:
@@ -83,6 +83,8 @@ def sweep(
     shutil.rmtree(folder / WORK, ignore_errors=True)
     records = [json.loads((folder / "cells" / f"{cell.id}.json").read_text(encoding="utf-8")) for cell in wanted]
     write_results(records, folder / "results.csv")
+    if importlib.util.find_spec("matplotlib"):  # of the extra `report`
+        report([folder], folder / "report.html", figures=folder / "figures", overwrite=True)
     return records
 
 
@@ -107,9 +109,6 @@ class _Tally:
 
 
 def _facts(asked: Mapping[str, Any]) -> dict[str, Any]:
-    import peft
-    import transformers
-
     held = read(asked["held_out"], skip_bad=bool(asked.get("skip_bad")))
     data = read(asked["data"], skip_bad=bool(asked.get("skip_bad")))
     return {
@@ -122,14 +121,7 @@ def _facts(asked: Mapping[str, Any]) -> dict[str, Any]:
         "evaluate": dict(asked.get("evaluate") or {}),
         "dtype": asked.get("dtype") or "auto",
         "grid": {key: asked.get(key) for key in ("grid", "seeds", "prune", "restore")},
-        "environment": {
-            "sparsight": sparsight.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        },
+        "environment": environment(),
     }
 
 

@@ -22,6 +22,7 @@ import torch
 from sparsight import verbs
 from sparsight.data import Encoder, batches, read
 from sparsight.evaluate import Result, evaluate
+from sparsight.evaluate.record import weights_of
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.checkpoint import Record, read_metrics, save, sparsity_record
 from sparsight.model.families import Family
@@ -194,16 +195,12 @@ class Workbench:
             for name in plan or ()
             if (x := body[name])
         }
-        whole, packed = sizes(body, plan or {})
         facts = {
             "format": FORMAT,
             "id": cell.id,
             "label": cell.label,
             "cell": cell.facts,
-            "components": {c: _count(body, c) for c in ("vision", "connector", "language")},
-            "parameters": body.parameters,
-            "bytes": whole,
-            "packed_bytes": packed,
+            **weights_of(self.model if model is None else model, self.family),
             "layers": layers,
             "scores": list(result.rows),
             "skipped": len(self.encoder.skipped),
@@ -217,24 +214,6 @@ class Workbench:
 
 def _alike(layers: Sequence[Layer], budget: Any, measure: Any) -> dict[str, float]:
     return {layer.name: 1.0 for layer in layers}
-
-
-def sizes(body: Anatomy, plan: Plan) -> tuple[int, int]:
-    """Bytes of all parameters, and with the zeros left out: kept weights and one bit per pruned position."""
-    width = next(iter(body.layers)).weight.element_size()
-    whole = body.parameters * width
-    pruned = [body[name].weight for name in plan]
-    zeros = sum(int((W == 0).sum()) for W in pruned)
-    return whole, whole - zeros * width + sum(W.numel() for W in pruned) // 8
-
-
-def _count(body: Anatomy, component: str) -> dict[str, int]:
-    weights = [layer.weight for layer in body.component(component)]
-    return {
-        "layers": len(weights),
-        "zeros": sum(int((W == 0).sum()) for W in weights),
-        "parameters": sum(W.numel() for W in weights),
-    }
 
 
 def measure(

@@ -1,0 +1,91 @@
+"""What cannot be computed of this machine, and is measured: what interpreter and libraries hold, and how fast it multiplies.
+
+`python -m sparsight.plan.machine MODEL DTYPE` prints the first, in a process of its own: it imports what the stages import,
+loads the model's processor, and takes one step with the embedded LLaVA of 2 million parameters, so that libraries have made
+their tables and buffers. That model is counted, too: 8 MB in float32, and one picture's activations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from sparsight.errors import SparsightError
+
+
+def measured_base(where: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that a process holds beside a model's weights and work, by stage; takes some seconds."""
+    command = [sys.executable, "-m", __name__, where, str(dtype).removeprefix("torch.")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it died"])[-1]
+        raise SparsightError(f"what libraries hold could not be measured in a process of its own: {reason}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measured_rate(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOPs per second of square products on this CPU, the best of a third of a second."""
+    A = torch.ones(size, size, dtype=dtype)
+    best, began = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - began < 0.3:
+        start = time.perf_counter()
+        A @ A
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def held_at_most() -> int:
+    """The high-water mark of this process's resident memory, in bytes; getrusage would count its parent's."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+STAGES = {  # what the verbs import before they start
+    "prune": ("sparsight.verbs", "sparsight.evaluate", "sparsight.prune.prune"),
+    "restore": ("sparsight.restore.run",),
+}
+
+
+def main(where: str, dtype: str) -> None:
+    from PIL import Image
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from sparsight.data import Encoder, Sample, Turn
+    from sparsight.demo import MODELS
+    from sparsight.model.load import load, load_processor
+
+    for name in STAGES["prune"]:
+        import_module(name)
+    AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(where))]  # imports the model's own code
+    load_processor(where)
+    found = {"load": held_at_most()}
+    model, processor = load(MODELS["llava"], dtype=dtype)
+    sample = Sample("", (Image.new("RGB", (48, 48)),), (Turn("how many digits are there?", ("2",)),))
+    inputs = Encoder(processor, model).encode([sample]).inputs
+    with torch.no_grad():
+        model(**inputs)
+    found["prune"] = found["evaluate"] = held_at_most()
+
+    from accelerate import Accelerator
+
+    from sparsight.model.anatomy import anatomy
+    from sparsight.restore.sparse_lora import Adapted, add_adapters, factors
+
+    for name in STAGES["restore"]:
+        import_module(name)
+    wrapped = add_adapters(model, [Adapted(layer, 2, None) for layer in anatomy(model).layers])
+    Accelerator(cpu=True)
+    wrapped(**inputs).loss.backward()
+    torch.optim.AdamW(list(factors(wrapped).values()), fused=True).step()
+    found["restore"] = held_at_most()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

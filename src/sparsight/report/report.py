@@ -1,0 +1,52 @@
+"""The verb: read runs, check where the page goes, write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsight.errors import NotWritten, SparsightError
+from sparsight.report.page import MARK, write_page
+from sparsight.report.runs import read_runs
+
+
+def report(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    metric: str | None = None,
+    figures: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the page of the runs in `folders` to the file `out`, and every figure to the folder `figures` if one is named.
+
+    **Raises** `SparsightError` before anything is drawn for a folder that has no run, and for a file that would be lost.
+    """
+    target = Path(out)
+    _check(target, overwrite)
+    runs = read_runs([folders] if isinstance(folders, str | Path) else folders)
+    beside = target.with_name(f".{target.name}.new")
+    try:
+        written = write_page(runs, beside, metric=metric, figures=figures)
+        written.replace(target)
+    except OSError as error:
+        raise NotWritten(f"{target}: could not be written ({error.strerror or error})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def _check(target: Path, overwrite: bool) -> None:
+    """Refuse a page that cannot be written, or that would take the place of what is no page."""
+    if target.is_dir():
+        raise SparsightError(f"--out: {target} is a folder; give the name of a page, as {target / 'report.html'}")
+    if not target.parent.is_dir():
+        raise SparsightError(
+            f"--out: {target} cannot be written, there is no folder {target.parent}; make it, or give another"
+        )
+    if target.exists():
+        if not overwrite:
+            raise SparsightError(f"--out: {target} exists; give another name, or add --overwrite")
+        with target.open("rb") as file:
+            if MARK.encode() not in file.read(400):
+                raise SparsightError(f"--out: {target} is not a page of report, so --overwrite does not replace it")

@@ -1,0 +1,109 @@
+"""The whole road of a recipe, as a user takes it; and every recipe that comes with the project."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsight import SparsightError, recipe, verbs
+from sparsight.demo.scenes import write
+from sparsight.run import SECTIONS
+from sparsight.sweep.grid import cells
+from sparsight.sweep.run import EXTRA
+
+from test_road import digest
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+COMMAND = [sys.executable, "-m", "sparsight"]
+SMALL = ["prune.samples=8", "restore.steps=3", "restore.batch_size=4", "restore.reconstruct=0", "evaluate.samples=8"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write(folder / "train", "train", 16, seed=0, questions_per_scene=1)
+    write(folder / "test", "test", 6, seed=0)
+    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    (folder / "r.yaml").write_text(text.replace("demo:train", "train").replace("demo:test", "test"))
+    return folder
+
+
+def test_the_whole_road(home, tmp_path):
+    command = [*COMMAND, "run", home / "r.yaml", tmp_path / "out", *SMALL, "--quiet"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("dense", "pruned", "verified", "no zero of", "report.html"):
+        assert words in done.stdout
+    out = tmp_path / "out"
+    assert not verbs.verify(out / "restored", against=out / "pruned")["differences"]
+    page = (out / "report.html").read_text()
+    assert "restored" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for name in ("dense", "pruned", "restored"):
+        assert len((out / name / "predictions.jsonl").read_text().splitlines()) == 8
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = verbs.run(home / "r.yaml", out, changes=SMALL)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again["verify"]["differences"] == {}
+    with pytest.raises(SparsightError, match="restore="):
+        verbs.run(home / "r.yaml", out, changes=[*SMALL, "restore.steps=4"])
+
+
+def test_killed_anywhere_it_goes_on(home, tmp_path):
+    verbs.run(home / "r.yaml", tmp_path / "whole", changes=[*SMALL, "restore.save_every=1"])
+    out = tmp_path / "out"
+    command = [*map(str, [*COMMAND, "run", home / "r.yaml", out, *SMALL, "restore.save_every=1", "--quiet"])]
+    for there in ("pruned.unfinished", "restored.unfinished"):
+        with subprocess.Popen(command, start_new_session=True) as process:
+            while process.poll() is None and not (out / there).exists():
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not (out / "restored").exists()
+    verbs.run(home / "r.yaml", out, changes=[*SMALL, "restore.save_every=1"])
+    assert digest(out / "pruned") == digest(tmp_path / "whole" / "pruned")
+    assert digest(out / "restored") == digest(tmp_path / "whole" / "restored")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["held_out=null"], "held_out is missing"),
+        (["prune.sparsity=2"], "2 is not a sparsity"),
+        (["prune.methd=wanda"], "did you mean method"),
+        (["model=nowhere"], "nowhere: no such folder"),
+        (["data=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path):
+    with pytest.raises(SparsightError) as error:
+        verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, *changes])
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(SparsightError, match="is no folder of a run"):
+        verbs.run(home / "r.yaml", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_reads_and_says_how_to_run_it(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    verb = "sweep" if "grid" in yaml.safe_load(path.read_text()) else "run"
+    assert any(f"sparsight {verb} {path.relative_to(ROOT).as_posix()}" in line for line in header)
+    assert any(line.startswith("# Machine:") for line in header)
+    found = recipe.read(path, sections=SECTIONS, extra=EXTRA)
+    if verb == "sweep":
+        assert len(cells(found)) > 1
+    json.dumps(found)
