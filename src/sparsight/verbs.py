@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from sparsight.plan.forecast import Forecast
     from sparsight.sweep.search import Found
 
-__all__ = ["Planned", "cost", "evaluate", "inspect", "plan", "prune", "restore", "run", "search", "sweep", "verify"]
+__all__ = [
+    "Planned", "cost", "evaluate", "inspect", "plan", "prune", "report", "restore", "run", "search", "sweep", "verify",
+]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 Budget = str | float | Mapping[str, float]

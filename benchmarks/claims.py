@@ -1,0 +1,138 @@
+"""The paper's claims, one by one, on sweeps of recipes/figures: does each hold here, with intervals?
+
+Reads what `sparsight sweep recipes/figures/NAME.yaml FOLDER/MODEL-NAME model=demo:MODEL` has written for fixed-sum,
+one-component and patterns, and prints Markdown. Differences are paired by sample and seed, in points of exact match (the
+mean of questions and captions), with 95 % bootstrap intervals over samples and seeds.
+
+    python benchmarks/claims.py FOLDER [--keep benchmarks/figures]
+
+`--keep` copies each sweep's results.csv and figures there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from sparsight.demo import MODELS
+from sparsight.report.runs import Group, grouped, read_runs
+from sparsight.report.scores import Estimate, difference, estimate
+
+SWEEPS = ("fixed-sum", "one-component", "patterns")
+
+
+def points(found: Estimate | None, sign: bool = False) -> str:
+    if found is None:
+        return ""
+    plus = "+" if sign else ""
+    return f"{100 * found.value:{plus}.1f} [{100 * found.low:{plus}.1f}, {100 * found.high:{plus}.1f}]"
+
+
+def split(group: Group) -> tuple[float, float]:
+    return round(group.first.asked("vision"), 3), round(group.first.asked("language"), 3)
+
+
+def zeros(group: Group) -> int:
+    return sum(counts["zeros"] for counts in group.first.components.values())
+
+
+def score(group: Group) -> float:
+    found = estimate(group)
+    return found.value if found else 0.0
+
+
+def table(head: str, rows: list[list[str]]) -> None:
+    columns = head.split("|")
+    print("| " + " | ".join(columns) + " |")
+    print("|---" + "|---:" * (len(columns) - 1) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def named(group: Group) -> str:
+    return " : ".join(f"{100 * amount:.0f}" for amount in split(group))
+
+
+def equal(groups: list[Group]) -> None:
+    """Is the equal split near the best, at the same sum and at no fewer zeros?"""
+    rows = []
+    for total in (1.0, 1.2):
+        these = [group for group in groups if abs(sum(split(group)) - total) < 1e-6]
+        middle = next(group for group in these if split(group)[0] == split(group)[1])
+        best = max(these, key=score)
+        heavy = max((group for group in these if zeros(group) >= zeros(middle)), key=score)
+        rows.append([
+            f"{100 * total:.0f} %", points(estimate(middle)), named(best), points(estimate(best)),
+            points(difference(best, middle), True), f"{named(heavy)}, {points(difference(heavy, middle), True)}",
+        ])  # fmt: skip
+    table("sum|equal split|best split|its score|best over equal|best with no fewer zeros, over equal", rows)
+    for total in (1.0, 1.2):
+        these = sorted((g for g in groups if abs(sum(split(g)) - total) < 1e-6), key=split)
+        print(f"Sum {100 * total:.0f} %, vision : language: " + ", ".join(f"{named(g)} {100 * score(g):.1f}" for g in these))
+        print()
+
+
+def alone(groups: list[Group]) -> None:
+    """Does one component alone cost less, and is it language that is safe to prune?"""
+    at = {split(group): group for group in groups}
+    rows = []
+    for amount in (0.5, 0.6, 0.7):
+        both, vision, language = at[amount, amount], at[amount, 0.0], at[0.0, amount]
+        rows.append([
+            f"{100 * amount:.0f} %", *(points(estimate(g)) for g in (both, vision, language)),
+            points(difference(vision, both), True), points(difference(language, both), True),
+            points(difference(language, vision), True),
+        ])  # fmt: skip
+    table("ratio|both|vision alone|language alone|vision over both|language over both|language over vision", rows)
+    both = at[0.3, 0.3]
+    rows = [[f"both, 30 % ({zeros(both):,} zeros)", points(estimate(both)), ""]]
+    for name, one in (("vision", at[0.6, 0.0]), ("language", at[0.0, 0.6])):
+        label = f"{name} alone, 60 % ({zeros(one):,} zeros)"
+        rows.append([label, points(estimate(one)), points(difference(one, both), True)])
+    table("at about as many zeros|score|over both", rows)
+
+
+def restored(groups: list[Group]) -> None:
+    """Does SparseLoRA restore, and where?"""
+    rows = []
+    dense = next(group for group in groups if group.first.dense)
+    key = {(g.first.cell["pattern"], split(g), g.first.restored): g for g in groups if not g.first.dense}
+    for (pattern, amounts, done), before in key.items():
+        if done:
+            continue
+        after = key[pattern, amounts, True]
+        lost = score(dense) - score(before)
+        back = f"{100 * (score(after) - score(before)) / lost:.0f} %" if lost > 0.03 else ""
+        name = pattern if pattern != "row" else f"{100 * amounts[0]:.0f} %"
+        rows.append([name, points(estimate(before)), points(estimate(after)), points(difference(after, before), True), back])
+    table("pattern|pruned|restored|restored over pruned|of what was lost", rows)
+
+
+CLAIMS = {"fixed-sum": equal, "one-component": alone, "patterns": restored}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--keep", type=Path, help="copy results and figures there")
+    asked = parser.parse_args()
+    for name, show in CLAIMS.items():
+        for model in MODELS:
+            folder = asked.folder / f"{model}-{name}"
+            if not (folder / "results.csv").is_file():
+                continue
+            groups = grouped(read_runs([folder]))
+            dense = next(group for group in groups if group.first.dense)
+            print(f"#### {model}, dense {points(estimate(dense))}\n")
+            show(list(groups))
+            if asked.keep:
+                target = asked.keep / f"{model}-{name}"
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / "results.csv", target)
+                shutil.copytree(folder / "figures", target, dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    main()
