@@ -19,7 +19,8 @@ import zoo
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 HUB = "Salesforce/instructblip-flan-t5-xl"
-LESS = {"--steps 200": "--steps 2", "--steps 100": "--steps 2", "--jobs 2": "--jobs 1", "--samples 64": "--samples 2"}
+LESS = {"--steps 200": "--steps 2", "--steps 100": "--steps 2", "--samples 64": "--samples 2"}
+LESS |= {"seeds=[0,1,2] --jobs 2": "seeds=[0]", "seeds: [0, 1]": "seeds: [0]", "[0.3, 0.5, 0.7]": "[0.5, 0.7]"}
 
 
 def blocks(text):

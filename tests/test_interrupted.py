@@ -125,7 +125,14 @@ def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damaged", ["sparse_lora.safetensors", "optimizer.pt", "complete.json", "all"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "sparse_lora.safetensors",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("optimizer.pt", "complete.json")),
+        "all",
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_path, caplog):
     verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     how = {"data": scenes, "steps": 6, "batch_size": 4, "lr": 5e-3, "save_every": 2}
@@ -143,7 +150,7 @@ def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_pa
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mode", ["shared", "cached"])
+@pytest.mark.parametrize("mode", ["shared", pytest.param("cached", marks=pytest.mark.slow)])
 def test_killed_at_any_step_it_comes_to_the_same_weights(mode, zoo_folder, scenes, tmp_path):
     """kill -9 at steps of chance, again and again; what is written in the end is the uninterrupted run's, bit for bit."""
     verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)

@@ -19,6 +19,7 @@ from sparsight.run import SECTIONS
 from sparsight.sweep.grid import cells
 from sparsight.sweep.run import EXTRA
 
+import zoo
 from test_road import digest
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +108,37 @@ def test_a_recipe_reads_and_says_how_to_run_it(path):
     if verb == "sweep":
         assert len(cells(found)) > 1
     json.dumps(found)
+
+
+CLASSES = {
+    "instructblip-flan-t5-xl": "instructblip-t5", "instructblip-vicuna-7b": "instructblip-llama", "llava-1.5-7b": "llava",
+    "qwen2.5-vl-7b": "qwen2.5-vl", "gemma-3-4b": "gemma3", "smolvlm-2.2b": "smolvlm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_recipe_for_real_weights_runs_on_a_tiny_model_of_its_class(name, zoo_folder, scenes, tmp_path):
+    if CLASSES[name] in zoo.NEEDS_TORCHVISION:
+        pytest.importorskip("torchvision")
+    path = next(path for path in RECIPES if path.stem == name)
+    small = [
+        f"model={zoo_folder(CLASSES[name])}",
+        f"data={scenes}",
+        f"held_out={scenes}",
+        "prune.samples=4",
+        "dtype=float32",
+    ]
+    small += ["evaluate.samples=2", "evaluate.max_new_tokens=2", "evaluate.beams=1"]
+    if "paper" in path.parts:
+        restore = "{steps: 1, batch_size: 2, scheduler: constant, warmup: 0.0, gradient_checkpointing: true}"
+        text = yaml.safe_load(path.read_text())
+        patterns = len(text["grid"][0]["sparsity"]) + 2 * 3
+        assert len(cells(recipe.read(path, small, sections=SECTIONS, extra=EXTRA))) == 1 + 2 * patterns
+        records = verbs.sweep(
+            path, tmp_path / "out", changes=[*small, f"grid={{pattern: '2:4', restore: [null, {restore}]}}"]
+        )
+        assert [record["verified"] for record in records] == [True] * 3
+    else:
+        done = verbs.run(path, tmp_path / "out", changes=[*small, "restore.steps=1", "restore.batch_size=2"])
+        assert done["verify"]["differences"] == {}
+        assert done["verify"]["zeros"] > 0

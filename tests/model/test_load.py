@@ -218,9 +218,7 @@ def test_a_processor_without_torchvision_says_what_to_install(zoo_folder):
 
 
 def test_families_with_pil_processors_need_no_torchvision(zoo_folder):
-    code = "import sys; from sparsight import load; load(sys.argv[1]); print('torchvision' in sys.modules)"
-    for name in ("llava", "instructblip-t5", "gemma3", "paligemma"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(zoo_folder(name))], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == "False"
+    code = "import sys; from sparsight import load; [load(f) for f in sys.argv[1:]]; print('torchvision' in sys.modules)"
+    folders = [str(zoo_folder(name)) for name in ("llava", "instructblip-t5", "gemma3", "paligemma")]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

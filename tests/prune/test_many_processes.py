@@ -78,7 +78,7 @@ def vision_tokens(out):
     return read_metrics(out)["prune"]["tokens"]["model.vision_tower.encoder.layers.0"]["image"]
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, tuple(many.JOBS)), (3, THREE)])
+@pytest.mark.parametrize(("count", "names"), [(2, tuple(many.JOBS)), pytest.param(3, THREE, marks=pytest.mark.slow)])
 def test_several_processes_write_and_say_what_one_does(count, names, folder):
     """Every way of pruning; some were interrupted on one process before and go on on several."""
     for name in RESUMED if count == 2 else ():

@@ -135,7 +135,7 @@ def test_schedules(scheduler, sparse, scenes):
 
 
 @pytest.mark.parametrize("name", ["llava", "instructblip-t5", "blip2-opt", "qwen3-vl-moe"])
-@pytest.mark.parametrize("adapter", ["sparselora", "masked-full"])
+@pytest.mark.parametrize("adapter", ["sparselora", pytest.param("masked-full", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_nothing_but_memory(name, adapter, zoo_folder, scenes, tmp_path):
     verbs.prune(zoo_folder(name), tmp_path / "sparse", data=scenes, samples=8)
     curves = []

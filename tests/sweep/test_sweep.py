@@ -20,7 +20,7 @@ from sparsight.demo.scenes import write
 
 RECIPE = {
     "model": "demo:llava", "data": "train", "held_out": "test", "dtype": "float32",
-    "evaluate": {"max_new_tokens": 40, "samples": 6}, "prune": {"samples": 8},
+    "evaluate": {"max_new_tokens": 8, "samples": 6}, "prune": {"samples": 8},
 }  # fmt: skip
 COMMAND = [sys.executable, "-m", "sparsight"]
 
@@ -72,7 +72,7 @@ def test_a_sweep_finds_what_prune_restore_and_eval_find(home, tmp_path):
             restored = folder.with_name("restored")
             verbs.restore(folder, restored, data=home / "train", dtype="float32", **cell["restore"])
             folder = restored
-        result = verbs.evaluate(folder, data=home / "test", dtype="float32", max_new_tokens=40, samples=6)
+        result = verbs.evaluate(folder, data=home / "test", dtype="float32", max_new_tokens=8, samples=6)
         result.write_predictions(tmp_path / "alone.jsonl")
         swept = tmp_path / "out" / "cells" / f"{picked[label]['id']}.jsonl"
         assert swept.read_text() == (tmp_path / "alone.jsonl").read_text()
@@ -100,9 +100,9 @@ def test_two_processes_find_the_same_and_nothing_is_left_of_the_work(home, tmp_p
     assert not (tmp_path / "two" / "work").exists()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_no_finished_cell_runs_twice(jobs, home, tmp_path):
-    path = recipe(home, f"killed-{jobs}", grid={"sparsity": [0.4, 0.5, 0.6, 0.7]})
+    path = recipe(home, f"killed-{jobs}", grid={"sparsity": [0.4, 0.5, 0.6]})
     verbs.sweep(path, tmp_path / "whole")
     out = tmp_path / "out"
     run = [*map(str, [*COMMAND, "sweep", path, out, "--quiet", "--jobs", jobs])]
@@ -111,7 +111,7 @@ def test_killed_in_the_middle_no_finished_cell_runs_twice(jobs, home, tmp_path):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
-    assert 2 <= len(finished) < 5
+    assert 2 <= len(finished) < 4
     assert not (out / "results.csv").exists()
     seen = []
     verbs.sweep(path, out, progress=lambda note, done, total: seen.append(done))
@@ -162,8 +162,13 @@ def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
         (["jobs=3"], "unknown key 'jobs'"),
     ],
 )
-def test_the_command_line_says_one_line_and_exits_with_2(changes, says, home, tmp_path):
-    path = recipe(home, "line", grid={"sparsity": [0.5]})
+def test_what_cannot_be_swept(changes, says, home, tmp_path):
+    assert says in refused(recipe(home, "line", grid={"sparsity": [0.5]}), tmp_path / "out", *changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_says_one_line_and_exits_with_2(home, tmp_path):
+    path, changes, says = recipe(home, "line", grid={"sparsity": [0.5]}), ["grid.sparsity=[]"], "is an empty list"
     run = [*COMMAND, "sweep", path, tmp_path / "out", *changes]
     done = subprocess.run([*map(str, run)], capture_output=True, text=True)
     assert done.returncode == 2
