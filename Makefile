@@ -25,7 +25,7 @@ demo: $(READY)            ## the main job on the embedded model: table, and the 
 	$(BIN)/sparsight demo demo-out --overwrite
 
 test: $(READY) $(TV)      ## the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(READY) $(TV) ## the minutes-long ones
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -15,6 +15,13 @@ import pytest
 
 import zoo
 
+LONG = ("test_many_processes.py", "test_interrupted.py", "test_sweep.py", "test_guides.py", "test_run.py", "test_report.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no worker waits at the end for another."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -154,11 +154,11 @@ def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_pa
 def test_killed_at_any_step_it_comes_to_the_same_weights(mode, zoo_folder, scenes, tmp_path):
     """kill -9 at steps of chance, again and again; what is written in the end is the uninterrupted run's, bit for bit."""
     verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
-    words = ["--data", scenes, "--steps", 60, "--batch-size", 4, "--lr", "5e-3", "--save-every", 3, "--held-out", 3]
+    words = ["--data", scenes, "--steps", 45, "--batch-size", 4, "--lr", "5e-3", "--save-every", 3, "--held-out", 3]
     words += ["--teacher-mode", mode, "--accumulate", 2, "--adapter", "sparselora", "--quiet"]
     whole = started("restore", tmp_path / "sparse", tmp_path / "whole", *words)
     kills, resume, g = 0, [], random.Random(mode)
-    while kills < 3:
+    while kills < 2:
         work = started("restore", tmp_path / "sparse", tmp_path / "out", *words, *resume)
         newest, patience = last_step(tmp_path), time.monotonic() + 60
         while last_step(tmp_path) <= newest and work.poll() is None and time.monotonic() < patience:
@@ -174,11 +174,11 @@ def test_killed_at_any_step_it_comes_to_the_same_weights(mode, zoo_folder, scene
         _, errors = last.communicate(timeout=120)
         assert last.returncode == 0, errors
     whole.communicate(timeout=120)
-    assert kills >= 2
+    assert kills == 2
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     curves = [read_metrics(tmp_path / name)["restore"] for name in ("out", "whole")]
     assert curves[0]["held_out"] == curves[1]["held_out"]
-    assert [row["step"] for row in curves[0]["curve"]] == list(range(1, 61))
+    assert [row["step"] for row in curves[0]["curve"]] == list(range(1, 46))
 
 
 def last_step(folder):
@@ -190,7 +190,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("method", [pytest.param("magnitude", marks=pytest.mark.slow), "wanda"])
 def test_a_disk_that_fills_up_while_saving(method, zoo_folder, scenes, tmp_path):
     """Files above 60 kB cannot be written: the folder with the model must not appear, and no piece of it.
 

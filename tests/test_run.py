@@ -59,6 +59,7 @@ def test_the_whole_road(home, tmp_path):
         verbs.run(home / "r.yaml", out, changes=[*SMALL, "restore.steps=4"])
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on(home, tmp_path):
     verbs.run(home / "r.yaml", tmp_path / "whole", changes=[*SMALL, "restore.save_every=1"])
     out = tmp_path / "out"

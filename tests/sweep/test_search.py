@@ -65,6 +65,7 @@ def test_a_divergence_is_that_of_the_model_pruned_so(asked, home, tmp_path):
     assert measure.divergence({x.name: x.weight for x in anatomy(sparse).layers}) == pytest.approx(found.chosen.divergence)
 
 
+@pytest.mark.slow  # the guide to sweeps runs one in the quick tests
 def test_the_sparsest_within_a_loss(asked, tmp_path):
     done = subprocess.run(
         [
