@@ -19,7 +19,7 @@ from sparsight.demo import MODELS
 from sparsight.report.runs import Group, grouped, read_runs
 from sparsight.report.scores import Estimate, difference, estimate
 
-SWEEPS = ("fixed-sum", "one-component", "patterns")
+FIGURES = {"fixed-sum": ("fixed-sum",), "one-component": ("components",), "patterns": ("patterns", "restoration")}
 
 
 def points(found: Estimate | None, sign: bool = False) -> str:
@@ -125,13 +125,15 @@ def main() -> None:
                 continue
             groups = grouped(read_runs([folder]))
             dense = next(group for group in groups if group.first.dense)
-            print(f"#### {model}, dense {points(estimate(dense))}\n")
+            print(f"### {model}, dense {points(estimate(dense))}\n")
             show(list(groups))
             if asked.keep:
                 target = asked.keep / f"{model}-{name}"
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder / "results.csv", target)
-                shutil.copytree(folder / "figures", target, dirs_exist_ok=True)
+                for figure in FIGURES[name]:
+                    for kind in ("svg", "png"):
+                        shutil.copy(folder / "figures" / f"{figure}.{kind}", target)
 
 
 if __name__ == "__main__":
