@@ -17,6 +17,7 @@ import yaml
 from sparsight import SparsightError, verbs
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
+from sparsight.errors import Interrupted
 
 RECIPE = {
     "model": "demo:llava", "data": "train", "held_out": "test", "dtype": "float32",
@@ -119,6 +120,18 @@ def test_killed_in_the_middle_no_finished_cell_runs_twice(jobs, home, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert answers(out) == answers(tmp_path / "whole")
     assert scores(out) == scores(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on(home, tmp_path):
+    path = recipe(home, "stop", grid={"sparsity": [0.5]})
+
+    def stop(note, done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="1 of 2 cells are finished: the same command goes on"):
+        verbs.sweep(path, tmp_path / "out", progress=stop)
+    assert len(verbs.sweep(path, tmp_path / "out")) == 2
 
 
 def test_a_grid_may_grow_and_a_finished_sweep_runs_nothing(home, tmp_path):

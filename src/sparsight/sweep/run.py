@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsight import recipe as recipes
 from sparsight.data import read
-from sparsight.errors import SparsightError
+from sparsight.errors import Interrupted, SparsightError
 from sparsight.evaluate.record import PICTURES, SHOWN, environment, write_pictures
 from sparsight.model.load import check_device, parse_dtype
 from sparsight.report.report import report
@@ -57,8 +57,31 @@ def sweep(
     check_device(asked.get("device") or "cpu")
     if not isinstance(asked.get("held_out"), str):
         raise SparsightError(f"{recipe}: held_out is missing; name the samples to score on, which are not those of data")
-    wanted = cells(asked)
-    folder = Path(out)
+    wanted, folder = cells(asked), Path(out)
+    bench, facts = _opened(asked, wanted, folder)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    _write(folder / "sweep.json", facts)
+    write_pictures(bench.held_out[:SHOWN], folder / PICTURES)
+    left = [cell for cell in wanted if not _record(folder, cell).is_file()]
+    tell = _Tally(progress, len(wanted) - len(left), len(wanted))
+    try:
+        if jobs == 1 or len(units(left)) < 2:
+            for unit in units(left):
+                measure(bench, unit, folder / "cells", tell)
+        else:
+            share(units(left), asked, folder, jobs, tell)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted; {tell.done} of {tell.every} cells are finished: the same command goes on") from stop
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    records = [json.loads(_record(folder, cell).read_text(encoding="utf-8")) for cell in wanted]
+    write_results(records, folder / "results.csv")
+    if importlib.util.find_spec("matplotlib"):  # of the extra `report`
+        report([folder], folder / "report.html", figures=folder / "figures", overwrite=True)
+    return records
+
+
+def _opened(asked: Mapping[str, Any], wanted: Sequence[Cell], folder: Path) -> tuple[Workbench, dict[str, Any]]:
+    """The model on a workbench, and what `sweep.json` says; everything that can be refused is refused here."""
     told = _check_folder(folder)
     facts = _facts(asked)
     if told is not None:
@@ -70,22 +93,11 @@ def sweep(
     for cell in wanted:
         if cell.prune:
             bench.plan(cell, measured=False)
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    _write(folder / "sweep.json", facts)
-    write_pictures(bench.held_out[:SHOWN], folder / PICTURES)
-    left = [cell for cell in wanted if not (folder / "cells" / f"{cell.id}.json").is_file()]
-    tell = _Tally(progress, len(wanted) - len(left), len(wanted))
-    if jobs == 1 or len(units(left)) < 2:
-        for unit in units(left):
-            measure(bench, unit, folder / "cells", tell)
-    else:
-        share(units(left), asked, folder, jobs, tell)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    records = [json.loads((folder / "cells" / f"{cell.id}.json").read_text(encoding="utf-8")) for cell in wanted]
-    write_results(records, folder / "results.csv")
-    if importlib.util.find_spec("matplotlib"):  # of the extra `report`
-        report([folder], folder / "report.html", figures=folder / "figures", overwrite=True)
-    return records
+    return bench, facts
+
+
+def _record(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.id}.json"
 
 
 def units(left: Sequence[Cell]) -> list[list[Cell]]:
