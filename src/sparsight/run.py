@@ -30,7 +30,14 @@ DENSE, PRUNED, RESTORED = "dense", "pruned", "restored"
 def run(
     recipe: str | Path, out: str | Path, *, changes: Sequence[str] = (), progress: Progress | None = None
 ) -> dict[str, Any]:
-    """See `sparsight.verbs.run`."""
+    """Take the whole road of a recipe: prune, restore, evaluate the dense, the pruned and the restored model, prove, report.
+
+    `changes` are `key.sub=value` and stand for what the file says. `out` gets the models `pruned` and `restored`, the scores
+    of the dense one and `report.html`. Started again after a kill, it goes on.
+
+    **Raises** `SparsightError` before anything is computed for a recipe that cannot be run, and for a folder that holds
+    something else, or a run with other settings.
+    """
     asked = recipes.read(recipe, changes, sections=SECTIONS)
     if not isinstance(asked.get("held_out"), str):
         raise SparsightError(f"{recipe}: held_out is missing; name the samples to score on, which are not those of data")

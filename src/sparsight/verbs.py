@@ -5,6 +5,7 @@ Every check that needs no model runs before a model is loaded, and nothing is wr
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +36,6 @@ from sparsight.model.verify import verify
 from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import Plan, Policy, find_policy, make_plan, planned_budget
 from sparsight.settings import (
-    check_choice,
     check_seed,
     check_whole,
     parse_list,
@@ -46,15 +46,28 @@ from sparsight.settings import (
 
 if TYPE_CHECKING:
     from sparsight.evaluate import Result
-    from sparsight.plan.forecast import Forecast
-    from sparsight.sweep.search import Found
 
-__all__ = [
-    "Planned", "cost", "evaluate", "inspect", "plan", "prune", "report", "restore", "run", "search", "sweep", "verify",
-]  # fmt: skip
+ELSEWHERE = {  # verbs that use these, or other rooms altogether
+    "cost": "sparsight.plan.foretell",
+    "report": "sparsight.report.report",
+    "run": "sparsight.run",
+    "search": "sparsight.sweep.search",
+    "sweep": "sparsight.sweep.run",
+}
+__all__ = ["Planned", "evaluate", "inspect", "plan", "prune", "restore", "verify", *ELSEWHERE]
 
 Progress = Callable[[str, int, int], None]
 Budget = str | float | Mapping[str, float]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ELSEWHERE:
+        return getattr(importlib.import_module(ELSEWHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ELSEWHERE})
 
 
 @dataclass(frozen=True)
@@ -118,85 +131,6 @@ def plan(
         measure = Measure(loaded, body, calibration, seed, progress)
     made = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore, measure=measure)
     return Planned(body, made)
-
-
-def cost(
-    model: str | Path,
-    *,
-    sparsity: Budget | None = None,
-    pattern: str | Pattern = "row",
-    policy: str = "uniform",
-    ignore: Sequence[str] = (),
-    family: str | None = None,
-    data: str | Path | None = None,
-    samples: int = 128,
-    batch_size: int = 8,
-    method: str = "wanda",
-    propagate: str = "block",
-    adapter: str = "sparselora",
-    rank: str | Mapping[str, int] | None = None,
-    teacher_mode: str = "auto",
-    steps: int | None = None,
-    restore_batch_size: int = 32,
-    accumulate: int = 1,
-    gradient_checkpointing: bool = False,
-    eval_samples: int | None = None,
-    eval_batch_size: int = 32,
-    max_new_tokens: int = 32,
-    beams: int = 1,
-    seed: int = 0,
-    dtype: str = "auto",
-    skip_bad: bool = False,
-    timed: bool = True,
-) -> Forecast:
-    """Foretell FLOPs, bytes and peak memory of load, prune, restore and evaluate, on a CPU, before anything runs.
-
-    No weight is read or allocated: `model` may be a folder with a configuration and a processor only. Token counts are
-    those of the first samples of `data`, else of a picture of 640 × 480 with a question of 16 words and an answer of 4.
-    `steps` None is one pass over the data, 100 without any; `eval_samples` None is all of it, else `samples`. `timed`
-    measures for a moment how fast this CPU multiplies, for rough times.
-
-    **Raises** `SparsightError` for a method, policy or adapter whose cost is not known, and as the stages themselves would.
-    """
-    from sparsight.model.load import load_processor
-    from sparsight.plan import forecast as foretelling
-    from sparsight.plan import machine
-    from sparsight.plan.cost import Work
-    from sparsight.prune.choice import choose
-    from sparsight.restore.student import Tuning
-
-    foretelling.check(method, policy, adapter)
-    how = choose(method, propagate=propagate)
-    planned_budget(pattern, sparsity, policy)
-    ranks = parse_ranks(rank)
-    Tuning(adapter, ranks, teacher_mode=teacher_mode).check()
-    check_seed(seed)
-    counts = {"--samples": samples, "--batch-size": batch_size, "--restore-batch-size": restore_batch_size}
-    counts |= {"--accumulate": accumulate, "--eval-batch-size": eval_batch_size, "--max-new-tokens": max_new_tokens}
-    for option, count in (counts | {"--beams": beams}).items():
-        check_whole(option, count)
-    check_whole("--steps", steps, optional=True)
-    check_whole("--eval-samples", eval_samples, optional=True)
-    chosen_family = Family.parse(family) if family else recorded_family(read_record(model))
-    found = list(read(data, skip_bad=skip_bad)) if data is not None else foretelling.invented()
-    shapes = foretelling.open_hollow(str(model), dtype)
-    processor = load_processor(model)
-    body = anatomy(shapes, chosen_family)
-    planned = make_plan(body, sparsity=sparsity, pattern=pattern, policy=policy, ignore=ignore)
-    batch = restore_batch_size * accumulate
-    steps = steps or (-(-len(found) // batch) if data is not None else 100)
-    learned = min(len(found), steps * batch) if data is not None else steps * batch
-    mode = ("shared" if how.mask_only else "cached") if teacher_mode == "auto" else teacher_mode
-    work = Work(
-        "gram" in how.needs, "gram" in how.needs, propagate, min(samples, len(found)) if data is not None else samples,
-        batch_size, mode, steps, learned, restore_batch_size, accumulate,
-        eval_samples or (len(found) if data is not None else samples), eval_batch_size, max_new_tokens, beams,
-    )  # fmt: skip
-    training = foretelling.Training(adapter, ranks, gradient_checkpointing)
-    base = machine.measured_base(str(model), shapes.dtype)
-    stages, tokens = foretelling.forecast(shapes, processor, (body, planned), found, work, training, base)
-    rate = machine.measured_rate(shapes.dtype) if timed else 0.0
-    return foretelling.Forecast(stages, tokens, data is None, rate)
 
 
 def prune(
@@ -449,121 +383,3 @@ def evaluate(
             seconds=time.perf_counter() - began,
         )  # fmt: skip
     return result
-
-
-def report(
-    runs: Sequence[str | Path],
-    *,
-    out: str | Path = "report.html",
-    metric: str | None = None,
-    figures: str | Path | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Compare runs on one self-contained HTML page; the first is what the others are set against.
-
-    `runs` are folders of models that `evaluate` has recorded, and of sweeps. `metric` takes the place of exact match;
-    `figures` is a folder for every figure as SVG and PNG.
-    """
-    from sparsight.report.report import report as write
-
-    return write(runs, out, metric=metric, figures=figures, overwrite=overwrite)
-
-
-def sweep(
-    recipe: str | Path,
-    out: str | Path,
-    *,
-    changes: Sequence[str] = (),
-    jobs: int = 1,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Prune, restore and score a model in every way that a recipe's grid says; the records of all its cells.
-
-    `changes` are `key.sub=value` and stand for what the file says. A cell that `out` holds is not run again: started
-    again, a sweep that was killed goes on. `jobs` processes work at a time. `out` gets a record and the answers of every
-    cell, `results.csv`, figures and a page.
-
-    **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, and for a folder
-    that holds something else, a sweep of another model among it.
-    """
-    from sparsight.sweep.run import sweep as run
-
-    return run(recipe, out, changes=changes, jobs=jobs, progress=progress)
-
-
-def search(
-    model: str | Path,
-    out: str | Path,
-    *,
-    data: str | Path,
-    held_out: str | Path,
-    sparsity: Budget = 0.5,
-    within: float | None = None,
-    over: str = "blocks",
-    pattern: str = "row",
-    method: str = "wanda",
-    refine: str | None = None,
-    update: str | None = None,
-    reconstruct: int = 0,
-    tokens: str = "all",
-    ignore: Sequence[str] = (),
-    family: str | None = None,
-    propagate: str = "dense",
-    samples: int = 128,
-    batch_size: int = 8,
-    max_new_tokens: int = 32,
-    held_out_samples: int | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "cpu",
-    skip_bad: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Found:
-    """Find the split of a budget that harms the model's answers least, and write the model pruned by it to `out`.
-
-    `sparsity` sets the budget, the zeros that this split spends, and is what the result is compared with; the search
-    moves zeros between its components, and `over="blocks"` between their blocks, too. Plans are compared by their
-    divergence from the dense model on calibration samples; the chosen and the given one are then scored on `held_out`.
-    With `within` it is asked the other way round: the sparsest plan of that shape whose score is at most so much below
-    the dense model's.
-    """
-    from sparsight.model.load import check_device, parse_dtype
-    from sparsight.sweep.grid import DEFAULTS, Cell
-    from sparsight.sweep.search import OVER
-    from sparsight.sweep.search import search as run
-
-    check_choice("--over", over, OVER)
-    parse_dtype(dtype)
-    check_device(device)
-    check_seed(seed)
-    check_whole("--held-out-samples", held_out_samples, optional=True)
-    for option, value in (("--samples", samples), ("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
-        check_whole(option, value)
-    if within is not None and not 0 <= within < 1:
-        raise SparsightError(f"--within: {within:g} is not a loss of score; give a fraction, as 0.02 for two points")
-    settings = plain(locals(), "sparsity", "pattern", "method", "refine", "update", "reconstruct", "tokens", "ignore")
-    settings |= plain(locals(), "propagate", "samples", "batch_size")
-    recipe = {
-        "model": str(model), "data": str(data), "held_out": str(held_out), "dtype": dtype, "device": device,
-        "family": family, "skip_bad": skip_bad,
-        "evaluate": {"max_new_tokens": max_new_tokens, "samples": held_out_samples, "seed": seed},
-    }  # fmt: skip
-    cell = Cell({**DEFAULTS, **settings}, None, seed)
-    return run(recipe, out, cell, blocks=over == "blocks", within=within, overwrite=overwrite, progress=progress)
-
-
-def run(
-    recipe: str | Path, out: str | Path, *, changes: Sequence[str] = (), progress: Progress | None = None
-) -> dict[str, Any]:
-    """Take the whole road of a recipe: prune, restore, evaluate the dense, the pruned and the restored model, prove, report.
-
-    `changes` are `key.sub=value` and stand for what the file says. `out` gets the models `pruned` and `restored`, the scores
-    of the dense one and `report.html`. Started again after a kill, it goes on.
-
-    **Raises** `SparsightError` before anything is computed for a recipe that cannot be run, and for a folder that holds
-    something else, or a run with other settings.
-    """
-    from sparsight.run import run as take
-
-    return take(recipe, out, changes=changes, progress=progress)

@@ -120,6 +120,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_processes_end_and_go_on(folder, tmp_path):
     """On the command line: no process is left, one line is said; then one table, one bar, one folder."""
     out = tmp_path / "out"

@@ -57,6 +57,7 @@ def test_two_processes_are_as_good_as_one(kind, folder):
     assert not list((folder / kind).glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_accelerate_launch_on_the_command_line(folder):
     """The main process alone speaks and writes; wrong input is one line of it. (Without GPUs they meet on CPUs.)"""
     accelerate = Path(sys.executable).parent / "accelerate"

@@ -177,7 +177,7 @@ def test_mixed_precision_is_autocast_around_a_float32_model(sparse, scenes):
     assert verbs.verify(sparse.parent / "out-bf16", against=sparse)["differences"] == {}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_models_are_trained_too(dtype, zoo_folder, scenes, tmp_path):
     verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8, dtype=dtype)
     for adapter in ("sparselora", "hira", "masked-full"):

@@ -11,23 +11,26 @@ from sparsight.report.runs import read_runs
 
 
 def report(
-    folders: Sequence[str | Path],
-    out: str | Path,
+    runs: Sequence[str | Path],
     *,
+    out: str | Path = "report.html",
     metric: str | None = None,
     figures: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the page of the runs in `folders` to the file `out`, and every figure to the folder `figures` if one is named.
+    """Compare runs on one self-contained HTML page; the first is what the others are set against.
+
+    `runs` are folders of models that `evaluate` has recorded, and of sweeps. `metric` takes the place of exact match;
+    `figures` is a folder for every figure as SVG and PNG.
 
     **Raises** `SparsightError` before anything is drawn for a folder that has no run, and for a file that would be lost.
     """
     target = Path(out)
     _check(target, overwrite)
-    runs = read_runs([folders] if isinstance(folders, str | Path) else folders)
+    found = read_runs([runs] if isinstance(runs, str | Path) else runs)
     beside = target.with_name(f".{target.name}.new")
     try:
-        written = write_page(runs, beside, metric=metric, figures=figures)
+        written = write_page(found, beside, metric=metric, figures=figures)
         written.replace(target)
     except OSError as error:
         raise NotWritten(f"{target}: could not be written ({error.strerror or error})") from error

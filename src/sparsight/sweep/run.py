@@ -44,12 +44,14 @@ def sweep(
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Run what is left of a sweep and write `results.csv`, figures and page; the records of all its cells.
+    """Prune, restore and score a model in every way that a recipe's grid says; the records of all its cells.
 
-    `jobs` processes work at a time, each with a model of its own and its share of the threads, or a GPU of its own.
+    `changes` are `key.sub=value` and stand for what the file says. A cell that `out` holds is not run again: started
+    again, a sweep that was killed goes on. `jobs` processes work at a time, each with a model of its own and its share of
+    the threads, or a GPU of its own. `out` gets a record and the answers of every cell, `results.csv`, figures and a page.
 
-    **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, a folder that
-    holds anything else, and one that holds a sweep of another model or other data.
+    **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, and for a folder
+    that holds something else, a sweep of another model among it.
     """
     asked = recipes.read(recipe, changes, sections=SECTIONS, extra=EXTRA)
     check_whole("--jobs", jobs)
@@ -76,7 +78,7 @@ def sweep(
     records = [json.loads(_record(folder, cell).read_text(encoding="utf-8")) for cell in wanted]
     write_results(records, folder / "results.csv")
     if importlib.util.find_spec("matplotlib"):  # of the extra `report`
-        report([folder], folder / "report.html", figures=folder / "figures", overwrite=True)
+        report([folder], out=folder / "report.html", figures=folder / "figures", overwrite=True)
     return records
 
 

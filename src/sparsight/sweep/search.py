@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import sparsight
 from sparsight.errors import SparsightError
 from sparsight.evaluate import Result
 from sparsight.model.checkpoint import Record, atomic_folder, check_output, read_record, save, sparsity_record
-from sparsight.settings import whole_name
-from sparsight.sweep.grid import Cell
+from sparsight.model.load import check_device, parse_dtype
+from sparsight.settings import check_choice, check_seed, check_whole, plain, whole_name
+from sparsight.sweep.grid import DEFAULTS, Cell
 from sparsight.sweep.splits import Progress, Splits, Tried, sparsest
 from sparsight.sweep.workbench import Workbench
 
@@ -48,10 +49,67 @@ class Found:
 
 
 def search(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path,
+    held_out: str | Path,
+    sparsity: str | float | Mapping[str, float] = 0.5,
+    within: float | None = None,
+    over: str = "blocks",
+    pattern: str = "row",
+    method: str = "wanda",
+    refine: str | None = None,
+    update: str | None = None,
+    reconstruct: int = 0,
+    tokens: str = "all",
+    ignore: Sequence[str] = (),
+    family: str | None = None,
+    propagate: str = "dense",
+    samples: int = 128,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    held_out_samples: int | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Found:
+    """Find the split of a budget that harms the model's answers least, and write the model pruned by it to `out`.
+
+    `sparsity` sets the budget, the zeros that this split spends, and is what the result is compared with; the search
+    moves zeros between its components, and `over="blocks"` between their blocks, too. Plans are compared by their
+    divergence from the dense model on calibration samples; the chosen and the given one are then scored on `held_out`.
+    With `within` it is asked the other way round: the sparsest plan of that shape whose score is at most so much below
+    the dense model's.
+    """
+    check_choice("--over", over, OVER)
+    parse_dtype(dtype)
+    check_device(device)
+    check_seed(seed)
+    check_whole("--held-out-samples", held_out_samples, optional=True)
+    for option, value in (("--samples", samples), ("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
+        check_whole(option, value)
+    if within is not None and not 0 <= within < 1:
+        raise SparsightError(f"--within: {within:g} is not a loss of score; give a fraction, as 0.02 for two points")
+    settings = plain(locals(), "sparsity", "pattern", "method", "refine", "update", "reconstruct", "tokens", "ignore")
+    settings |= plain(locals(), "propagate", "samples", "batch_size")
+    recipe = {
+        "model": str(model), "data": str(data), "held_out": str(held_out), "dtype": dtype, "device": device,
+        "family": family, "skip_bad": skip_bad,
+        "evaluate": {"max_new_tokens": max_new_tokens, "samples": held_out_samples, "seed": seed},
+    }  # fmt: skip
+    cell = Cell({**DEFAULTS, **settings}, None, seed)
+    return _search(recipe, out, cell, blocks=over == "blocks", within=within, overwrite=overwrite, progress=progress)
+
+
+def _search(
     recipe: Mapping[str, Any], out: str | Path, cell: Cell, *, blocks: bool, within: float | None, overwrite: bool,
     progress: Progress | None = None,
 ) -> Found:  # fmt: skip
-    """See `sparsight.verbs.search`; `recipe` says model, data and how to evaluate, `cell` how to prune."""
+    """`recipe` says model, data and how to evaluate, `cell` how to prune."""
     began = time.perf_counter()
     target = check_output(out, overwrite, inputs=(recipe["model"], recipe["data"], recipe["held_out"]))
     cell.choice()
