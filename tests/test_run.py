@@ -15,6 +15,7 @@ import yaml
 
 from sparsight import SparsightError, recipe, verbs
 from sparsight.demo.scenes import write
+from sparsight.errors import Interrupted
 from sparsight.run import SECTIONS
 from sparsight.sweep.grid import cells
 from sparsight.sweep.run import EXTRA
@@ -81,6 +82,8 @@ def test_killed_anywhere_it_goes_on(home, tmp_path):
         (["held_out=null"], "held_out is missing"),
         (["prune.sparsity=2"], "2 is not a sparsity"),
         (["prune.methd=wanda"], "did you mean method"),
+        (["restore.adapter=lra"], "did you mean lora"),
+        (["evaluate.batch_size=0"], "evaluate.batch_size: 0"),
         (["model=nowhere"], "nowhere: no such folder"),
         (["data=nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -90,6 +93,14 @@ def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path
         verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, *changes])
     assert says in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(home, tmp_path):
+    def stop(note, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        verbs.run(home / "r.yaml", tmp_path / "out", changes=SMALL, progress=stop)
 
 
 def test_a_folder_of_something_else_is_left_alone(home, tmp_path):

@@ -9,12 +9,14 @@
 
 A section holds the keywords of the verb of its name; what the whole run shares (`model`, `data`, `dtype`, ...) stands
 outside, once. Relative paths are relative to the file; `demo:llava` is an embedded model,
-`demo:train` and `demo:test` are scenes for it.
+`demo:train` and `demo:test` are scenes for it. Numbers are those of YAML 1.2: `1e-3` is one, and `2:4` is none.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,28 @@ import yaml
 
 from sparsight.errors import SparsightError
 from sparsight.plan.budget import nearest
+from sparsight.settings import check_whole
 
 SHARED = ("model", "data", "held_out", "dtype", "device", "family", "skip_bad")
 OWN = ("progress", "overwrite", "resume", "record")  # of a run, not of a recipe
 PATHS = ("model", "data", "held_out")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, where 1e-3 is a word and 2:4 is 124."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
 
 
 def read(
@@ -74,12 +94,42 @@ def keywords(verb: str) -> tuple[str, ...]:
 
     parameters = inspect.signature(getattr(verbs, verb)).parameters.values()
     given = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return tuple(name for name in given if name not in (*SHARED, *OWN, "teacher"))
+    taken = {*SHARED, *OWN, "teacher"} - {"held_out"}  # what a restoration holds out is not what is scored at the end
+    return tuple(name for name in given if name not in taken)
+
+
+def check_values(recipe: Mapping[str, Any]) -> None:
+    """Refuse numbers and names of the sections that their verbs would refuse later, before anything is computed."""
+    from sparsight.restore.run import check_keywords
+
+    whole = {"prune": ("samples", "batch_size"), "evaluate": ("samples", "batch_size", "max_new_tokens", "beams")}
+    for section, names in whole.items():
+        for name in names:
+            value = (recipe.get(section) or {}).get(name)
+            check_whole(f"{section}.{name}", value, optional=True)
+    if "restore" in recipe:
+        check_keywords(recipe["restore"] or {}, recipe.get("device") or "cpu")
+
+
+def told(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
+    """What earlier work of this kind wrote to the file `name` of its folder; None where nothing is there yet.
+
+    **Raises** `SparsightError` for a folder that holds anything else, and for a file that is damaged.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    path = folder / name
+    if not path.is_file():
+        raise SparsightError(f"{folder}: is no folder of a {kind}, so nothing is written there; give another")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SparsightError(f"{path}: is damaged ({error}); delete the folder, or give another") from error
 
 
 def _load(path: str | Path) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise SparsightError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from error
     except (ValueError, yaml.YAMLError) as error:
@@ -114,7 +164,7 @@ def _change(recipe: dict[str, Any], change: str) -> None:
     if not equals or not all(names):
         raise SparsightError(f"{change!r} is not KEY=VALUE; write for example prune.sparsity=0.6")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise SparsightError(f"{change!r}: the value is no YAML ({' '.join(str(error).split())})") from error
     place: Any = recipe

@@ -15,7 +15,7 @@ from typing import Any
 from sparsight import recipe as recipes
 from sparsight import verbs
 from sparsight.data import read
-from sparsight.errors import SparsightError
+from sparsight.errors import Interrupted, SparsightError
 from sparsight.evaluate.record import SCORES
 from sparsight.model.checkpoint import identity
 from sparsight.model.unfinished import parents
@@ -39,12 +39,22 @@ def run(
     something else, or a run with other settings.
     """
     asked = recipes.read(recipe, changes, sections=SECTIONS)
+    recipes.check_values(asked)
     if not isinstance(asked.get("held_out"), str):
         raise SparsightError(f"{recipe}: held_out is missing; name the samples to score on, which are not those of data")
     folder = Path(out)
     told = {**asked, "files": identity(asked["model"])}
-    told |= {key: read(asked[key], skip_bad=bool(asked.get("skip_bad"))).fingerprint for key in ("data", "held_out")}
+    for key in ("data", "held_out"):
+        told[f"{key}_fingerprint"] = read(asked[key], skip_bad=bool(asked.get("skip_bad"))).fingerprint
     _check(folder, json.loads(json.dumps(told, default=str)))
+    try:
+        return _take(asked, folder, told, progress)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        raise Interrupted(f"interrupted; what is done is in {folder}: the same command goes on") from stop
+
+
+def _take(asked: Mapping[str, Any], folder: Path, told: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """Stage after stage, those that are finished left out."""
     shared = {key: asked[key] for key in ("dtype", "device", "family", "skip_bad") if asked.get(key) is not None}
     score = {**{k: v for k, v in shared.items() if k != "family"}, **(asked.get("evaluate") or {})}
 
@@ -99,19 +109,12 @@ def _told(folder: Path, told: Mapping[str, Any]) -> Iterator[None]:
             raise
 
 
-def _check(folder: Path, told: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds anything but this very run."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    path = folder / FILE
-    if not path.is_file():
-        raise SparsightError(f"{folder}: is no folder of a run, so nothing is written there; give another")
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SparsightError(f"{path}: is damaged ({error}); delete the folder, or give another") from error
-    for key in {**earlier, **told}:
-        if earlier.get(key) != told.get(key):
+def _check(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds anything but this very run; its data may lie elsewhere now."""
+    earlier = recipes.told(folder, FILE, "run")
+    for key in {**(earlier or {}), **facts}.keys() - {"data", "held_out"}:
+        if earlier is not None and earlier.get(key) != facts.get(key):
             raise SparsightError(
-                f"{folder}: holds a run with {key}={earlier.get(key)!r}, this one has {told.get(key)!r}; give another folder"
+                f"{folder}: holds a run with {key}={earlier.get(key)!r}, this one has {facts.get(key)!r}; "
+                "give another folder"
             )

@@ -38,8 +38,6 @@ from sparsight.plan.plan import Plan, Policy, find_policy, make_plan, planned_bu
 from sparsight.settings import (
     check_seed,
     check_whole,
-    parse_list,
-    parse_ranks,
     plain,
     whole_name,
 )
@@ -313,25 +311,10 @@ def restore(
     many epochs over 128 samples. `held_out` (a number of samples to take out of the data, or other data) is scored at
     every checkpoint: the best is what is written, and `patience` stops after so many without a better one.
     """
-    from sparsight.restore.run import Run, run
-    from sparsight.restore.schedule import Objective, Schedule
-    from sparsight.restore.student import Tuning
+    given = dict(locals())
+    from sparsight.restore.run import request, run
 
-    settings = plain(locals(), "sparse", "data", "adapter", "rank", "alpha", "kl", "temperature", "lr", "family")
-    settings |= plain(locals(), "scheduler", "epochs", "steps", "batch_size", "accumulate", "samples", "seed", "dtype")
-    settings |= plain(locals(), "teacher_mode", "tune", "reconstruct", "divergence", "hidden", "reduction", "warmup")
-    settings |= plain(locals(), "held_out", "patience", "save_every", "mixed_precision", "gradient_checkpointing")
-    asked = Run(
-        sparse, out, data, teacher, settings,
-        Tuning(adapter, parse_ranks(rank), alpha, parse_list(tune), teacher_mode, reconstruct),
-        Objective(kl, temperature, divergence, hidden, reduction),
-        Schedule(
-            steps, epochs, batch_size, accumulate, lr, scheduler, warmup, seed, save_every, patience,
-            gradient_checkpointing, mixed_precision, parse_list(report_to),
-        ),
-        teacher_cache, samples, held_out, family, dtype, device, save_adapter, skip_bad, overwrite, resume,
-    )  # fmt: skip
-    return run(asked, progress)
+    return run(request(given), progress)
 
 
 def evaluate(

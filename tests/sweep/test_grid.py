@@ -87,6 +87,12 @@ def test_as_many_cells_as_combinations(percents, seeds):
         ("grid: {sparsity: 0.6, pattern: '2:4'}", "contradicts --pattern 2:4"),
         ("grid: {sparsity: 0.5, propagate: stage, reconstruct: 2}", "--reconstruct: needs whole blocks"),
         ("grid: {sparsity: 0.5, restore: {stepps: 3}}", "did you mean steps"),
+        ("grid: {sparsity: [[0.5]]}", "is not a number"),
+        ("grid: {sparsity: 0.5, samples: 0}", "grid: samples: 0"),
+        ("grid: {sparsity: 0.5, restore: {adapter: sparslora}}", "did you mean sparselora"),
+        ("grid: {sparsity: 0.5, restore: {lr: -1}}", "--lr: -1"),
+        ("grid: {sparsity: 0.5, restore: {lr: much}}", "holds a value of the wrong kind"),
+        ("{grid: {sparsity: 0.5}, prune: {seed: 3}}", "takes its seeds from `seeds`"),
         ("{grid: {sparsity: 0.5}, seeds: []}", "seeds: []"),
         ("{grid: {sparsity: 0.5}, seeds: [-1]}", "--seed: -1"),
     ],
@@ -139,6 +145,30 @@ def test_a_recipe_is_read_with_its_changes(tmp_path):
 def test_a_recipe_that_is_none_is_refused(text, changes, says, tmp_path):
     with pytest.raises(SparsightError) as error:
         recipe.read(write(tmp_path, text), changes, sections=SECTIONS, extra=EXTRA)
+    assert says in str(error.value)
+
+
+def test_numbers_are_those_a_person_means(tmp_path):
+    """PyYAML by itself reads 1e-3 as a word and 2:4 as 124."""
+    text = "{model: x, data: y, prune: {pattern: 2:4}, restore: {lr: 1e-3, held_out: 20}}"
+    found = recipe.read(write(tmp_path, text), ["restore.kl=5e-1", "restore.steps=7"], sections=SECTIONS)
+    assert found["prune"] == {"pattern": "2:4"}
+    assert found["restore"] == {"lr": 0.001, "held_out": 20, "kl": 0.5, "steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("evaluate: {batch_size: 0}", "evaluate.batch_size: 0"),
+        ("evaluate: {samples: few}", "evaluate.samples: 'few'"),
+        ("prune: {samples: 1.5}", "prune.samples: 1.5"),
+        ("restore: {kl: 2}", "--kl: 2"),
+    ],
+)
+def test_values_are_checked_before_anything_is_computed(section, says, tmp_path):
+    found = recipe.read(write(tmp_path, f"{{model: x, data: y, {section}}}"), sections=SECTIONS)
+    with pytest.raises(SparsightError) as error:
+        recipe.check_values(found)
     assert says in str(error.value)
 
 

@@ -134,6 +134,18 @@ def test_ctrl_c_says_how_to_go_on(home, tmp_path):
     assert len(verbs.sweep(path, tmp_path / "out")) == 2
 
 
+def test_a_damaged_record_is_named_and_measured_again_once_it_is_gone(home, tmp_path):
+    path, out = recipe(home, "damaged", grid={"sparsity": [0.5]}), tmp_path / "out"
+    records = verbs.sweep(path, out)
+    broken = out / "cells" / f"{records[1]['id']}.json"
+    broken.write_text("{")
+    assert "is damaged" in refused(path, out)
+    broken.unlink()
+    assert verbs.sweep(path, out)[1]["scores"] == records[1]["scores"]
+    (out / "sweep.json").write_text("[")
+    assert "is damaged" in refused(path, out)
+
+
 def test_a_grid_may_grow_and_a_finished_sweep_runs_nothing(home, tmp_path):
     verbs.sweep(recipe(home, "grow", grid={"sparsity": [0.5]}), tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}

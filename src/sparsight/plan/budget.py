@@ -61,7 +61,7 @@ def nearest(name: str, allowed: tuple[str, ...]) -> str:
 def _fraction(value: str | float) -> float:
     try:
         return check_sparsity(float(value))
-    except ValueError:
+    except (TypeError, ValueError):
         raise SparsightError(
             f"--sparsity: {value!r} is not a number; give the fraction of zeros, from 0 to below 1, as in 0.5"
         ) from None

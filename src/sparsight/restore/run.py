@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from sparsight.restore.checkpoints import gather
 from sparsight.restore.schedule import Objective, Schedule
 from sparsight.restore.student import Student, Tuning, make_student, zeros_left
 from sparsight.restore.trainer import train
-from sparsight.settings import check_above_zero, check_seed, check_whole, whole_name
+from sparsight.settings import check_above_zero, check_seed, check_whole, parse_list, parse_ranks, plain, whole_name
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,6 +81,38 @@ class Run:
             )
         if self.schedule.patience and self.held_out is None:
             raise SparsightError("--patience: waits for a better loss on held-out samples; name some with --held-out")
+
+
+NOT_WORK = {  # keywords that change nothing of what comes out, and what is recorded by another name
+    "out", "teacher", "teacher_cache", "report_to", "device", "save_adapter", "skip_bad", "overwrite", "resume", "progress",
+}  # fmt: skip
+
+
+def request(given: Mapping[str, Any]) -> Run:
+    """What the keywords of `verbs.restore` ask for; the fields of its parts have the keywords' names."""
+
+    def part(kind: Any, **read: Any) -> Any:
+        return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given and f.name not in read}, **read)
+
+    return part(
+        Run,
+        settings=plain(given, *(name for name in given if name not in NOT_WORK)),
+        tuning=part(Tuning, ranks=parse_ranks(given["rank"]), tune=parse_list(given["tune"])),
+        objective=part(Objective),
+        schedule=part(Schedule, report_to=parse_list(given["report_to"])),
+    )
+
+
+def check_keywords(given: Mapping[str, Any], device: str) -> None:
+    """Refuse keywords of `verbs.restore` that it would refuse, long before there is a model to restore."""
+    from sparsight import verbs
+
+    known = inspect.signature(verbs.restore).parameters.values()
+    defaults = {p.name: "" if p.default is p.empty else p.default for p in known}
+    try:
+        request({**defaults, **given, "device": device}).check()
+    except TypeError as error:  # a word where a number should be, a list where a word should be
+        raise SparsightError(f"restore: {dict(given)} holds a value of the wrong kind ({error})") from error
 
 
 def run(asked: Run, progress: Progress | None = None) -> Record:

@@ -26,7 +26,8 @@ from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import find_policy, planned_budget
 from sparsight.prune.choice import Choice, choose, named, preset_policy
 from sparsight.recipe import check_section
-from sparsight.settings import check_seed
+from sparsight.restore.run import check_keywords
+from sparsight.settings import check_seed, check_whole, parse_list
 
 DENSE = "dense"
 AXES = (
@@ -128,6 +129,8 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
     grids = [grids] if isinstance(grids, Mapping) else grids
     if not isinstance(grids, Sequence) or isinstance(grids, str) or not grids:
         raise SparsightError("grid: there is nothing to sweep; give lists, as in grid: {sparsity: [0.5, 0.6]}")
+    if "seed" in shared:
+        raise SparsightError("prune.seed: a sweep takes its seeds from `seeds`, as in seeds: [0, 1, 2]")
     seeds = recipe.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds:
         raise SparsightError(f"seeds: {seeds!r} is not a list of seeds, as in [0, 1, 2]")
@@ -137,8 +140,12 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
     for grid in grids:
         for varied in _product(grid):
             restoration = varied.pop("restore", recipe.get("restore"))
-            check_section("grid: restore", "restore", restoration)
+            if restoration is not None:
+                check_section("grid: restore", "restore", restoration)
+                check_keywords(restoration, recipe.get("device") or "cpu")
             settings = {**DEFAULTS, **shared, **varied}
+            settings["ignore"] = parse_list(settings["ignore"])
+            check_whole("grid: samples", settings["samples"])
             for seed in seeds:
                 cell = Cell(settings, restoration, seed)
                 cell.choice()

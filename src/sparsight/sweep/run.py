@@ -54,6 +54,7 @@ def sweep(
     that holds something else, a sweep of another model among it.
     """
     asked = recipes.read(recipe, changes, sections=SECTIONS, extra=EXTRA)
+    recipes.check_values(asked)
     check_whole("--jobs", jobs)
     parse_dtype(asked.get("dtype") or "auto")
     check_device(asked.get("device") or "cpu")
@@ -75,7 +76,7 @@ def sweep(
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted; {tell.done} of {tell.every} cells are finished: the same command goes on") from stop
     shutil.rmtree(folder / WORK, ignore_errors=True)
-    records = [json.loads(_record(folder, cell).read_text(encoding="utf-8")) for cell in wanted]
+    records = [_read(_record(folder, cell)) for cell in wanted]
     write_results(records, folder / "results.csv")
     if importlib.util.find_spec("matplotlib"):  # of the extra `report`
         report([folder], out=folder / "report.html", figures=folder / "figures", overwrite=True)
@@ -84,7 +85,7 @@ def sweep(
 
 def _opened(asked: Mapping[str, Any], wanted: Sequence[Cell], folder: Path) -> tuple[Workbench, dict[str, Any]]:
     """The model on a workbench, and what `sweep.json` says; everything that can be refused is refused here."""
-    told = _check_folder(folder)
+    told = recipes.told(folder, "sweep.json", "sweep")
     facts = _facts(asked)
     if told is not None:
         _check_same(folder, told, facts)
@@ -100,6 +101,13 @@ def _opened(asked: Mapping[str, Any], wanted: Sequence[Cell], folder: Path) -> t
 
 def _record(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / f"{cell.id}.json"
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SparsightError(f"{record}: is damaged ({error}); delete it, and the same command measures it again") from error
 
 
 def units(left: Sequence[Cell]) -> list[list[Cell]]:
@@ -137,20 +145,6 @@ def _facts(asked: Mapping[str, Any]) -> dict[str, Any]:
         "grid": {key: asked.get(key) for key in ("grid", "seeds", "prune", "restore")},
         "environment": environment(),
     }
-
-
-def _check_folder(folder: Path) -> dict[str, Any] | None:
-    """What a folder's sweep was told; None for a folder that is not there or empty."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    path = folder / "sweep.json"
-    if not path.is_file():
-        raise SparsightError(f"{folder}: is no folder of a sweep, so nothing is written there; give another")
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SparsightError(f"{path}: is damaged ({error}); delete the folder, or give another") from error
-    return told
 
 
 def _check_same(folder: Path, told: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -120,19 +120,19 @@ def _search(
         splits = Splits(bench, cell, progress)
         dense = bench.score()
         steps: list[dict[str, Any]] = []
-        spent = 0
         if within is None:
             chosen = splits.best(blocks)
             result = splits.answers(chosen)
         else:
-            splits, chosen, result, steps = sparsest(bench, cell, within, _score, blocks=blocks, progress=progress)
-            spent = len(steps) - 1
-        given = next(iter(splits.tried.values()))
+            least = _score(dense) - within
+            splits, chosen, result, steps = sparsest(bench, cell, least, _score, blocks=blocks, progress=progress)
+        given = splits.tried[0]
         beside = result if given.plan == chosen.plan else splits.answers(given)
         found = Found(
             chosen, given, splits.budget, _row(dense), _row(result), _row(beside),
-            [tried.facts for tried in splits.tried.values()], steps, splits.measurements,
-            2 + spent + (given.plan != chosen.plan), time.perf_counter() - began,
+            [tried.facts for tried in splits.tried], steps,
+            sum(x["measurements"] for x in steps) or splits.measurements,
+            1 + max(1, len(steps)) + (given.plan != chosen.plan), time.perf_counter() - began,
         )  # fmt: skip
         _save(splits, replace(cell, prune={**cell.prune, "sparsity": dict(chosen.components)}), found, target, overwrite)
     return found
@@ -156,7 +156,7 @@ def _save(splits: Splits, cell: Cell, found: Found, target: Path, overwrite: boo
             mask_only=cell.choice().mask_only, family=bench.family,
         )  # fmt: skip
         recipe = {"sparsight": sparsight.__version__, "prune": {**cell.facts, "policy": "search"}}
-        written = Record(record, {"prune": {**pruned.__dict__, "skipped_samples": 0}}, recipe)
+        written = Record(record, {"prune": {**pruned.__dict__, "skipped_samples": len(bench.encoder.skipped)}}, recipe)
         with atomic_folder(target, overwrite) as new:
             save(bench.model, bench.processor, written, new)
             (new / "search.json").write_text(json.dumps(found.facts, indent=1) + "\n", encoding="utf-8")

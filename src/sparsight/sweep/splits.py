@@ -6,7 +6,6 @@ generation, and sees how components harm each other, which harms measured one by
 
 1. Between components: golden-section search along the line on which the number of zeros is the same.
 2. Between blocks: the sensitivities of single blocks (`plan/sensitivity.py`) say where to go from there; how far is tried.
-
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from sparsight.errors import SparsightError
 from sparsight.evaluate import Result
 from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import POLICIES, Plan, make_plan, planned_budget
-from sparsight.plan.policy import ceiling, size
-from sparsight.plan.share import MOST, settle
+from sparsight.plan.policy import size
+from sparsight.plan.share import settle
 from sparsight.sweep.grid import Cell
 from sparsight.sweep.workbench import Workbench
 
@@ -60,12 +59,12 @@ class Splits:
                 "`prune` with --policy sensitivity, which leaves layers dense"
             )
         bench.plan(cell, measured=False)
-        ignored = make_plan(bench.body, sparsity=dict.fromkeys(self._named, 0.5), ignore=cell.prune["ignore"])
-        self.layers = [layer for layer in bench.body.layers if layer.name in ignored]
+        planned = make_plan(bench.body, sparsity=dict.fromkeys(self._named, 0.5), ignore=cell.prune["ignore"])
+        self.layers = [layer for layer in bench.body.layers if layer.name in planned]
         self.sizes = {c: sum(size(x) for x in self.layers if x.component == c) for c in self._named}
         if missing := [c for c, count in self.sizes.items() if not count]:
             raise SparsightError(f"--sparsity: {missing[0]} has no layer that can be pruned")
-        self.tried: dict[str, Tried] = {}
+        self.tried: list[Tried] = []
         self.measurements = 0
         self.progress = progress
 
@@ -112,7 +111,7 @@ class Splits:
                 right = outer
             else:
                 left = inner
-        return min(self.tried.values(), key=lambda t: t.divergence)
+        return min(self.tried, key=lambda t: t.divergence)
 
     def _blocks(self, start: Tried) -> list[Tried]:
         """Go from a split towards what the blocks' sensitivities say, at the same budget."""
@@ -133,14 +132,14 @@ class Splits:
     def _try(self, wanted: Mapping[str, float], name: str) -> Tried:
         """Round to the budget, prune, measure, undo; measured once."""
         shapes = {x.name: x.shape for x in self.layers}
-        settled = settle(wanted, shapes, self.budget, pattern=self.pattern, cap=max(MOST, ceiling(0, max(wanted.values()))))
+        settled = settle(wanted, shapes, self.budget, pattern=self.pattern)
         plan = {n: Pattern(self.pattern.kind, amount) for n, amount in settled.sparsity.items() if amount}
-        for known in self.tried.values():
+        for known in self.tried:
             if known.plan == plan:
                 return known
         divergence = self.divergence(plan)
         tried = Tried(name, self.components(plan), divergence, plan)
-        self.tried[f"{len(self.tried)}"] = tried
+        self.tried.append(tried)
         if self.progress:
             self.progress(f"{name}: {divergence:.4f} nats", len(self.tried), len(self.tried) + 1)
         return tried
@@ -173,17 +172,16 @@ class Splits:
 
 
 def sparsest(
-    bench: Workbench, cell: Cell, within: float, value: Callable[[Result], float], *, blocks: bool = True,
+    bench: Workbench, cell: Cell, least: float, value: Callable[[Result], float], *, blocks: bool = True,
     step: float = 0.02, progress: Progress | None = None,
 ) -> tuple[Splits, Tried, Result, list[dict[str, Any]]]:  # fmt: skip
-    """The sparsest plan whose held-out score is at most `within` below the dense model's, to `step` of sparsity.
+    """The sparsest plan whose held-out score is at least `least`, to `step` of sparsity.
 
     Bisection over budgets of the shape of the cell's split; every budget gets the best plan by divergence and one
     evaluation. **Raises** `SparsightError` if no budget of at least `step` will do.
     """
     _, shape = planned_budget(cell.prune["pattern"], cell.prune["sparsity"], None)
     most = HIGHEST / max(shape.values())
-    dense = value(bench.score())
     low, high, found, steps = 0.0, most, None, []
     while high - low > step / max(shape.values()):
         factor = (low + high) / 2
@@ -191,16 +189,15 @@ def sparsest(
         splits = Splits(bench, replace(cell, prune={**cell.prune, "sparsity": asked}), progress)
         tried = splits.best(blocks)
         result = splits.answers(tried)
-        fits = value(result) >= dense - within
-        steps.append({"budget": splits.budget, **tried.facts, "score": value(result), "fits": fits})
+        fits = value(result) >= least
+        cost = {"measurements": splits.measurements}
+        steps.append({"budget": splits.budget, **tried.facts, "score": value(result), "fits": fits, **cost})
         if fits:
             low, found = factor, (splits, tried, result)
         else:
             high = factor
     if found is None:
-        raise SparsightError(
-            f"--within: no plan keeps the score within {within:g} of the dense model's {dense:.4f}; allow more"
-        )
+        raise SparsightError(f"--within: no plan of this shape keeps a score of {least:.4f}; allow more")
     return (*found, steps)
 
 
