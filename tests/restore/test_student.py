@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -45,8 +46,11 @@ def pair(tmp_path_factory, zoo_folder):
 def tensors_alive():
     """Bytes of every tensor in this process, shared storage counted once."""
     gc.collect()
-    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+    storages: dict[int, int] = {}
+    for tensor in (o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)):
+        with contextlib.suppress(RuntimeError):  # what other tests left: fake and functional tensors hold no bytes
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def test_teacher_and_student_share_one_copy(pair):
