@@ -11,24 +11,9 @@ import time
 import pytest
 import yaml
 
-from sparsight import anatomy, cli, load
+from sparsight import anatomy, load
 
 import zoo
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process, standing in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["sparsight", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 def refused(result, *says):

@@ -15,7 +15,7 @@ import transformers as hf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsight import anatomy, cli
+from sparsight import anatomy
 from sparsight.data import Encoder
 from sparsight.demo import MODELS
 from sparsight.plan import forecast, machine, trace
@@ -273,21 +273,6 @@ def test_the_teacher_s_mode_follows_the_method(zoo_folder, no_child):
     few = {"restore_batch_size": 2, "eval_batch_size": 2, "timed": False}
     assert "teacher" not in cost(zoo_folder("llava"), method="wanda", **few)["restore"].disk
     assert "teacher" in cost(zoo_folder("llava"), method="sparsegpt", **few)["restore"].disk
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process, standing in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["sparsight", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 def test_the_command_line(run, zoo_folder, scenes, tmp_path, no_child):

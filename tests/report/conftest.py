@@ -100,7 +100,7 @@ def cells() -> list[dict]:
                     "scores": table(right(name, seed)),
                     "skipped": 0,
                     "seconds": {"prune": 1.5, "restore": 20.0 if restore else 0.0, "evaluate": 3.0},
-                    "memory": 2**30,
+                    "memory": {"prune": 2**29, "evaluate": 2**30},
                     "curve": [{"step": s, "ce": 2 / s + seed, "kl": 1 / s} for s in range(1, 11)] if restore else [],
                     "verified": None if name == "dense" else True,
                     "answers": answers(right(name, seed)),

@@ -94,7 +94,8 @@ def test_runs_of_models(models):
     assert pruned.sparsity("vision") == pruned.sparsity("language") == 0.5
     assert pruned.cell["restore"] is None
     assert restored.cell["restore"]["adapter"] == "sparselora"
-    assert restored.seconds.keys() == {"prune", "restore", "evaluate"}
+    assert restored.seconds.keys() == restored.memory.keys() == {"prune", "restore", "evaluate"}
+    assert all(2**27 < held < 2**36 for held in restored.memory.values())
     assert len(restored.curve) == 3
     zeros = sum(counts["zeros"] for counts in pruned.components.values())
     for run in (pruned, restored):  # counted in the files here, in the loaded model there

@@ -15,9 +15,13 @@ import pytest
 import yaml
 
 from sparsight import SparsightError, verbs
+from sparsight import recipe as recipes
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import Interrupted
+from sparsight.sweep.grid import cells
+from sparsight.sweep.run import EXTRA, SECTIONS
+from sparsight.sweep.workbench import Workbench
 
 RECIPE = {
     "model": "demo:llava", "data": "train", "held_out": "test", "dtype": "float32",
@@ -132,6 +136,22 @@ def test_ctrl_c_says_how_to_go_on(home, tmp_path):
     with pytest.raises(Interrupted, match="1 of 2 cells are finished: the same command goes on"):
         verbs.sweep(path, tmp_path / "out", progress=stop)
     assert len(verbs.sweep(path, tmp_path / "out")) == 2
+
+
+def test_an_error_while_pruning_leaves_the_dense_model_for_the_next_cell(home, tmp_path):
+    asked = recipes.read(recipe(home, "error", grid={"sparsity": [0.5]}), sections=SECTIONS, extra=EXTRA)
+    bench, cell = Workbench(asked, tmp_path), cells(asked)[1]
+    dense, prune = bench.hash(), bench.prune
+
+    def broken(cell, plan):
+        prune(cell, plan)
+        assert bench.hash() != dense
+        raise MemoryError
+
+    bench.prune = broken
+    with pytest.raises(MemoryError):
+        bench.measure([cell], lambda *facts: None, print)
+    assert bench.hash() == dense
 
 
 def test_a_damaged_record_is_named_and_measured_again_once_it_is_gone(home, tmp_path):

@@ -8,7 +8,6 @@ Every question has one correct answer by construction, and captions have one for
 is a fair score for both. Everything is drawn from an explicit generator: same split, seed and n, same bytes.
 """
 
-import contextlib
 import json
 import os
 import tempfile
@@ -21,6 +20,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from sparsight.errors import SparsightError
 
 Split = Literal["train", "test"]
 T = TypeVar("T")
@@ -283,10 +284,16 @@ def kept(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsight"
     split, count, questions = SETS[name]
     target = cache / f"scenes-{name}-{count}-{questions}"
-    if not target.is_dir():
+    if target.is_dir():
+        return target
+    try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as beside:
             made = write(Path(beside) / name, split, count, seed=0, questions_per_scene=questions)
-            with contextlib.suppress(OSError):  # another process was first
-                made.rename(target)
+            made.rename(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process was first
+            raise SparsightError(
+                f"demo:{name}: cannot be written to {cache} ({error.strerror}); name another cache with XDG_CACHE_HOME"
+            ) from error
     return target

@@ -10,7 +10,6 @@ import datetime
 import json
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -23,6 +22,7 @@ import sparsight
 from sparsight.data.sample import Sample
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.evaluate.evaluate import Result
+from sparsight.memory import peak_memory
 
 FORMAT = 1
 SCORES, ANSWERS, PICTURES = "evaluation.json", "predictions.jsonl", "evaluation"
@@ -98,20 +98,6 @@ def weights_of(model: Any, family: Any = None) -> dict[str, Any]:
 def left_out(zeros: int, parameters: int, item: int) -> int:
     """Bytes that a layer needs less when its zeros are left out and one bit per weight says where they are."""
     return max(0, zeros * item - -(-parameters // 8))
-
-
-def peak_memory(device: str = "cpu") -> int | None:
-    """The most bytes that this process has held: on the GPU where that is the device, else of main memory."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def record_evaluation(

@@ -8,16 +8,15 @@ their tables and buffers. That model is counted, too: 8 MB in float32, and one p
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
 from sparsight.errors import SparsightError
+from sparsight.memory import peak_memory
 
 
 def measured_base(where: str, dtype: torch.dtype) -> dict[str, int]:
@@ -41,11 +40,6 @@ def measured_rate(dtype: torch.dtype, size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
-def held_at_most() -> int:
-    """The high-water mark of this process's resident memory, in bytes; getrusage would count its parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
-
-
 STAGES = {  # what the verbs import before they start
     "prune": ("sparsight.verbs", "sparsight.evaluate", "sparsight.prune.prune"),
     "restore": ("sparsight.restore.run",),
@@ -64,13 +58,13 @@ def main(where: str, dtype: str) -> None:
         import_module(name)
     AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(where))]  # imports the model's own code
     load_processor(where)
-    found = {"load": held_at_most()}
+    found = {"load": peak_memory() or 0}
     model, processor = load(MODELS["llava"], dtype=dtype)
     sample = Sample("", (Image.new("RGB", (48, 48)),), (Turn("how many digits are there?", ("2",)),))
     inputs = Encoder(processor, model).encode([sample]).inputs
     with torch.no_grad():
         model(**inputs)
-    found["prune"] = found["evaluate"] = held_at_most()
+    found["prune"] = found["evaluate"] = peak_memory() or 0
 
     from accelerate import Accelerator
 
@@ -83,7 +77,7 @@ def main(where: str, dtype: str) -> None:
     Accelerator(cpu=True)
     wrapped(**inputs).loss.backward()
     torch.optim.AdamW(list(factors(wrapped).values()), fused=True).step()
-    found["restore"] = held_at_most()
+    found["restore"] = peak_memory() or 0
     print(json.dumps(found))
 
 

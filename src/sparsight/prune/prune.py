@@ -18,6 +18,7 @@ from torch import nn
 
 from sparsight import processes
 from sparsight.errors import SparsightError
+from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import Plan
@@ -84,6 +85,7 @@ def prune(
             walk(model, work.stops(anatomy), batches, work.visit)
         work.finish()
     work.record.seconds = time.perf_counter() - began
+    work.record.memory = peak_memory(next(model.parameters()).device)
     return work.record
 
 

@@ -15,7 +15,7 @@ class PruneRecord:
     the experts that saw too few and were pruned with the moments of all; `ungraded` the layers on which the loss does not
     depend, which a gradient's method scores as Wanda does; `damping` what a Gram matrix needed beyond
     the usual 1 % of its mean diagonal; `reconstructed` the errors before and after, per part of a block; `permuted` the
-    layers whose input channels were reordered.
+    layers whose input channels were reordered; `memory` the bytes that the process had held at most by then.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
@@ -27,6 +27,7 @@ class PruneRecord:
     reconstructed: dict[str, tuple[float, float]] = field(default_factory=dict)
     permuted: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    memory: int | None = None
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """Take what was measured at one stop."""

@@ -192,22 +192,23 @@ def kinds_table(groups: Sequence[Group]) -> dict[str, Any] | None:
 
 
 def made_table(groups: Sequence[Group]) -> list[dict[str, str]]:
-    """Per run: seeds, seconds per stage, peak memory, what verify said, which data, when."""
+    """Per run: seeds, seconds and peak memory per stage, what verify said, which data, when."""
     rows = []
     for group in groups:
         runs = group.runs
         stages = {}
         for stage in ("prune", "restore", "evaluate"):
-            known = [run.seconds[stage] for run in runs if run.seconds.get(stage)]
-            stages[stage] = f"{sum(known) / len(known):.1f}" if known else "–"
-        peaks = [run.memory for run in runs if run.memory]
+            took = [run.seconds[stage] for run in runs if run.seconds.get(stage)]
+            held = [run.memory[stage] for run in runs if run.memory.get(stage)]
+            known = [f"{sum(took) / len(took):.1f}\u00a0s"] if took else []
+            known += [f"{max(held) / 2**20:,.0f}\u00a0MiB"] if held else []
+            stages[stage] = ", ".join(known) or "–"
         verified = {run.verified for run in runs if not run.dense}
         rows.append(
             {
                 "label": group.label,
                 "seeds": ", ".join(str(run.seed) for run in runs if run.seed is not None and not run.dense) or "–",
                 **stages,
-                "memory": f"{max(peaks) / 2**20:,.0f}" if peaks else "–",
                 "verified": "no" if False in verified else "yes" if verified == {True} else "–",
                 "data": Path(group.first.data).name or "–",
                 "skipped": str(sum(run.skipped for run in runs) or "–"),

@@ -32,7 +32,8 @@ class Run:
     "update", "reconstruct", "policy", "restore" (None or settings), "seed", and whatever else tells it from another run.
     `components` has {"layers", "zeros", "parameters"} of the prunable layers; `layers` by name {"component", "block",
     "got", "error"}, the error relative or None. `scores` and `predictions` are those of `evaluate.Result`. `seconds` are
-    per stage; `memory` is the peak in bytes. `pictures` is the folder with N.png for the first samples.
+    per stage, and so is `memory`: bytes that the process had held at most by its end. `pictures` is the folder with N.png
+    for the first samples.
     """
 
     id: str
@@ -48,7 +49,7 @@ class Run:
     predictions: tuple[Mapping[str, Any], ...] = ()
     skipped: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-    memory: int | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
     curve: tuple[Mapping[str, float], ...] = ()
     verified: bool | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +132,7 @@ def read_folder(folder: str | Path, *, id: str | None = None, label: str | None 
             )
         metrics, recipe = read_metrics(path), read_recipe(path)
         pruned, restored = metrics.get("prune", {}), metrics.get("restore", {})
-        stages = {"prune": pruned.get("seconds"), "restore": restored.get("seconds"), "evaluate": scores.get("seconds")}
+        stages = {"prune": pruned, "restore": restored, "evaluate": scores}
         name = path.resolve().name
         return Run(
             id=id or name,
@@ -142,8 +143,8 @@ def read_folder(folder: str | Path, *, id: str | None = None, label: str | None 
             scores=tuple(scores.get("rows", ())),
             predictions=answers,
             skipped=scores.get("skipped", 0),
-            seconds={stage: float(value) for stage, value in stages.items() if value is not None},
-            memory=scores.get("memory"),
+            seconds={stage: float(x["seconds"]) for stage, x in stages.items() if x.get("seconds") is not None},
+            memory={stage: int(x["memory"]) for stage, x in stages.items() if x.get("memory")},
             curve=tuple(restored.get("curve", ())),
             recipe=recipe,
             environment=scores.get("environment", {}),
@@ -235,7 +236,7 @@ def _read_cell(folder: Path, path: Path, sweep: Mapping[str, Any]) -> Run:
             predictions=read_answers(answers) if answers.is_file() else (),
             skipped=cell.get("skipped", 0),
             seconds={stage: float(value) for stage, value in cell.get("seconds", {}).items() if value is not None},
-            memory=cell.get("memory"),
+            memory=cell.get("memory") or {},
             curve=tuple(cell.get("curve") or ()),
             verified=cell.get("verified"),
             recipe={key: value for key, value in cell["cell"].items() if value is not None},

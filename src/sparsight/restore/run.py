@@ -16,6 +16,7 @@ import sparsight
 from sparsight import processes
 from sparsight.data import read
 from sparsight.errors import SparsightError
+from sparsight.memory import peak_memory
 from sparsight.model.checkpoint import (
     Record,
     atomic_folder,
@@ -165,6 +166,7 @@ def run(asked: Run, progress: Progress | None = None) -> Record:
         measured = {
             **trained,
             "seconds": time.perf_counter() - began,
+            "memory": peak_memory(asked.device),
             **_facts(student),
             "skipped_samples": sum(len(part.skipped) for part in (chosen, other) if part) + len(student.encoder.skipped),
         }

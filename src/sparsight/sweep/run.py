@@ -72,6 +72,7 @@ def sweep(
             for unit in units(left):
                 measure(bench, unit, folder / "cells", tell)
         else:
+            del bench  # every process has its own
             share(units(left), asked, folder, jobs, tell)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted; {tell.done} of {tell.every} cells are finished: the same command goes on") from stop

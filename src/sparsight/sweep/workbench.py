@@ -23,6 +23,7 @@ from sparsight import verbs
 from sparsight.data import Encoder, batches, read
 from sparsight.evaluate import Result, evaluate
 from sparsight.evaluate.record import weights_of
+from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.checkpoint import Record, read_metrics, save, sparsity_record
 from sparsight.model.families import Family
@@ -134,22 +135,25 @@ class Workbench:
             return finish(first, *self._facts(first, {}, said))
         said(f"prune: {first.label}, seed {first.seed}")
         began = time.perf_counter()
-        plan = self.plan(first)
-        pruned = self.prune(first, plan)
-        seconds = {"prune": time.perf_counter() - began}
         try:
+            plan = self.plan(first)
+            pruned = self.prune(first, plan)
+            spent = {"prune": self._spent(began)}
             if any(cell.restore is not None for cell in these):
                 self._save(first, plan)
             for cell in these:
                 errors = pruned.layer_errors
                 if cell.restore is None:
-                    finish(cell, *self._facts(cell, seconds, said, plan, errors))
+                    finish(cell, *self._facts(cell, spent, said, plan, errors))
                 else:
-                    finish(cell, *self._restored(cell, seconds, said, plan, errors))
+                    finish(cell, *self._restored(cell, spent, said, plan, errors))
         finally:
             self.undo()
             shutil.rmtree(self.folder / first.pruned, ignore_errors=True)
         return None
+
+    def _spent(self, began: float) -> dict[str, Any]:
+        return {"seconds": time.perf_counter() - began, "memory": peak_memory(self.device)}
 
     def _save(self, cell: Cell, plan: Plan) -> None:
         """The pruned model as `prune` writes it, for `restore` to read."""
@@ -162,7 +166,7 @@ class Workbench:
         folder.mkdir(parents=True)
         save(self.model, self.processor, Record(record, {}, {"prune": cell.facts}), folder)
 
-    def _restored(self, cell: Cell, seconds: Mapping[str, float], said: Said, plan: Plan, errors: Any) -> Any:
+    def _restored(self, cell: Cell, spent: Mapping[str, Any], said: Said, plan: Plan, errors: Any) -> Any:
         said(f"restore: {cell.label}, seed {cell.seed}")
         began = time.perf_counter()
         home = self.folder / cell.pruned
@@ -172,7 +176,7 @@ class Workbench:
             **{"teacher_cache": self.folder / "teacher", "seed": cell.seed, **shared, **(cell.restore or {})},
         )  # fmt: skip
         model, _ = load(home / cell.id, dtype=self.recipe.get("dtype") or "auto", device=self.device)
-        spent = {**seconds, "restore": time.perf_counter() - began}
+        spent = {**spent, "restore": self._spent(began)}
         facts, result = self._facts(cell, spent, said, plan, errors, model)
         facts["curve"] = read_metrics(home / cell.id)["restore"]["curve"]
         adapter = (cell.restore or {}).get("adapter", "sparselora")
@@ -181,13 +185,14 @@ class Workbench:
         return facts, result
 
     def _facts(
-        self, cell: Cell, seconds: Mapping[str, float], said: Said, plan: Plan | None = None,
+        self, cell: Cell, spent: Mapping[str, Any], said: Said, plan: Plan | None = None,
         errors: Mapping[str, float] | None = None, model: Any = None,
     ) -> tuple[dict[str, Any], Result]:  # fmt: skip
         """Score what the model is now, and write down what it is."""
         said(f"evaluate: {cell.label}, seed {cell.seed}")
         began = time.perf_counter()
         result = self.score(model)
+        spent = {**spent, "evaluate": self._spent(began)}
         body = self.body if model is None else anatomy(model, self.family)
         layers = {
             name: {"component": x.component, "block": x.block, "got": float((x.weight == 0).float().mean())}
@@ -204,8 +209,7 @@ class Workbench:
             "layers": layers,
             "scores": list(result.rows),
             "skipped": len(self.encoder.skipped),
-            "seconds": {**seconds, "evaluate": time.perf_counter() - began},
-            "memory": None,
+            **{what: {stage: x[what] for stage, x in spent.items()} for what in ("seconds", "memory")},
             "curve": [],
             "verified": all(pattern.holds(body[name].weight) for name, pattern in (plan or {}).items()),
         }
