@@ -83,21 +83,11 @@ def cases(model: Path, big: bool, folder: Path) -> list[tuple[str, tuple[Any, ..
     both = {"dtype": dtype, "samples": samples, "batch_size": 8, "restore_batch_size": batch, "steps": steps}
     both |= {"eval_batch_size": batch, "eval_samples": samples, "timed": False}
     listed = []
-    for method in ("wanda", "sparsegpt"):
-        words = (
-            "prune",
-            model,
-            folder / method,
-            "--data",
-            train,
-            "--samples",
-            samples,
-            "--method",
-            method,
-            "--dtype",
-            dtype,
-        )
-        listed.append((f"prune, {method}", (*words, *quiet), "prune", both | {"method": method, "data": train}))
+    ways: dict[str, dict[str, str]] = {"wanda": {}, "sparsegpt": {"method": "sparsegpt"}}
+    for name, way in (ways | {"swaps and pcg": {"refine": "swaps", "update": "pcg"}}).items():
+        words = ("prune", model, folder / name, "--data", train, "--samples", samples, "--dtype", dtype, *quiet)
+        words += tuple(word for option, value in way.items() for word in (f"--{option}", value))
+        listed.append((f"prune, {name}", words, "prune", both | way | {"data": train}))
     for mode, sparse in (("shared", "wanda"), ("cached", "sparsegpt")):
         words = ("restore", folder / sparse, folder / "restored", "--data", train, "--teacher-mode", mode)
         words = (*words, "--steps", steps, "--batch-size", batch, *quiet)
@@ -129,7 +119,7 @@ def main() -> None:
                 )
                 said = "within" if abs(off) <= BAR else "NOT WITHIN"
                 print(
-                    f"{name:>13}  {what:<17} {cells[2]:>5} MB foretold, {cells[3]:>5} measured, {off:+.1%}: {said} {BAR:.0%}"
+                    f"{name:>13}  {what:<20} {cells[2]:>5} MB foretold, {cells[3]:>5} measured, {off:+.1%}: {said} {BAR:.0%}"
                 )
     columns = ("date", "torch", "model", "stage", "MB foretold", "MB measured", "off", "moment", "GFLOPs", "seconds")
     with Path(__file__).with_suffix(".csv").open("w", newline="") as file:

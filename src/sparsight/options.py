@@ -119,6 +119,14 @@ CostMethod = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--method", help="With --cost: wanda, sparsegpt, ria, magnitude or random. [default: wanda]"),
 ]
+CostRefine = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--refine", help="With --cost: swaps or dsnot, as in prune."),
+]
+CostUpdate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--update", help="With --cost: pcg, as in prune."),
+]
 CostPropagate = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--propagate", help="With --cost: as in prune. [default: block]"),

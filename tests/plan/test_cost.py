@@ -193,12 +193,17 @@ def test_pruning_by_hand():
 
 
 def test_a_gram_matrix_and_its_solver_by_hand():
-    stage = prune(_shapes(), Work(gram=True, solver=True, samples=8, batch_size=8))
+    stage = prune(_shapes(), Work(solvers=frozenset({"sparsegpt"}), samples=8, batch_size=8))
     assert stage.flops["gram"] == 10 * 8 * (8 + 256)  # once for both layers
-    assert stage.flops["solver"] == 8**3 + (4 + 6) * 8**2
+    assert stage.flops["sparsegpt"] == 8**3 + (4 + 6) * 8**2
     # text and image apart, both together, and the factor
     assert stage.memory["moments"] == 8 * (8 * 2 + 128 * 4) + 4 * 4 * 8 * 8
     assert stage.memory["running"] == 4 * 4 * 8 * 8
+    exact = prune(_shapes(), Work(solvers=frozenset({"swaps", "pcg"}), samples=8, batch_size=8))
+    assert exact.flops["swaps"] == 2 * (4 + 6) * 8**2
+    assert exact.flops["pcg"] == 64 * exact.flops["swaps"]
+    assert exact.memory["moments"] == stage.memory["moments"] - 4 * 8 * 8  # no factor
+    assert exact.memory["running"] == 33 * 6 * 8 + 4 * 8 * 8
 
 
 def test_stage_runs_nothing_twice():
@@ -275,6 +280,19 @@ def test_the_teacher_s_mode_follows_the_method(zoo_folder, no_child):
     assert "teacher" in cost(zoo_folder("llava"), method="sparsegpt", **few)["restore"].disk
 
 
+def test_swaps_and_exact_weights_have_a_cost(run, zoo_folder, no_child):
+    plain, exact = (
+        {
+            stage["name"]: stage
+            for stage in json.loads(run("plan", zoo_folder("llava"), "--cost", "--json", *more)[1])["stages"]
+        }
+        for more in ((), ("--refine", "swaps", "--update", "pcg"))
+    )
+    assert exact["prune"]["flops"].keys() - plain["prune"]["flops"].keys() == {"gram", "swaps", "pcg"}
+    assert exact["prune"]["peak"] > plain["prune"]["peak"]
+    assert "teacher" in exact["restore"]["disk"]  # new weights, so the teacher is another model
+
+
 def test_the_command_line(run, zoo_folder, scenes, tmp_path, no_child):
     words = ("plan", zoo_folder("llava"), "--cost", "--data", scenes, "--restore-batch-size", 4, "--steps", 3)
     code, out, _ = run(*words)
@@ -300,6 +318,8 @@ def test_the_command_line(run, zoo_folder, scenes, tmp_path, no_child):
 
 BAD = {
     "method": (["--method", "alps"], ["--method", "alps", "wanda, sparsegpt"]),
+    "refine": (["--refine", "swap"], ["--refine", "swap", "dsnot, swaps"]),
+    "update": (["--update", "cg"], ["--update", "cg", "pcg"]),
     "policy": (["--policy", "owl"], ["--policy", "owl", "uniform"]),
     "propagate": (["--propagate", "blocks"], ["--propagate", "did you mean block?"]),
     "teacher mode": (["--teacher-mode", "cache"], ["--teacher-mode", "did you mean cached?"]),

@@ -46,6 +46,8 @@ def plan(
     layers: Annotated[bool, typer.Option("--layers", help="List what every layer gets.")] = False,
     cost: opt.Cost = False,
     method: opt.CostMethod = None,
+    refine: opt.CostRefine = None,
+    update: opt.CostUpdate = None,
     propagate: opt.CostPropagate = None,
     teacher_mode: opt.CostTeacherMode = None,
     steps: opt.CostSteps = None,
@@ -61,8 +63,8 @@ def plan(
     from sparsight.report.progress import shown
 
     asked = {
-        "method": method, "propagate": propagate, "teacher_mode": teacher_mode, "steps": steps,
-        "restore_batch_size": restore_batch_size, "gradient_checkpointing": gradient_checkpointing or None,
+        "method": method, "refine": refine, "update": update, "propagate": propagate, "teacher_mode": teacher_mode,
+        "steps": steps, "restore_batch_size": restore_batch_size, "gradient_checkpointing": gradient_checkpointing or None,
     }  # fmt: skip
     asked = {name: value for name, value in asked.items() if value is not None}
     if cost:

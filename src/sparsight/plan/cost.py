@@ -11,7 +11,9 @@ batch brings to a layer of shape (out, in), k kinds of tokens summed apart (2 wh
 * `weights`: every parameter and buffer once. Files are mapped into memory, so they come in as they are touched.
 * prune: the FLOPs of the walk are N (outside the blocks + 2 blocks) with `block` and `dense`, which run a block once to
   look and once to walk on, N (outside + blocks) with `stage`; a Gram matrix takes T in (in + 256) per batch, being half of
-  it, its factor in^3 (Cholesky 1/3, inverse by halves 2/3), SparseGPT's sweep out in^2. Paused are N max_i held_i bytes.
+  it, its factor in^3 (Cholesky 1/3, inverse by halves 2/3), SparseGPT's sweep out in^2, swaps 2 out in^2 to begin with
+  (the exchanges are no products), PCG as much in each of the 64 iterations that the demo models' layers took on average
+  (at most 100). Paused are N max_i held_i bytes.
 * restore: a step is `accumulate` batches, each one forward and backward of the student (traced; adapted layers make their
   effective weight twice and project its gradient once, 8 r out in beside the three products) and, where the teacher is
   not cached, one forward. Beside the weights: P/8 bytes of masks, 16 per trained number (itself, gradient, two moments).
@@ -33,6 +35,7 @@ ERROR_BATCHES = 4  # as in prune/blocks.py
 ERROR_ROWS = 128  # as in prune/moments.py
 PANEL = 256  # as in prune/sums.py
 HEAP = 0.3  # free pieces between saved tensors of less than 32 MiB, in parts of those (see above)
+ITERATIONS = 64  # of PCG
 SCRATCH = 4  # Gram-sized matrices beside those kept while a factor is made: a copy, L, its inverse, and that reversed
 
 
@@ -40,8 +43,7 @@ SCRATCH = 4  # Gram-sized matrices beside those kept while a factor is made: a c
 class Work:
     """What is asked of the stages; the defaults are the verbs'."""
 
-    gram: bool = False  # whether the method needs X^T X
-    solver: bool = False  # whether it sweeps with a factor of it
+    solvers: frozenset[str] = frozenset()  # of sparsegpt, swaps and pcg, which need X^T X
     propagate: str = "block"
     samples: int = 128
     batch_size: int = 8
@@ -172,18 +174,20 @@ def _moments(layers: Sequence[LayerShape], work: Work, size: int) -> int:
     total = 0
     for layer in {x.feed: x for x in layers}.values():
         total += layer.columns * (8 * layer.kinds + ERROR_ROWS * size)
-        if work.gram:
-            kept = layer.kinds + (layer.kinds > 1) + work.solver
+        if work.solvers:
+            kept = layer.kinds + (layer.kinds > 1) + ("sparsegpt" in work.solvers)
             total += 4 * layer.columns**2 * kept
     return total
 
 
 def _pruning(layer: LayerShape, work: Work, size: int) -> int:
     """The largest of what pruning one layer takes beside its moments: the new weight and the old in float32 and their
-    difference, or the scratch of a factor."""
+    difference, the scratch of a factor, or a solver's own matrices: of swaps the mask, W, its pruned part and that times a
+    scaled G; of PCG mask, W, solution, residual, direction and what comes of it, preconditioner and two products more."""
+    there, square = layer.out * layer.columns, 4 * layer.columns**2
     wide = 8 if size < 4 else 0  # float32 copies of both
-    error = layer.out * layer.columns * (size + wide + 4)
-    return max(error, SCRATCH * 4 * layer.columns**2 if work.solver else 0)
+    own = {"sparsegpt": SCRATCH * square, "swaps": 13 * there + square, "pcg": 33 * there + square}
+    return max(there * (size + wide + 4), *(own[name] for name in work.solvers), 0)
 
 
 def prune_flops(model: Shapes, work: Work, batches: int) -> dict[str, int]:
@@ -194,10 +198,13 @@ def prune_flops(model: Shapes, work: Work, batches: int) -> dict[str, int]:
     if work.propagate != "stage":
         found = {"forwards": batches * (last.before + inside), "errors": min(ERROR_BATCHES, batches) * inside}
     feeds = {x.feed: x for x in model.layers}.values()
-    if work.gram:
+    if work.solvers:
         found["gram"] = batches * sum(x.tokens * x.columns * (x.columns + PANEL) for x in feeds)
-    if work.solver:
-        found["solver"] = sum(x.columns**3 for x in feeds) + sum(x.out * x.columns**2 for x in model.layers)
+    product = 2 * sum(x.out * x.columns**2 for x in model.layers)
+    solving = {
+        "sparsegpt": sum(x.columns**3 for x in feeds) + product // 2, "swaps": product, "pcg": ITERATIONS * product,
+    }  # fmt: skip
+    found |= {name: solving[name] for name in solving if name in work.solvers}
     return found
 
 

@@ -28,6 +28,8 @@ from sparsight.plan.stand_in import hollow
 from sparsight.prune.moments import MASKS
 
 METHODS = ("wanda", "sparsegpt", "magnitude", "random", "ria")  # the others solve or look at gradients in ways of their own
+REFINES, UPDATES = ("dsnot", "swaps"), ("pcg",)
+SOLVERS = {"sparsegpt", "swaps", "pcg"}
 POLICIES = ("uniform", "language-only", "vision-only")  # the others look at weights
 ADAPTERS = ("sparselora", "sparselora-fast", "hira", "masked-full")
 PICTURE = (640, 480)
@@ -100,16 +102,19 @@ def forecast(
     return stages(shapes, work), _tokens(calibration, layers, encoder)
 
 
-def check(method: Any, policy: Any, adapter: Any) -> None:
+def check(method: Any, refine: Any, update: Any, policy: Any, adapter: Any) -> None:
     """Refuse by name what is no name, or whose cost is not known."""
     for option, given, known in (
         ("--method", method, METHODS),
+        ("--refine", refine, (None, *REFINES)),
+        ("--update", update, (None, *UPDATES)),
         ("--policy", policy, POLICIES),
         ("--adapter", adapter, ADAPTERS),
     ):
         if given not in known:
             said = given if isinstance(given, str) else "a function"
-            raise SparsightError(f"{option}: what {said} costs is not known before it runs; --cost knows {', '.join(known)}")
+            names = ", ".join(name for name in known if name)
+            raise SparsightError(f"{option}: what {said} costs is not known before it runs; --cost knows {names}")
 
 
 def open_hollow(where: str, dtype: str) -> Any:

@@ -32,6 +32,8 @@ def cost(
     samples: int = 128,
     batch_size: int = 8,
     method: str = "wanda",
+    refine: str | None = None,
+    update: str | None = None,
     propagate: str = "block",
     adapter: str = "sparselora",
     rank: str | Mapping[str, int] | None = None,
@@ -58,8 +60,8 @@ def cost(
 
     **Raises** `SparsightError` for a method, policy or adapter whose cost is not known, and as the stages themselves would.
     """
-    foretelling.check(method, policy, adapter)
-    how = choose(method, propagate=propagate)
+    foretelling.check(method, refine, update, policy, adapter)
+    how = choose(method, refine=refine, update=update, propagate=propagate)
     planned_budget(pattern, sparsity, policy)
     ranks = parse_ranks(rank)
     Tuning(adapter, ranks, teacher_mode=teacher_mode).check()
@@ -80,10 +82,11 @@ def cost(
     steps = steps or (-(-len(found) // batch) if data is not None else 100)
     learned = min(len(found), steps * batch) if data is not None else steps * batch
     mode = ("shared" if how.mask_only else "cached") if teacher_mode == "auto" else teacher_mode
+    solvers = frozenset(name for name in (method, refine, update) if name in foretelling.SOLVERS)
     work = Work(
-        "gram" in how.needs, "gram" in how.needs, propagate, min(samples, len(found)) if data is not None else samples,
-        batch_size, mode, steps, learned, restore_batch_size, accumulate,
-        eval_samples or (len(found) if data is not None else samples), eval_batch_size, max_new_tokens, beams,
+        solvers, propagate, min(samples, len(found)) if data is not None else samples, batch_size, mode, steps, learned,
+        restore_batch_size, accumulate, eval_samples or (len(found) if data is not None else samples), eval_batch_size,
+        max_new_tokens, beams,
     )  # fmt: skip
     training = foretelling.Training(adapter, ranks, gradient_checkpointing)
     base = machine.measured_base(str(model), shapes.dtype)
