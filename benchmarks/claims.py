@@ -86,12 +86,24 @@ def alone(groups: list[Group]) -> None:
             points(difference(language, vision), True),
         ])  # fmt: skip
     table("ratio|both|vision alone|language alone|vision over both|language over both|language over vision", rows)
-    both = at[0.3, 0.3]
-    rows = [[f"both, 30 % ({zeros(both):,} zeros)", points(estimate(both)), ""]]
-    for name, one in (("vision", at[0.6, 0.0]), ("language", at[0.0, 0.6])):
-        label = f"{name} alone, 60 % ({zeros(one):,} zeros)"
-        rows.append([label, points(estimate(one)), points(difference(one, both), True)])
-    table("at about as many zeros|score|over both", rows)
+    both, rows = at[0.3, 0.3], []
+    for one, near in [(both, nearest(at, c, zeros(both))) for c in (0, 1)] + [
+        (vision, nearest(at, 1, zeros(vision))) for vision in (at[a / 10, 0.0] for a in range(3, 8))
+    ]:
+        rows.append([said(one), said(near), points(difference(near, one), True)])
+    table("removed from|or from|the second over the first", rows)
+
+
+def nearest(at: dict[tuple[float, float], Group], component: int, wanted: int) -> Group:
+    """One component alone, with about as many zeros."""
+    alone = [group for amounts, group in at.items() if amounts[1 - component] == 0 < amounts[component]]
+    return min(alone, key=lambda group: abs(zeros(group) - wanted))
+
+
+def said(group: Group) -> str:
+    vision, language = split(group)
+    name = "both" if vision and language else "vision" if vision else "language"
+    return f"{name}, {100 * max(vision, language):.0f} % ({zeros(group) / 1000:.0f} k zeros): {points(estimate(group))}"
 
 
 def restored(groups: list[Group]) -> None:

@@ -115,6 +115,9 @@ SaveAdapter = Annotated[bool, typer.Option("--save-adapter", help="Keep the adap
 Cost = Annotated[
     bool, typer.Option("--cost", help="FLOPs, bytes and peak memory of every stage instead; no weight is read.")
 ]
+RecipeCost = Annotated[
+    bool, typer.Option("--cost", help="FLOPs, bytes and peak memory of every stage instead; OUT is left alone.")
+]
 CostMethod = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--method", help="With --cost: wanda, sparsegpt, ria, magnitude or random. [default: wanda]"),

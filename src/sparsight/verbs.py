@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE = {  # verbs that use these, or other rooms altogether
     "cost": "sparsight.plan.foretell",
+    "recipe_cost": "sparsight.recipe_cost",
     "report": "sparsight.report.report",
     "run": "sparsight.run",
     "search": "sparsight.sweep.search",

@@ -14,6 +14,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="YAML file: model, data, held_out, prune, restore; see recipes/.")],
     out: Annotated[str, typer.Argument(help="Folder for models, scores and page; one of the same run is gone on with.")],
     changes: Annotated[Optional[list[str]], typer.Argument(help="KEY=VALUE in place of what the file says.")] = None,  # noqa: UP045
+    cost: opt.RecipeCost = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -22,11 +23,14 @@ def run(
     from sparsight.report import tables
     from sparsight.report.progress import shown
 
+    if cost:
+        return _cost(recipe, changes, as_json)
     with shown("run", quiet) as progress:
         done = verbs.run(recipe, out, changes=changes or (), progress=progress)
     show(done, as_json, *tables.run_tables(done))
     if done["verify"]["differences"]:
         raise typer.Exit(1)
+    return None
 
 
 def sweep(
@@ -34,6 +38,7 @@ def sweep(
     out: Annotated[str, typer.Argument(help="Folder for the results; one of the same sweep is gone on with.")],
     changes: Annotated[Optional[list[str]], typer.Argument(help="KEY=VALUE in place of what the file says.")] = None,  # noqa: UP045
     jobs: Annotated[int, typer.Option(help="Processes that work at a time.")] = 1,
+    cost: opt.RecipeCost = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -42,9 +47,21 @@ def sweep(
     from sparsight.report import tables
     from sparsight.report.progress import shown
 
+    if cost:
+        return _cost(recipe, changes, as_json)
     with shown("sweep", quiet) as progress:
         records = verbs.sweep(recipe, out, changes=changes or (), jobs=jobs, progress=progress)
     show(records, as_json, *tables.sweep_tables(records, out))
+    return None
+
+
+def _cost(recipe: str, changes: list[str] | None, as_json: bool) -> None:
+    """What `--cost` prints of a recipe; nothing is written to OUT."""
+    from sparsight import verbs
+    from sparsight.report import tables
+
+    facts = verbs.recipe_cost(recipe, changes or ()).facts()
+    show(facts, as_json, *tables.cost_tables(facts))
 
 
 def search(

@@ -39,12 +39,15 @@ WORDS = 16  # of a question that nobody has asked yet; its answer has a quarter 
 @dataclass(frozen=True)
 class Forecast:
     """The costs of the stages, and what they were reckoned for: tokens per sample, whether they are a guess for want of
-    data, bytes of the model with its zeros left out, and the FLOPs per second of this CPU (0 where nobody measured)."""
+    data, the FLOPs per second of this CPU (0 where nobody measured); for a recipe, how often a stage runs, and settings that
+    are not counted in."""
 
     stages: tuple[Stage, ...]
     tokens: Mapping[str, float]
     assumed: bool
     rate: float = 0.0
+    times: Mapping[str, int] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -55,7 +58,8 @@ class Forecast:
             {**asdict(stage), "peak": stage.peak, "seconds": stage.seconds(self.rate) if self.rate else None}
             for stage in self.stages
         ]
-        return {"stages": listed, "tokens_per_sample": dict(self.tokens), "assumed": self.assumed, "rate": self.rate}
+        told = {"stages": listed, "tokens_per_sample": dict(self.tokens), "assumed": self.assumed, "rate": self.rate}
+        return told | ({"times": dict(self.times), "without": list(self.without)} if self.times else {})
 
 
 @dataclass(frozen=True)

@@ -151,22 +151,34 @@ def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
 
 def cost_tables(facts: Mapping[str, Any]) -> list[Any]:
     """What every stage will take, and of what its memory consists at its worst moment."""
-    rows, terms = [], []
+    rows, terms, times = [], [], facts.get("times", {})
     for stage in facts["stages"]:
         work, disk = sum(stage["flops"].values()), stage["disk"]
         least = f"{stage['seconds']:,.0f}" if stage["seconds"] is not None and work else "–"
         bytes_ = " · ".join(f"{name} {size / 1e6:,.1f}" for name, size in disk.items()) or "–"
-        rows.append((stage["name"], f"{work / 1e9:,.0f}" if work else "–", least, f"{stage['peak'] / 1e6:,.0f}", bytes_))
+        often = (times.get(stage["name"], "–"),) if times else ()
+        rows.append(
+            (stage["name"], *often, f"{work / 1e9:,.0f}" if work else "–", least, f"{stage['peak'] / 1e6:,.0f}", bytes_)
+        )
         terms += [(stage["name"], stage["moment"], name, f"{size / 1e6:,.1f}") for name, size in stage["memory"].items()]
     tokens = ", ".join(f"{count:g} {kind}" for kind, count in facts["tokens_per_sample"].items())
     guess = " (no --data: a picture of 640 × 480, 16 words asked, 4 answered)" if facts["assumed"] else ""
     lines = [
-        table("What it will cost", ("stage", "GFLOPs", "s, roughly at least", "peak MB", "MB on disk"), rows),
+        table(
+            "What it will cost",
+            ("stage", *(("times",) if times else ()), "GFLOPs", "s, roughly at least", "peak MB", "MB on disk"),
+            rows,
+        ),
         table("Memory at the worst moment", ("stage", "at", "what", "MB"), terms, left=3),
         f"Tokens per sample: {tokens}{guess}",
     ]
     if facts["rate"]:
         lines.append(f"Seconds are FLOPs by {facts['rate'] / 1e9:,.0f} GFLOPs a second, a square product measured here")
+    if times:
+        work = sum(times.get(stage["name"], 0) * sum(stage["flops"].values()) for stage in facts["stages"])
+        least = f", roughly at least {work / facts['rate'] / 60:,.0f} min" if facts["rate"] else ""
+        lines.append(f"In all {work / 1e12:,.1f} TFLOPs{least}")
+        lines += [f"Not counted: {', '.join(facts['without'])}"] if facts["without"] else []
     return [*lines, "Nothing was run; base is interpreter and libraries, measured here"]
 
 
