@@ -75,7 +75,7 @@ def test_the_road_on_the_command_line(run, zoo_folder, scenes, tmp_path):
     assert "wrote sparse" in out
     assert "prune: 5/5" in err
     code, out, _ = run(
-        "restore", "sparse", "restored", "--data", scenes, "--steps", 2, "--batch-size", 4, "--rank", "language=2", "--quiet"
+        "restore", "sparse", "restored", "--data", scenes, "--steps", 2, "--batch-size", 4, "--rank", 2, "--quiet"
     )
     assert code == 0
     assert "Teacher shared" in out
@@ -263,6 +263,8 @@ def test_bad_settings_of_prune(case, run, zoo_folder, scenes, tmp_path):
 BAD_RESTORE = {
     "adapter": (["--adapter", "spareselora"], ["did you mean sparselora?"]),
     "rank": (["--rank", "vision=0"], ["vision=0", "at least 1"]),
+    "one rank": (["--rank", "0"], ["vision=0", "at least 1"]),
+    "no rank": (["--rank", "eight"], ["--rank", "vision=4,connector=2,language=8"]),
     "rank component": (["--rank", "text=4"], ["unknown component 'text'"]),
     "kl": (["--kl", "2"], ["--kl: 2"]),
     "lr": (["--lr", "-1"], ["--lr: -1"]),

@@ -50,22 +50,20 @@ def recipe_cost(recipe: str | Path, changes: Sequence[str] = (), *, timed: bool 
         pruned = Cell(prune, seed=prune.pop("seed", 0))
         wanted = [Cell(), pruned, *([replace(pruned, restore=asked["restore"] or {})] if "restore" in asked else [])]
     sizes = {key: len(list(read(asked[key], skip_bad=bool(asked.get("skip_bad"))))) for key in ("data", "held_out")}
-    found: dict[str, Forecast] = {}
+    found: dict[str, tuple[Cell, Forecast]] = {}
     for cell in wanted:
         if cell.prune:
             options = _options(asked, cell, sizes)
-            key = repr({k: v for k, v in options.items() if k not in ("sparsity", "ignore")})
-            found[key] = found.get(key) or cost(asked["model"], **options, timed=timed)
-    every = list(found.values())
+            kind = repr({k: v for k, v in options.items() if k not in ("sparsity", "ignore", "seed")})
+            found[kind] = found.get(kind) or (cell, cost(asked["model"], **options, timed=timed))
     restored = [cell for cell in wanted if cell.restore is not None]
-    times = {
-        "prune": len({(c.pruned, c.seed) for c in wanted if c.prune}),
-        "restore": len(restored),
-        "evaluate": len(wanted),
-    }
-    names = [stage.name for stage in every[0].stages if times.get(stage.name, 1)]
-    stages = tuple(max((f[name] for f in every), key=lambda stage: stage.peak) for name in names)
-    return replace(every[0], stages=stages, times=times, without=_without(wanted))
+    times = {"prune": len({c.pruned for c in wanted if c.prune}), "restore": len(restored), "evaluate": len(wanted)}
+    stages = []
+    for name in ("load", *(stage for stage, count in times.items() if count)):
+        told = [forecast[name] for cell, forecast in found.values() if name != "restore" or cell.restore is not None]
+        stages.append(max(told, key=lambda stage: stage.peak))
+    first = next(iter(found.values()))[1]
+    return replace(first, stages=tuple(stages), times=times, without=_without(wanted))
 
 
 def _without(wanted: Sequence[Cell]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError
+from sparsight.model.families import COMPONENTS
 from sparsight.plan.budget import check_component, nearest, parse_pairs
 
 SEEDS = 2**32
@@ -75,11 +76,14 @@ def check_seed(seed: Any) -> None:
         raise SparsightError(f"--seed: {seed!r} is not a whole number from 0 to {SEEDS - 1}")
 
 
-def parse_ranks(rank: str | Mapping[str, int] | None) -> dict[str, int]:
-    """Read `vision=4,connector=2,language=8`; a component that is not named keeps its default."""
+def parse_ranks(rank: int | str | Mapping[str, int] | None) -> dict[str, int]:
+    """Read `vision=4,connector=2,language=8`; a component that is not named keeps its default. `8` is for all of them."""
     if rank is None:
         return {}
-    pairs = parse_pairs(rank, "--rank", "vision=4,connector=2,language=8") if isinstance(rank, str) else dict(rank)
+    if isinstance(rank, int) or (isinstance(rank, str) and rank.strip().lstrip("-").isdecimal()):
+        pairs: Mapping[str, Any] = dict.fromkeys(COMPONENTS, int(rank))
+    else:
+        pairs = parse_pairs(rank, "--rank", "vision=4,connector=2,language=8") if isinstance(rank, str) else dict(rank)
     ranks = {}
     for component, value in pairs.items():
         check_component(component, "--rank")

@@ -270,7 +270,7 @@ def restore(
     teacher_cache: str | Path | None = None,
     adapter: str = "sparselora",
     tune: str | Sequence[str] = ("vision", "connector", "language"),
-    rank: str | Mapping[str, int] | None = None,
+    rank: int | str | Mapping[str, int] | None = None,
     alpha: float = 16,
     reconstruct: int = 0,
     kl: float = 0.1,

@@ -36,7 +36,7 @@ def cost(
     update: str | None = None,
     propagate: str = "block",
     adapter: str = "sparselora",
-    rank: str | Mapping[str, int] | None = None,
+    rank: int | str | Mapping[str, int] | None = None,
     teacher_mode: str = "auto",
     steps: int | None = None,
     restore_batch_size: int = 32,
