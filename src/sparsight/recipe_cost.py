@@ -54,7 +54,7 @@ def recipe_cost(recipe: str | Path, changes: Sequence[str] = (), *, timed: bool 
     for cell in wanted:
         if cell.prune:
             options = _options(asked, cell, sizes)
-            kind = repr({k: v for k, v in options.items() if k not in ("sparsity", "ignore", "seed")})
+            kind = repr({k: v for k, v in options.items() if k not in ("sparsity", "pattern", "ignore", "seed")})
             found[kind] = found.get(kind) or (cell, cost(asked["model"], **options, timed=timed))
     restored = [cell for cell in wanted if cell.restore is not None]
     times = {"prune": len({c.pruned for c in wanted if c.prune}), "restore": len(restored), "evaluate": len(wanted)}
