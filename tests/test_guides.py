@@ -20,6 +20,10 @@ ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 HUB = "Salesforce/instructblip-flan-t5-xl"
 LESS = {"--steps 200": "--steps 2", "--steps 100": "--steps 2", "--samples 64": "--samples 2"}
+LESS |= {
+    "fixed-sum.yaml fixed-sum": "fixed-sum.yaml fixed-sum seeds=[0] evaluate.samples=4 evaluate.max_new_tokens=8 "
+    "prune.samples=8 'grid={sparsity: {sum: 1.0, vision: [0.4]}}'"
+}
 LESS |= {"seeds=[0,1,2] --jobs 2": "seeds=[0]", "seeds: [0, 1]": "seeds: [0]", "[0.3, 0.5, 0.7]": "[0.5, 0.7]"}
 
 
@@ -38,6 +42,7 @@ def desk(zoo_folder, tmp_path, monkeypatch):
     for name in ("mine.jsonl", "heldout.jsonl"):
         (tmp_path / name).write_text(lines)
     shutil.copytree(zoo_folder("instructblip-t5"), tmp_path / HUB)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     return tmp_path
 
 
