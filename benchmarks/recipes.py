@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import zoo  # noqa: E402  isort: skip, before transformers
 
+from sparsight.demo import MODELS as EMBEDDED  # noqa: E402
+from sparsight.plan import machine  # noqa: E402
 from sparsight.verbs import recipe_cost  # noqa: E402
 
 SIGLIP = {
@@ -153,6 +155,8 @@ def samples(folder: Path, count: int) -> Path:
 
 def main() -> None:
     asked, rows = sys.argv[1:] or list(MODELS), []
+    base = machine.measured_base(str(EMBEDDED["llava"]), torch.bfloat16)  # what libraries hold, for all
+    machine.measured_base = lambda where, dtype: base
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         data, held_out = samples(home / "train", 25_000), samples(home / "test", 1_000)

@@ -125,23 +125,27 @@ class Measure:
         names = tuple(layer.name for layer in layers)
         return self.once(("gradients", *names), lambda: gradients(self.model, layers, self.batches))
 
-    def divergence(self, weights: Mapping[str, torch.Tensor]) -> float:
+    def divergence(self, weights: Mapping[str, torch.Tensor], *, whole: bool = False) -> float:
         """KL(dense || changed) of the next token, where the layers named have these weights (out, in).
 
-        The mean over the answer tokens of `few` batches; one forward pass of each.
+        The mean over the answer tokens of `few` batches, or of the `whole` data; one forward pass of each.
         """
-        dense = self.once(("answers",), self._answers)
+        dense = self.dense_answers(whole)
         with self.changed(weights):
-            changed = self._answers()
+            changed = self._answers(self.batches if whole else self.few)
         total = sum(float(F.kl_div(q, p, reduction="sum", log_target=True)) for p, q in zip(dense, changed, strict=True))
         return total / sum(len(p) for p in dense)
 
+    def dense_answers(self, whole: bool = False) -> list[torch.Tensor]:  # (n, V) per batch
+        """What every divergence is measured from; asked of the model as it is now, the first time."""
+        return self.once(("answers", whole), lambda: self._answers(self.batches if whole else self.few))
+
     @torch.no_grad()
-    def _answers(self) -> list[torch.Tensor]:  # (n, V) per batch
+    def _answers(self, batches: Sequence[Batch]) -> list[torch.Tensor]:  # (n, V) per batch
         """Log-probabilities at the answer tokens."""
         found = []
         with evaluating(self.model):
-            for batch in self.few:
+            for batch in batches:
                 logits = self.model(**batch.inputs).logits
                 found.append(F.log_softmax(answers_of(logits, batch.inputs["labels"], batch.shifted)[0].float(), dim=-1))
         return found
