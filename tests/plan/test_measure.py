@@ -94,7 +94,10 @@ def test_the_divergence_is_that_of_the_answers_alone(measure):
     layers = measure.anatomy.component("language")[:7]
     changed = {layer.name: torch.zeros_like(layer.weight) for layer in layers}
     told = measure.divergence(changed)
-    total, tokens = 0.0, 0
+    measure.dense_answers()
+    with measure.changed(changed):
+        drift = measure.drift()
+    total, back, tokens = 0.0, 0.0, 0
     other, _ = zoo.build("llava")
     for name in changed:
         other.get_submodule(name).weight.data.zero_()
@@ -103,8 +106,11 @@ def test_the_divergence_is_that_of_the_answers_alone(measure):
             labels = batch.inputs["labels"]
             p, q = (answers_of(m(**batch.inputs).logits, labels, True)[0].softmax(-1) for m in (measure.model, other))
             total += float((p * (p / q).log()).sum())
+            back += float((q * (q / p).log()).sum())
             tokens += int((labels != -100).sum())
     assert told == pytest.approx(total / tokens, rel=1e-4)
+    assert drift == pytest.approx(back / tokens, rel=1e-4)
+    assert measure.drift() == 0
 
 
 def test_no_sample_at_all_is_refused(measure):

@@ -11,6 +11,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -19,7 +21,8 @@ from sparsight.errors import SparsightError
 from sparsight.memory import peak_memory
 
 
-def measured_base(where: str, dtype: torch.dtype) -> dict[str, int]:
+@cache
+def measured_base(where: str, dtype: torch.dtype) -> Mapping[str, int]:
     """Bytes that a process holds beside a model's weights and work, by stage; takes some seconds."""
     command = [sys.executable, "-m", __name__, where, str(dtype).removeprefix("torch.")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -125,20 +125,25 @@ class Measure:
         names = tuple(layer.name for layer in layers)
         return self.once(("gradients", *names), lambda: gradients(self.model, layers, self.batches))
 
-    def divergence(self, weights: Mapping[str, torch.Tensor], *, whole: bool = False) -> float:
+    def divergence(self, weights: Mapping[str, torch.Tensor]) -> float:
         """KL(dense || changed) of the next token, where the layers named have these weights (out, in).
 
-        The mean over the answer tokens of `few` batches, or of the `whole` data; one forward pass of each.
+        The mean over the answer tokens of `few` batches; one forward pass of each.
         """
-        dense = self.dense_answers(whole)
+        dense = self.once(("few answers",), lambda: self._answers(self.few))
         with self.changed(weights):
-            changed = self._answers(self.batches if whole else self.few)
-        total = sum(float(F.kl_div(q, p, reduction="sum", log_target=True)) for p, q in zip(dense, changed, strict=True))
-        return total / sum(len(p) for p in dense)
+            return _divergence(dense, self._answers(self.few))
 
-    def dense_answers(self, whole: bool = False) -> list[torch.Tensor]:  # (n, V) per batch
-        """What every divergence is measured from; asked of the model as it is now, the first time."""
-        return self.once(("answers", whole), lambda: self._answers(self.batches if whole else self.few))
+    def dense_answers(self) -> list[torch.Tensor]:  # (n, V) per batch
+        """What `drift` is measured from: log-probabilities at the answer tokens, of the model as it is at the first call."""
+        return self.once(("answers",), lambda: self._answers(self.batches))
+
+    def drift(self) -> float:
+        """KL(now || dense) of the next token: how improbable to the dense model is what the model would say now.
+
+        The mean over the answer tokens of all batches; `dense_answers` must have been called before the model was changed.
+        """
+        return _divergence(self._answers(self.batches), self.dense_answers())
 
     @torch.no_grad()
     def _answers(self, batches: Sequence[Batch]) -> list[torch.Tensor]:  # (n, V) per batch
@@ -162,3 +167,9 @@ class Measure:
         finally:
             for layer, W in zip(layers, before, strict=True):
                 layer.write(W)
+
+
+def _divergence(p: Sequence[torch.Tensor], q: Sequence[torch.Tensor]) -> float:
+    """KL(p || q) of log-probabilities (n, V) per batch, mean over all n."""
+    total = sum(float(F.kl_div(b, a, reduction="sum", log_target=True)) for a, b in zip(p, q, strict=True))
+    return total / sum(len(a) for a in p)
