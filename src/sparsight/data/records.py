@@ -72,6 +72,7 @@ def finder(folder: Path) -> Find:
     Absolute paths, `..`, addresses and links that lead out are refused, and so is what Pillow cannot decode whole.
     """
     root = folder.resolve()
+    seen: set[str] = set()  # what was decoded
 
     def find(entry: Any) -> tuple[Path, str]:
         if not isinstance(entry, str) or not entry or "\0" in entry:
@@ -89,6 +90,9 @@ def finder(folder: Path) -> Find:
             content = path.read_bytes()
         except (OSError, RuntimeError) as error:  # a loop of links, a name too long, no permission
             raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in seen:  # several questions about one image
+            return path, digest
         try:
             with Image.open(io.BytesIO(content)) as image:
                 image.verify()
@@ -98,7 +102,8 @@ def finder(folder: Path) -> Find:
             raise BadRecord(f"image {entry!r} cannot be read: not an image that Pillow knows") from error
         except Exception as error:  # Pillow raises nearly everything on a broken file
             raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
-        return path, hashlib.sha256(content).hexdigest()
+        seen.add(digest)
+        return path, digest
 
     return find
 
