@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -126,6 +127,15 @@ CLASSES = {
     "instructblip-flan-t5-xl": "instructblip-t5", "instructblip-vicuna-7b": "instructblip-llama", "llava-1.5-7b": "llava",
     "qwen2.5-vl-7b": "qwen2.5-vl", "gemma-3-4b": "gemma3", "smolvlm-2.2b": "smolvlm",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_recipe_for_real_weights_says_what_was_foretold(name):
+    header = " ".join(line for line in next(p for p in RECIPES if p.stem == name).read_text().splitlines() if line[0] == "#")
+    with (ROOT / "benchmarks" / "recipes.csv").open() as file:
+        told = {row["stage"]: row for row in csv.DictReader(file) if row["recipe"] == name}
+    for stage in ("prune", "restore", "evaluate"):
+        assert f"{stage} {told[stage]['peak GB']} GB and {float(told[stage]['PFLOPs in all']):,.0f} PFLOPs" in header
 
 
 @pytest.mark.parametrize("name", CLASSES)
