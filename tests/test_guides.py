@@ -24,7 +24,8 @@ LESS |= {
     "fixed-sum.yaml fixed-sum": "fixed-sum.yaml fixed-sum seeds=[0] evaluate.samples=4 evaluate.max_new_tokens=8 "
     "prune.samples=8 'grid={sparsity: {sum: 1.0, vision: [0.4]}}'"
 }
-LESS |= {"seeds=[0,1,2] --jobs 2": "seeds=[0]", "seeds: [0, 1]": "seeds: [0]", "[0.3, 0.5, 0.7]": "[0.5, 0.7]"}
+LESS |= {"seeds=[0,1,2] --jobs 2": "seeds=[0]", "seeds: [0, 1]": "seeds: [0]", "[0.3, 0.5, 0.7]": "[0.5]"}
+LESS |= {"at: [0.3, 0.5]": "at: [0.5]", '"2:4", "4:8"': '"2:4"'}
 
 
 def blocks(text):

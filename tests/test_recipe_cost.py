@@ -48,6 +48,12 @@ def test_a_grid_counts_its_cells_and_tells_the_costliest(asked):
     assert {"gram", "sparsegpt"} <= found["prune"].flops.keys()
     plain = recipe_cost(asked(grid={**grid, "method": ["wanda"]}, seeds=[0, 1]), timed=False)
     assert plain["prune"].peak < found["prune"].peak
+    longer = recipe_cost(asked(grid={"sparsity": [0.5], "restore": [restore, {**restore, "steps": 9}]}), timed=False)
+    single = recipe_cost(asked(grid={"sparsity": [0.5], "restore": [restore]}), timed=False)
+    assert longer.total["restore"] == 10 * single.total["restore"]
+    assert longer.total["prune"] == single.total["prune"] == single["prune"].work
+    untaught = recipe_cost(asked(grid={"sparsity": [0.5], "restore": [{**restore, "kl": 0}]}), timed=False)
+    assert "teacher" not in untaught["restore"].flops
 
 
 def test_the_command_line_prints_it_and_writes_nothing(asked, run, tmp_path):
@@ -65,6 +71,7 @@ def test_the_command_line_prints_it_and_writes_nothing(asked, run, tmp_path):
     ("changes", "says"),
     [
         (["held_out=null"], "held_out is missing"),
+        (["grid={sparsity: 0.5}"], "has a grid; ask sparsight sweep"),
         (["device=cuda"], "on the CPU, not on cuda"),
         (["prune.method=alps"], "what alps costs is not known"),
         (["prune.samples=0"], "prune.samples: 0"),

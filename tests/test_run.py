@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from sparsight import SparsightError, recipe, verbs
+from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import Interrupted
 from sparsight.run import SECTIONS
@@ -102,6 +103,21 @@ def test_ctrl_c_says_how_to_go_on(home, tmp_path):
 
     with pytest.raises(Interrupted, match="the same command goes on"):
         verbs.run(home / "r.yaml", tmp_path / "out", changes=SMALL, progress=stop)
+
+
+def test_a_pruned_model_is_refused_and_null_restores_nothing(home, tmp_path):
+    verbs.prune(MODELS["llava"], tmp_path / "sparse", method="magnitude", sparsity=0.5)
+    with pytest.raises(SparsightError, match="is pruned already"):
+        verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, f"model={tmp_path / 'sparse'}"])
+    assert not (tmp_path / "out").exists()
+    done = verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, "restore=null"])
+    assert [Path(run).name for run in done["runs"]] == ["dense", "pruned"]
+    begun = (tmp_path / "out" / "pruned" / "model.safetensors").stat().st_mtime_ns
+    done = verbs.run(home / "r.yaml", tmp_path / "out", changes=SMALL)  # what is not begun may still be asked for
+    assert [Path(run).name for run in done["runs"]] == ["dense", "pruned", "restored"]
+    assert (tmp_path / "out" / "pruned" / "model.safetensors").stat().st_mtime_ns == begun
+    with pytest.raises(SparsightError, match="holds a run with restore="):
+        verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, "restore.kl=0.3"])
 
 
 def test_a_folder_of_something_else_is_left_alone(home, tmp_path):

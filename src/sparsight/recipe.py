@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
+from sparsight.data import read as read_data
 from sparsight.errors import SparsightError
 from sparsight.plan.budget import nearest
-from sparsight.settings import check_whole
+from sparsight.settings import check_seed, check_whole
 
 SHARED = ("model", "data", "held_out", "dtype", "device", "family", "skip_bad")
 OWN = ("progress", "overwrite", "resume", "record")  # of a run, not of a recipe
@@ -70,6 +71,9 @@ def read(
             raise SparsightError(f"{path}: unknown key {key!r}; {nearest(str(key), top)}")
         if key in sections:
             check_section(f"{path}: {key}", key, value)
+    for key, value in recipe.items():
+        if key in SHARED and not isinstance(value, bool if key == "skip_bad" else str) and value is not None:
+            raise SparsightError(f"{path}: {key}: {value!r} is not {'true or false' if key == 'skip_bad' else 'a word'}")
     for key in ("model", "data"):
         if not isinstance(recipe.get(key), str):
             raise SparsightError(f"{path}: {key} is missing; add `{key}: ...` to the file, or {key}=... to the command")
@@ -86,6 +90,28 @@ def check_section(where: str, verb: str, value: Any) -> None:
     for key in value:
         if key not in allowed:
             raise SparsightError(f"{where}: unknown key {key!r}; {nearest(str(key), allowed)}")
+        check_kind(f"{where}: {key}", verb, key, value[key])
+
+
+def check_kind(where: str, verb: str, name: str, value: Any) -> None:
+    """Refuse what is of no kind that the verb's keyword takes: yes and no, a word, a list of words."""
+    from sparsight import verbs
+
+    kind = str(inspect.signature(getattr(verbs, verb)).parameters[name].annotation)
+    words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+    if kind == "bool" and not isinstance(value, bool):
+        raise SparsightError(f"{where}: {value!r} is neither true nor false")
+    if (kind.startswith("str") or kind == "Any") and "Mapping" not in kind and "Sequence" not in kind:
+        fits = value is None or isinstance(value, str)
+    elif "Sequence[str]" in kind:
+        fits = words or isinstance(value, str) or value is None
+    elif kind.startswith(("int", "float")) and "str" not in kind:
+        fits = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    else:
+        fits = True
+    if not fits:
+        wanted = "a list of words" if "Sequence" in kind else "a number" if kind.startswith(("int", "float")) else "a word"
+        raise SparsightError(f"{where}: {value!r} is not {wanted}")
 
 
 def keywords(verb: str) -> tuple[str, ...]:
@@ -107,8 +133,12 @@ def check_values(recipe: Mapping[str, Any]) -> None:
         for name in names:
             value = (recipe.get(section) or {}).get(name)
             check_whole(f"{section}.{name}", value, optional=True)
-    if "restore" in recipe:
-        check_keywords(recipe["restore"] or {}, recipe.get("device") or "cpu")
+    for section in ("prune", "evaluate"):
+        check_seed((recipe.get(section) or {}).get("seed", 0))
+    if recipe.get("restore") is not None:
+        check_keywords(recipe["restore"], recipe.get("device") or "cpu")
+        if isinstance(held := recipe["restore"].get("held_out"), str):
+            read_data(held, limit=1)
 
 
 def told(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
@@ -116,7 +146,7 @@ def told(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
 
     **Raises** `SparsightError` for a folder that holds anything else, and for a file that is damaged.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
         return None
     path = folder / name
     if not path.is_file():
@@ -124,7 +154,7 @@ def told(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise SparsightError(f"{path}: is damaged ({error}); delete the folder, or give another") from error
+        raise SparsightError(f"{path}: is damaged ({error}); give another folder, or put back what it was") from error
 
 
 def _load(path: str | Path) -> dict[str, Any]:
@@ -140,6 +170,11 @@ def _load(path: str | Path) -> dict[str, Any]:
         value = recipe.get(key)
         if isinstance(value, str) and (there := Path(path).parent / value).exists():
             recipe[key] = str(there)
+    restore = recipe.get("restore")
+    for key in ("held_out", "teacher_cache"):
+        value = restore.get(key) if isinstance(restore, dict) else None
+        if isinstance(value, str) and (there := Path(path).parent / value).exists():
+            restore[key] = str(there)  # type: ignore[index]
     return recipe
 
 

@@ -19,26 +19,34 @@ from sparsight.sweep.run import EXTRA, SECTIONS
 SAME = ("sparsity", "pattern", "ignore", "method", "refine", "update", "propagate", "samples", "batch_size")
 NAMES = {  # keywords of the verbs that decide what they take, and how `cost` calls them
     "restore": {
-        "adapter": "adapter", "rank": "rank", "teacher_mode": "teacher_mode", "batch_size": "restore_batch_size",
+        "adapter": "adapter", "rank": "rank", "teacher_mode": "teacher_mode", "kl": "kl", "batch_size": "restore_batch_size",
         "accumulate": "accumulate", "gradient_checkpointing": "gradient_checkpointing",
     },
     "evaluate": {
         "batch_size": "eval_batch_size", "max_new_tokens": "max_new_tokens", "beams": "beams",
     },
 }  # fmt: skip
-UNKNOWN = {"prune": ("reconstruct", "permute"), "restore": ("reconstruct", "hidden", "mixed_precision")}  # not counted
+UNKNOWN = {
+    "prune": ("reconstruct", "permute"),
+    "restore": ("reconstruct", "hidden", "held_out", "tune", "mixed_precision"),
+}  # not counted
 
 
-def recipe_cost(recipe: str | Path, changes: Sequence[str] = (), *, timed: bool = True) -> Forecast:
+def recipe_cost(recipe: str | Path, changes: Sequence[str] = (), *, verb: str | None = None, timed: bool = True) -> Forecast:
     """Foretell FLOPs, bytes and peak memory of a recipe for `run` or, where it has a grid, for `sweep`, on a CPU.
 
     Data must be there, weights need not. Of a grid whose cells differ in more than sparsity every stage is told as the
-    costliest of its cells; `times` says how often it runs, `without` which settings are not counted in.
+    one with the largest peak; `times` says how often it runs, `total` the FLOPs of all of them, each counted as if it stood
+    alone (with `propagate: dense` cells share a walk), `without` which settings are not counted in. `verb`, `run` or
+    `sweep`, refuses a recipe of the other.
 
     **Raises** `SparsightError` for a recipe that could not run, and for methods whose cost is not known.
     """
     asked = recipes.read(recipe, changes, sections=SECTIONS, extra=EXTRA)
     recipes.check_values(asked)
+    if verb and (verb == "sweep") != ("grid" in asked):
+        other, has = ("run", "no grid") if verb == "sweep" else ("sweep", "a grid")
+        raise SparsightError(f"{recipe}: has {has}; ask sparsight {other} for it")
     if (asked.get("device") or "cpu") != "cpu":
         raise SparsightError(f"device: memory is foretold of a process on the CPU, not on {asked['device']}; leave it out")
     if not isinstance(asked.get("held_out"), str):
@@ -48,14 +56,19 @@ def recipe_cost(recipe: str | Path, changes: Sequence[str] = (), *, timed: bool 
     else:
         prune = {**DEFAULTS, "propagate": "block", **(asked.get("prune") or {})}
         pruned = Cell(prune, seed=prune.pop("seed", 0))
-        wanted = [Cell(), pruned, *([replace(pruned, restore=asked["restore"] or {})] if "restore" in asked else [])]
+        wanted = [Cell(), pruned, *([replace(pruned, restore=asked["restore"])] if asked.get("restore") is not None else [])]
     sizes = {key: len(list(read(asked[key], skip_bad=bool(asked.get("skip_bad"))))) for key in ("data", "held_out")}
     found: dict[str, tuple[Cell, Forecast]] = {}
+    total, walked = dict.fromkeys(("prune", "restore", "evaluate"), 0), set()
     for cell in wanted:
         if cell.prune:
             options = _options(asked, cell, sizes)
             kind = repr({k: v for k, v in options.items() if k not in ("sparsity", "pattern", "ignore", "seed")})
             found[kind] = found.get(kind) or (cell, cost(asked["model"], **options, timed=timed))
+            stage = found[kind][1]
+            total["restore"] += stage["restore"].work if cell.restore is not None else 0
+            total["prune"] += stage["prune"].work if cell.pruned not in walked else 0
+            walked.add(cell.pruned)
     restored = [cell for cell in wanted if cell.restore is not None]
     times = {"prune": len({c.pruned for c in wanted if c.prune}), "restore": len(restored), "evaluate": len(wanted)}
     stages = []
@@ -63,7 +76,8 @@ def recipe_cost(recipe: str | Path, changes: Sequence[str] = (), *, timed: bool 
         told = [forecast[name] for cell, forecast in found.values() if name != "restore" or cell.restore is not None]
         stages.append(max(told, key=lambda stage: stage.peak))
     first = next(iter(found.values()))[1]
-    return replace(first, stages=tuple(stages), times=times, without=_without(wanted))
+    total["evaluate"] = len(wanted) * first["evaluate"].work
+    return replace(first, stages=tuple(stages), times=times, total=total, without=_without(wanted))
 
 
 def _without(wanted: Sequence[Cell]) -> tuple[str, ...]:
@@ -87,6 +101,6 @@ def _options(asked: Mapping[str, Any], cell: Cell, sizes: Mapping[str, int]) -> 
     restore, taken = sections["restore"], sizes["data"]
     schedule = Schedule(**{k: restore[k] for k in ("steps", "epochs", "batch_size", "accumulate") if k in restore})
     options["steps"] = schedule.total(min(restore.get("samples") or taken, taken))
-    options["eval_samples"] = sections["evaluate"].get("samples") or sizes["held_out"]
+    options["eval_samples"] = min(sections["evaluate"].get("samples") or sizes["held_out"], sizes["held_out"])
     shared = {key: asked[key] for key in ("dtype", "family", "skip_bad", "data") if asked.get(key)}
     return options | shared

@@ -17,7 +17,7 @@ from sparsight import verbs
 from sparsight.data import read
 from sparsight.errors import Interrupted, SparsightError
 from sparsight.evaluate.record import SCORES
-from sparsight.model.checkpoint import identity
+from sparsight.model.checkpoint import identity, read_record
 from sparsight.model.unfinished import parents
 
 Progress = Callable[[str, int, int], None]
@@ -42,6 +42,8 @@ def run(
     recipes.check_values(asked)
     if not isinstance(asked.get("held_out"), str):
         raise SparsightError(f"{recipe}: held_out is missing; name the samples to score on, which are not those of data")
+    if read_record(asked["model"]):
+        raise SparsightError(f"{asked['model']}: is pruned already; a run begins with the dense model that it was made of")
     folder = Path(out)
     told = {**asked, "files": identity(asked["model"])}
     for key in ("data", "held_out"):
@@ -64,17 +66,17 @@ def _take(asked: Mapping[str, Any], folder: Path, told: Mapping[str, Any], progr
         return verbs.evaluate(model, data=asked["held_out"], record=record, progress=_part(progress, name), **score)
 
     pruned, restored = folder / PRUNED, folder / RESTORED
-    if not pruned.is_dir():
-        with _told(folder, told):
+    with _told(folder, told):
+        if not pruned.is_dir():
             how = {**shared, **(asked.get("prune") or {})}
             begun = pruned.with_name(f"{PRUNED}.unfinished").is_dir()
             verbs.prune(asked["model"], pruned, data=asked["data"], resume=begun, progress=_part(progress, "prune"), **how)
     evaluate(DENSE, asked["model"], folder / DENSE)
     evaluate(PRUNED, pruned)
     shown = [folder / DENSE, pruned]
-    if "restore" in asked:
+    if asked.get("restore") is not None:
         if not restored.is_dir():
-            how = {**shared, **(asked["restore"] or {})}
+            how = {**shared, **asked["restore"]}
             begun = restored.with_name(f"{RESTORED}.unfinished").is_dir()
             verbs.restore(
                 pruned, restored, data=asked["data"], teacher=asked["model"], resume=begun,
@@ -83,7 +85,7 @@ def _take(asked: Mapping[str, Any], folder: Path, told: Mapping[str, Any], progr
         evaluate(RESTORED, restored)
         shown.append(restored)
     last = shown[-1]
-    dense_merge = "restore" in asked and (asked["restore"] or {}).get("adapter") == "lora"
+    dense_merge = (asked.get("restore") or {}).get("adapter") == "lora"
     found = verbs.verify(last, None if last == pruned or dense_merge else pruned)
     page = verbs.report(shown, out=folder / PAGE, overwrite=True)
     return {"out": str(folder), "runs": [str(path) for path in shown], "verify": found, "report": str(page)}
@@ -110,9 +112,14 @@ def _told(folder: Path, told: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds anything but this very run; its data may lie elsewhere now."""
+    """Refuse a folder that holds anything but this very run; its data may lie elsewhere now.
+
+    Settings of what is not yet begun may be others, so that a mistake in them costs nothing that is done.
+    """
     earlier = recipes.told(folder, FILE, "run")
-    for key in {**(earlier or {}), **facts}.keys() - {"data", "held_out"}:
+    begun = {"restore": any(folder.glob(f"{RESTORED}*")), "evaluate": any(folder.glob(f"*/{SCORES}"))}
+    open_ = {"data", "held_out", *(key for key, done in begun.items() if not done)}
+    for key in {**(earlier or {}), **facts}.keys() - open_:
         if earlier is not None and earlier.get(key) != facts.get(key):
             raise SparsightError(
                 f"{folder}: holds a run with {key}={earlier.get(key)!r}, this one has {facts.get(key)!r}; "

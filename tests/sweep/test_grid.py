@@ -91,7 +91,11 @@ def test_as_many_cells_as_combinations(percents, seeds):
         ("grid: {sparsity: 0.5, samples: 0}", "grid: samples: 0"),
         ("grid: {sparsity: 0.5, restore: {adapter: sparslora}}", "did you mean sparselora"),
         ("grid: {sparsity: 0.5, restore: {lr: -1}}", "--lr: -1"),
-        ("grid: {sparsity: 0.5, restore: {lr: much}}", "holds a value of the wrong kind"),
+        ("grid: {sparsity: 0.5, restore: {lr: much}}", "lr: 'much' is not a number"),
+        ("grid: {sparsity: 0.5, policy: [[1]]}", "grid: policy: [1] is not a word"),
+        ("grid: {sparsity: 0.5, ignore: [5]}", "grid: ignore: 5 is not a list of words"),
+        ("grid: {sparsity: 0.5, permute: [maybe]}", "'maybe' is neither true nor false"),
+        ("grid: {sparsity: 0.5, restore: {tune: [5]}}", "tune: [5] is not a list of words"),
         ("{grid: {sparsity: 0.5}, prune: {seed: 3}}", "takes its seeds from `seeds`"),
         ("{grid: {sparsity: 0.5}, seeds: []}", "seeds: []"),
         ("{grid: {sparsity: 0.5}, seeds: [-1]}", "--seed: -1"),
@@ -160,9 +164,11 @@ def test_numbers_are_those_a_person_means(tmp_path):
     ("section", "says"),
     [
         ("evaluate: {batch_size: 0}", "evaluate.batch_size: 0"),
-        ("evaluate: {samples: few}", "evaluate.samples: 'few'"),
+        ("evaluate: {samples: 2.5}", "evaluate.samples: 2.5"),
         ("prune: {samples: 1.5}", "prune.samples: 1.5"),
         ("restore: {kl: 2}", "--kl: 2"),
+        ("restore: {held_out: nowhere.jsonl}", "nowhere.jsonl"),
+        ("evaluate: {seed: -1}", "--seed: -1"),
     ],
 )
 def test_values_are_checked_before_anything_is_computed(section, says, tmp_path):

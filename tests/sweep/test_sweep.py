@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from sparsight import SparsightError, verbs
 from sparsight import recipe as recipes
@@ -162,6 +164,11 @@ def test_a_damaged_record_is_named_and_measured_again_once_it_is_gone(home, tmp_
     assert "is damaged" in refused(path, out)
     broken.unlink()
     assert verbs.sweep(path, out)[1]["scores"] == records[1]["scores"]
+    answers = broken.with_suffix(".jsonl")
+    lines = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(lines[:-1]))
+    assert f"has {len(lines) - 1} of {len(lines)} answers" in refused(path, out)
+    answers.write_text("".join(lines))
     (out / "sweep.json").write_text("[")
     assert "is damaged" in refused(path, out)
 
@@ -189,6 +196,10 @@ def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
     assert "another held-out" in refused(path, out, "held_out=" + str(home / "train"))
     assert "another data" in refused(path, out, "data=" + str(home / "test"))
     assert "another evaluate" in refused(path, out, "evaluate.max_new_tokens=3")
+    assert "another family" in refused(path, out, "family='vision=model.vision_tower,language=model.language_model'")
+    with FileLock(out / ".lock"):
+        assert "another process works in it" in refused(path, out)
+    (out / ".lock").unlink()
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
@@ -197,6 +208,47 @@ def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
     assert "held_out is missing" in refused(path, tmp_path / "none", "held_out=null")
     assert "out of reach" in refused(path, tmp_path / "none", "grid={sparsity: [0.999], policy: sensitivity}", "seeds=[0]")
     assert not (tmp_path / "none").exists()
+
+
+def test_another_processor_is_another_model(home, tmp_path):
+    model = shutil.copytree(MODELS["llava"], tmp_path / "model")
+    path = recipe(home, "processor", model=str(model), grid={"sparsity": [0.5]})
+    verbs.sweep(path, tmp_path / "out")
+    config = next(p for p in (model / "processor_config.json", model / "preprocessor_config.json") if p.is_file())
+    config.write_text(config.read_text().replace("image_mean", "image_means"))
+    assert "another model" in refused(path, tmp_path / "out")
+
+
+def test_a_pruned_model_and_a_page_of_ones_own_are_refused(home, tmp_path):
+    path = recipe(home, "sparse", grid={"sparsity": [0.5]})
+    verbs.prune(MODELS["llava"], tmp_path / "sparse", method="magnitude", sparsity=0.5)
+    assert "is pruned already" in refused(path, tmp_path / "out", f"model={tmp_path / 'sparse'}")
+    assert not (tmp_path / "out").exists()
+    verbs.sweep(path, tmp_path / "out")
+    (tmp_path / "out" / "report.html").write_text("my own")
+    assert "move it away" in refused(path, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in refused(path, tmp_path / "file" / "out")
+
+
+def test_an_interrupted_restoration_goes_on_within_its_cell(home, tmp_path):
+    restore = {"steps": 6, "batch_size": 2, "save_every": 2}
+    path = recipe(home, "restored", grid={"sparsity": [0.5], "restore": [restore]})
+    whole = verbs.sweep(path, tmp_path / "whole")
+    seen = []
+
+    def stop(note, done, total):
+        seen.append(note)
+        if note.endswith(": 5 of 6"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        verbs.sweep(path, tmp_path / "out", progress=stop)
+    seen.clear()
+    again = verbs.sweep(path, tmp_path / "out", progress=lambda note, done, total: seen.append(note))
+    assert not any(note.endswith(": 2 of 6") for note in seen)
+    assert any(note.endswith(": 6 of 6") for note in seen)
+    assert [(r["scores"], r["verified"]) for r in again] == [(r["scores"], r["verified"]) for r in whole]
 
 
 @pytest.mark.parametrize(

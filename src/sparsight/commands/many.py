@@ -24,7 +24,7 @@ def run(
     from sparsight.report.progress import shown
 
     if cost:
-        return _cost(recipe, changes, as_json)
+        return _cost(recipe, changes, "run", as_json)
     with shown("run", quiet) as progress:
         done = verbs.run(recipe, out, changes=changes or (), progress=progress)
     show(done, as_json, *tables.run_tables(done))
@@ -48,19 +48,21 @@ def sweep(
     from sparsight.report.progress import shown
 
     if cost:
-        return _cost(recipe, changes, as_json)
+        return _cost(recipe, changes, "sweep", as_json)
     with shown("sweep", quiet) as progress:
         records = verbs.sweep(recipe, out, changes=changes or (), jobs=jobs, progress=progress)
     show(records, as_json, *tables.sweep_tables(records, out))
+    if not all(record["verified"] for record in records):
+        raise typer.Exit(1)
     return None
 
 
-def _cost(recipe: str, changes: list[str] | None, as_json: bool) -> None:
+def _cost(recipe: str, changes: list[str] | None, verb: str, as_json: bool) -> None:
     """What `--cost` prints of a recipe; nothing is written to OUT."""
     from sparsight import verbs
     from sparsight.report import tables
 
-    facts = verbs.recipe_cost(recipe, changes or ()).facts()
+    facts = verbs.recipe_cost(recipe, changes or (), verb=verb).facts()
     show(facts, as_json, *tables.cost_tables(facts))
 
 

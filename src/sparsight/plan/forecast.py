@@ -39,14 +39,15 @@ WORDS = 16  # of a question that nobody has asked yet; its answer has a quarter 
 @dataclass(frozen=True)
 class Forecast:
     """The costs of the stages, and what they were reckoned for: tokens per sample, whether they are a guess for want of
-    data, the FLOPs per second of this CPU (0 where nobody measured); for a recipe, how often a stage runs, and settings that
-    are not counted in."""
+    data, the FLOPs per second of this CPU (0 where nobody measured); for a recipe, how often a stage runs, the FLOPs of
+    all its runs, and settings that are not counted in."""
 
     stages: tuple[Stage, ...]
     tokens: Mapping[str, float]
     assumed: bool
     rate: float = 0.0
     times: Mapping[str, int] = field(default_factory=dict)
+    total: Mapping[str, int] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Stage:
@@ -59,7 +60,8 @@ class Forecast:
             for stage in self.stages
         ]
         told = {"stages": listed, "tokens_per_sample": dict(self.tokens), "assumed": self.assumed, "rate": self.rate}
-        return told | ({"times": dict(self.times), "without": list(self.without)} if self.times else {})
+        more = {"times": dict(self.times), "total": dict(self.total), "without": list(self.without)}
+        return told | (more if self.times else {})
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def cost(
     adapter: str = "sparselora",
     rank: int | str | Mapping[str, int] | None = None,
     teacher_mode: str = "auto",
+    kl: float = 0.1,
     steps: int | None = None,
     restore_batch_size: int = 32,
     accumulate: int = 1,
@@ -82,6 +83,7 @@ def cost(
     steps = steps or (-(-len(found) // batch) if data is not None else 100)
     learned = min(len(found), steps * batch) if data is not None else steps * batch
     mode = ("shared" if how.mask_only else "cached") if teacher_mode == "auto" else teacher_mode
+    mode = mode if kl else "none"
     solvers = frozenset(name for name in (method, refine, update) if name in foretelling.SOLVERS)
     work = Work(
         solvers, propagate, min(samples, len(found)) if data is not None else samples, batch_size, mode, steps, learned,

@@ -50,6 +50,11 @@ def _check(target: Path, overwrite: bool) -> None:
     if target.exists():
         if not overwrite:
             raise SparsightError(f"--out: {target} exists; give another name, or add --overwrite")
-        with target.open("rb") as file:
-            if MARK.encode() not in file.read(400):
-                raise SparsightError(f"--out: {target} is not a page of report, so --overwrite does not replace it")
+        if not is_page(target):
+            raise SparsightError(f"--out: {target} is not a page of report, so --overwrite does not replace it")
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file was written by `report`."""
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(400)

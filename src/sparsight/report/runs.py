@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -195,7 +196,7 @@ def read_sweep(folder: str | Path) -> list[Run]:
     files = sorted((path / "cells").glob("*.json"), key=lambda file: (order.get(file.stem, len(order)), _natural(file)))
     runs = [_read_cell(path, cell, sweep) for cell in files]
     if not runs:
-        raise SparsightError(f"{path}: no cell of this sweep is finished; go on with sparsight sweep --resume")
+        raise SparsightError(f"{path}: no cell of this sweep is finished; run the same sweep again to go on")
     return sorted(runs, key=lambda run: not run.dense)
 
 
@@ -248,7 +249,7 @@ def _read_cell(folder: Path, path: Path, sweep: Mapping[str, Any]) -> Run:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
-        raise SparsightError(f"{path}: is damaged ({reason}); delete it and run sparsight sweep --resume") from error
+        raise SparsightError(f"{path}: is damaged ({reason}); delete it and run the same sweep again") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,11 +268,39 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """Put runs together that differ in nothing but the seed, in the order of their first."""
     found: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        key, again = how(run), 0
-        while any(other.seed == run.seed for other in found.get((key, again), ())):
+        key, again = how(run) + _scored_on(run), 0
+        if run.dense and any(other.predictions == run.predictions for other in found.get((key, 0), ())):
+            continue  # the dense model of a sweep and that of a folder
+        while any(run.dense or other.seed == run.seed for other in found.get((key, again), ())):
             again += 1  # the same settings and seed twice: another run, no other seed
         found.setdefault((key, again), []).append(run)
-    return [Group(_common([run.label for run in same]), tuple(same)) for same in found.values()]
+    groups = list(found.values())
+    labels = apart([(_common([run.label for run in same]), same[0].cell) for same in groups])
+    return [Group(label, tuple(same)) for label, same in zip(labels, groups, strict=True)]
+
+
+def apart(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Labels of cells, with what tells them apart added where several have the same; the seed does not."""
+    labels = []
+    for label, cell in named:
+        others = [_flat(other) for same, other in named if same == label]
+        mine = _flat(cell)
+        differs = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
+        labels.append(", ".join([label, *(f"{key} {mine[key]}" for key in differs)]))
+    return labels
+
+
+def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's settings, those of its restoration among them."""
+    nested = {k: v for k, v in cell.items() if isinstance(v, Mapping)}
+    flat = {k: v for k, v in cell.items() if k not in nested and k != "seed"}
+    return flat | {f"{k}.{name}": value for k, v in nested.items() for name, value in v.items()}
+
+
+def _scored_on(run: Run) -> str:
+    """What tells one set of held-out samples from another."""
+    asked = [(row["id"], row["kind"], row["prompt"]) for row in run.predictions]
+    return hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
 
 
 def how(run: Run, *without: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -175,7 +176,7 @@ def cost_tables(facts: Mapping[str, Any]) -> list[Any]:
     if facts["rate"]:
         lines.append(f"Seconds are FLOPs by {facts['rate'] / 1e9:,.0f} GFLOPs a second, a square product measured here")
     if times:
-        work = sum(times.get(stage["name"], 0) * sum(stage["flops"].values()) for stage in facts["stages"])
+        work = sum(facts["total"].values())
         least = f", roughly at least {work / facts['rate'] / 60:,.0f} min" if facts["rate"] else ""
         lines.append(f"In all {work / 1e12:,.1f} TFLOPs{least}")
         lines += [f"Not counted: {', '.join(facts['without'])}"] if facts["without"] else []
@@ -204,11 +205,15 @@ def run_tables(done: Mapping[str, Any]) -> list[Any]:
 
 def sweep_tables(records: Sequence[Mapping[str, Any]], out: str) -> list[Any]:
     """The cells, those of several seeds in one row: mean, and the lowest and the highest."""
+    from sparsight.report.runs import apart
+
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        groups.setdefault(record["label"], []).append(record)
+        key = json.dumps({k: v for k, v in record["cell"].items() if k != "seed"}, sort_keys=True)
+        groups.setdefault(key, []).append(record)
     rows = []
-    for label, cells in groups.items():
+    labels = apart([(cells[0]["label"], cells[0]["cell"]) for cells in groups.values()])
+    for label, cells in zip(labels, groups.values(), strict=True):
         first = cells[0]
         scores = [score["value"] for c in cells for score in c["scores"] if _is_match(score)]
         amounts = [f"{x['zeros'] / x['parameters']:.1%}" if x["parameters"] else "–" for x in first["components"].values()]
@@ -216,7 +221,9 @@ def sweep_tables(records: Sequence[Mapping[str, Any]], out: str) -> list[Any]:
         rows.append((label, *amounts, f"{sum(scores) / len(scores):.4f}", spread, f"{first['packed_bytes'] / 1e6:.1f}"))
     columns = ("cell", *records[0]["components"], "exact match", "seeds", "packed MB")
     seconds = sum(sum(record["seconds"].values()) for record in records)
-    return [table(f"{len(records)} cells", columns, rows), f"{seconds:.0f} s of work · results in {out}"]
+    wrong = [f"{r['label']}, seed {r['cell']['seed']}" for r in records if not r["verified"]]
+    lost = [f"NOT every zero is where the plan says: {name}" for name in wrong]
+    return [table(f"{len(records)} cells", columns, rows), *lost, f"{seconds:.0f} s of work · results in {out}"]
 
 
 def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:

@@ -25,7 +25,7 @@ from sparsight.plan.budget import check_component, nearest
 from sparsight.plan.pattern import Pattern
 from sparsight.plan.plan import find_policy, planned_budget
 from sparsight.prune.choice import Choice, choose, named, preset_policy
-from sparsight.recipe import check_section
+from sparsight.recipe import check_kind, check_section
 from sparsight.restore.run import check_keywords
 from sparsight.settings import check_seed, check_whole, parse_list
 
@@ -80,7 +80,7 @@ class Cell:
         facts = self.facts
         amounts = facts["sparsity"].values()
         each = (
-            f"{next(iter(amounts)):.0%}"
+            f"{100 * next(iter(amounts)):g}%"
             if set(facts["sparsity"]) == {"vision", "language"} and len(set(amounts)) == 1
             else ""
         )
@@ -144,7 +144,9 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
                 check_section("grid: restore", "restore", restoration)
                 check_keywords(restoration, recipe.get("device") or "cpu")
             settings = {**DEFAULTS, **shared, **varied}
-            settings["ignore"] = parse_list(settings["ignore"])
+            for name, value in settings.items():
+                check_kind(f"grid: {name}", "prune", name, value)
+            settings["ignore"] = parse_list(settings["ignore"] or ())
             check_whole("grid: samples", settings["samples"])
             for seed in seeds:
                 cell = Cell(settings, restoration, seed)

@@ -19,17 +19,19 @@ from sparsight import recipe as recipes
 from sparsight.data import read
 from sparsight.errors import Interrupted, SparsightError
 from sparsight.evaluate.record import PICTURES, SHOWN, environment, write_pictures
+from sparsight.model.checkpoint import read_record
 from sparsight.model.load import check_device, parse_dtype
-from sparsight.report.report import report
+from sparsight.report.report import is_page, report
 from sparsight.settings import check_whole
 from sparsight.sweep.grid import Cell, cells
+from sparsight.sweep.lock import alone
 from sparsight.sweep.workbench import FORMAT, Workbench, measure
 from sparsight.sweep.worker import WORK, share
 
 Progress = Callable[[str, int, int], None]
 
 SECTIONS, EXTRA = ("prune", "restore", "evaluate"), ("grid", "seeds")
-IDENTITY = ("model_hash", "data_fingerprint", "held_out_fingerprint", "evaluate", "dtype")
+IDENTITY = ("format", "model_hash", "data_fingerprint", "held_out_fingerprint", "evaluate", "dtype", "family", "skip_bad")
 COLUMNS = (
     "id", "label", "seed", "pattern", "method", "policy", "restore", "vision", "connector", "language", "parameters",
     "zeros", "bytes", "packed_bytes", "exact_match", "low", "high", "questions", "captions", "seconds",
@@ -52,6 +54,9 @@ def sweep(
 
     **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, and for a folder
     that holds something else, a sweep of another model among it.
+
+    A process with another number of threads adds in another order, so that last bits, and now and then an answer, may
+    differ between different `jobs`.
     """
     asked = recipes.read(recipe, changes, sections=SECTIONS, extra=EXTRA)
     recipes.check_values(asked)
@@ -61,9 +66,23 @@ def sweep(
     if not isinstance(asked.get("held_out"), str):
         raise SparsightError(f"{recipe}: held_out is missing; name the samples to score on, which are not those of data")
     wanted, folder = cells(asked), Path(out)
-    bench, facts = _opened(asked, wanted, folder)
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    told = recipes.told(folder, "sweep.json", "sweep")
+    if read_record(asked["model"]):
+        raise SparsightError(f"{asked['model']}: is pruned already; sweep over the dense model that it was made of")
+    page = folder / "report.html"
+    if page.exists() and not (page.is_file() and is_page(page)):
+        raise SparsightError(f"{page}: is no page of a report, and a sweep writes one there; move it away")
+    with alone(folder):
+        return _swept(asked, wanted, folder, told, jobs, progress)
+
+
+def _swept(
+    asked: Mapping[str, Any], wanted: Sequence[Cell], folder: Path, told: Mapping[str, Any] | None, jobs: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    bench, facts = _opened(asked, wanted, folder, told)
     _write(folder / "sweep.json", facts)
+    (folder / "cells").mkdir(exist_ok=True)
     write_pictures(bench.held_out[:SHOWN], folder / PICTURES)
     left = [cell for cell in wanted if not _record(folder, cell).is_file()]
     tell = _Tally(progress, len(wanted) - len(left), len(wanted))
@@ -84,9 +103,10 @@ def sweep(
     return records
 
 
-def _opened(asked: Mapping[str, Any], wanted: Sequence[Cell], folder: Path) -> tuple[Workbench, dict[str, Any]]:
+def _opened(
+    asked: Mapping[str, Any], wanted: Sequence[Cell], folder: Path, told: Mapping[str, Any] | None
+) -> tuple[Workbench, dict[str, Any]]:
     """The model on a workbench, and what `sweep.json` says; everything that can be refused is refused here."""
-    told = recipes.told(folder, "sweep.json", "sweep")
     facts = _facts(asked)
     if told is not None:
         _check_same(folder, told, facts)
@@ -105,10 +125,16 @@ def _record(folder: Path, cell: Cell) -> Path:
 
 
 def _read(record: Path) -> dict[str, Any]:
+    """A finished cell. **Raises** `SparsightError` for one that is damaged, or whose answers are."""
     try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise SparsightError(f"{record}: is damaged ({error}); delete it, and the same command measures it again") from error
+        found = dict(json.loads(record.read_text(encoding="utf-8")))
+        row(found, record.with_suffix(".jsonl"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise SparsightError(
+            f"{record}: is damaged ({reason}); delete it, and the same command measures it again"
+        ) from error
+    return found
 
 
 def units(left: Sequence[Cell]) -> list[list[Cell]]:
@@ -143,6 +169,8 @@ def _facts(asked: Mapping[str, Any]) -> dict[str, Any]:
         "held_out_fingerprint": held.fingerprint,
         "evaluate": dict(asked.get("evaluate") or {}),
         "dtype": asked.get("dtype") or "auto",
+        "family": asked.get("family"),
+        "skip_bad": bool(asked.get("skip_bad")),
         "grid": {key: asked.get(key) for key in ("grid", "seeds", "prune", "restore")},
         "environment": environment(),
     }
@@ -178,6 +206,8 @@ def row(record: Mapping[str, Any], answers: Path) -> dict[str, Any]:
     cell, components = record["cell"], record["components"]
     found = {r["kind"]: r for r in record["scores"] if r["metric"] == "exact_match"}
     lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    if len(lines) != record.get("answers", len(lines)):
+        raise ValueError(f"{answers.name} has {len(lines)} of {record['answers']} answers")
     asked = [line["correct"] for line in lines if line["kind"] != "caption"]
     told = [line["correct"] for line in lines if line["kind"] == "caption"]
     amounts = {c: x["zeros"] / x["parameters"] if x["parameters"] else 0.0 for c, x in components.items()}

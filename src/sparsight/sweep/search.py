@@ -102,6 +102,10 @@ def search(
         "evaluate": {"max_new_tokens": max_new_tokens, "samples": held_out_samples, "seed": seed},
     }  # fmt: skip
     cell = Cell({**DEFAULTS, **settings}, None, seed)
+    if cell.policy != "uniform":
+        raise SparsightError(f"--method: {method} shares its sparsity by a policy of its own; name a method without one")
+    if over == "components" and within is None and len(cell.facts["sparsity"]) < 2:
+        raise SparsightError("--over: one component alone has nobody to share with; use blocks, or name two in --sparsity")
     return _search(recipe, out, cell, blocks=over == "blocks", within=within, overwrite=overwrite, progress=progress)
 
 

@@ -59,6 +59,8 @@ class Splits:
                 f"--pattern: {self.pattern} has one sparsity only, so there is no split to search; use row or tensor, or "
                 "`prune` with --policy sensitivity, which leaves layers dense"
             )
+        if (most := max(self.start.values())) > HIGHEST:
+            raise SparsightError(f"--sparsity: {most:g} leaves no room to move zeros; search knows at most {HIGHEST}")
         bench.plan(cell, measured=False)
         planned = make_plan(bench.body, sparsity=dict.fromkeys(self._named, 0.5), ignore=cell.prune["ignore"])
         self.layers = [layer for layer in bench.body.layers if layer.name in planned]

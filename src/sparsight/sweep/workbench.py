@@ -28,7 +28,6 @@ from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.checkpoint import Record, read_metrics, save, sparsity_record
 from sparsight.model.families import Family
 from sparsight.model.load import load
-from sparsight.model.masks import weight_hash
 from sparsight.model.verify import verify
 from sparsight.plan.measure import Measure
 from sparsight.plan.plan import Plan, find_policy, make_plan
@@ -37,6 +36,7 @@ from sparsight.prune.known import Known, served
 from sparsight.prune.prune import know
 from sparsight.prune.prune import prune as prune_in_place
 from sparsight.prune.record import PruneRecord
+from sparsight.restore.cache import cache_key
 from sparsight.sweep.grid import Cell, digest
 
 FORMAT = 1
@@ -70,9 +70,9 @@ class Workbench:
         self._dense: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
 
     def hash(self) -> str:
-        """Of every weight of the dense model."""
-        named = ((name, weight_hash(p.data)) for name, p in self.model.named_parameters())
-        return hashlib.blake2b(" ".join(f"{name} {found}" for name, found in named).encode(), digest_size=16).hexdigest()
+        """Of every weight of the model as it is, its configuration and its processor."""
+        known = cache_key(self.model, self.encoder, (), "") + self.model.generation_config.to_json_string()
+        return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
     def _skip(self) -> bool:
@@ -147,9 +147,9 @@ class Workbench:
                     finish(cell, *self._facts(cell, spent, said, plan, errors))
                 else:
                     finish(cell, *self._restored(cell, spent, said, plan, errors))
+            shutil.rmtree(self.folder / first.pruned, ignore_errors=True)  # kept after an error, to go on from
         finally:
             self.undo()
-            shutil.rmtree(self.folder / first.pruned, ignore_errors=True)
         return None
 
     def _spent(self, began: float) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class Workbench:
             self.body, plan, base_model=str(self.recipe["model"]), method=cell.named,
             mask_only=cell.choice().mask_only, family=self.family,
         )  # fmt: skip
-        shutil.rmtree(self.folder / cell.pruned, ignore_errors=True)
         folder = self.folder / cell.pruned / "pruned"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         save(self.model, self.processor, Record(record, {}, {"prune": cell.facts}), folder)
 
@@ -170,9 +170,15 @@ class Workbench:
         said(f"restore: {cell.label}, seed {cell.seed}")
         began = time.perf_counter()
         home = self.folder / cell.pruned
+        begun = (home / f"{cell.id}.unfinished").is_dir()
+
+        def tell(note: str, done: int, total: int) -> None:
+            said(f"restore: {cell.label}, seed {cell.seed}: {done} of {total}")
+
         shared = {key: self.recipe[key] for key in ("dtype", "device", "family", "skip_bad") if self.recipe.get(key)}
         verbs.restore(
-            home / "pruned", home / cell.id, data=self.recipe["data"], teacher=self.recipe["model"],
+            home / "pruned", home / cell.id, data=self.recipe["data"], teacher=self.recipe["model"], resume=begun,
+            progress=tell,
             **{"teacher_cache": self.folder / "teacher", "seed": cell.seed, **shared, **(cell.restore or {})},
         )  # fmt: skip
         model, _ = load(home / cell.id, dtype=self.recipe.get("dtype") or "auto", device=self.device)
@@ -208,6 +214,7 @@ class Workbench:
             **weights_of(self.model if model is None else model, self.family),
             "layers": layers,
             "scores": list(result.rows),
+            "answers": len(result.predictions),
             "skipped": len(self.encoder.skipped),
             **{what: {stage: x[what] for stage, x in spent.items()} for what in ("seconds", "memory")},
             "curve": [],

@@ -33,7 +33,9 @@ def share(units: Sequence[list[Cell]], asked: Mapping[str, Any], folder: Path, j
         for place in range(min(jobs, len(units))):
             told = json.dumps({"asked": dict(asked), "folder": str(folder), "place": place, "jobs": jobs})
             command = [sys.executable, "-m", "sparsight.sweep.worker", told]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )  # Ctrl-C is for the process that gives out the work
             workers.append(worker)
             threading.Thread(target=_serve, args=(worker, waiting, answers), daemon=True).start()
         for _ in units:
