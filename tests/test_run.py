@@ -97,6 +97,12 @@ def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_is_one_line(home, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SparsightError, match="could not be written to"):
+        verbs.run(home / "r.yaml", tmp_path / "file" / "out", changes=SMALL)
+
+
 def test_ctrl_c_says_how_to_go_on(home, tmp_path):
     def stop(note, done, total):
         raise KeyboardInterrupt

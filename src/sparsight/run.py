@@ -15,7 +15,7 @@ from typing import Any
 from sparsight import recipe as recipes
 from sparsight import verbs
 from sparsight.data import read
-from sparsight.errors import Interrupted, SparsightError
+from sparsight.errors import Interrupted, NotWritten, SparsightError
 from sparsight.evaluate.record import SCORES
 from sparsight.model.checkpoint import identity, read_record
 from sparsight.model.unfinished import parents
@@ -53,6 +53,10 @@ def run(
         return _take(asked, folder, told, progress)
     except (KeyboardInterrupt, Interrupted) as stop:
         raise Interrupted(f"interrupted; what is done is in {folder}: the same command goes on") from stop
+    except OSError as error:
+        raise NotWritten(
+            f"{folder}: could not be written to ({error.strerror or error}); what is done stays there"
+        ) from error
 
 
 def _take(asked: Mapping[str, Any], folder: Path, told: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:

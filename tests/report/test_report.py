@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,8 +17,9 @@ from huggingface_hub import ModelCard
 from sparsight import SparsightError, verbs
 from sparsight.evaluate.record import read_evaluation
 from sparsight.model.card import model_card
-from sparsight.report.runs import grouped, read_runs
+from sparsight.report.runs import apart, grouped, read_runs
 from sparsight.report.scores import estimate
+from sparsight.report.tables import sweep_tables
 
 VOID = {"meta", "link", "img", "br", "hr"}
 
@@ -162,6 +164,30 @@ def test_the_same_name_twice(models, tmp_path):
     first, second = read_runs([models / "pruned", tmp_path / "other" / "pruned"])
     assert first.label != second.label == "other/pruned"
     assert len(grouped([first, second])) == 2  # the same settings and seed are no second seed
+
+
+def test_other_samples_are_no_second_seed_and_the_dense_model_stands_once(sweep):
+    runs = read_runs([sweep])
+    labels = [group.label for group in grouped(runs)]
+    assert [group.label for group in grouped([*runs, *runs[:1]])] == labels  # the dense model again, with the same answers
+    pruned = next(run for run in runs if not run.dense)
+    other = replace(pruned, cell={**pruned.cell, "seed": 9}, predictions=pruned.predictions[:3])
+    assert len(grouped([pruned, replace(other, predictions=pruned.predictions)])) == 1
+    assert len(grouped([pruned, other])) == 2
+
+
+def test_equal_labels_say_what_differs():
+    cells = [("60%", {"seed": s, "samples": 8, "restore": {"lr": lr, "steps": 3}}) for s, lr in ((0, 1e-3), (1, 1e-1))]
+    assert apart([*cells, ("70%", {"samples": 4})]) == ["60%, restore.lr 0.001", "60%, restore.lr 0.1", "70%"]
+    records = [
+        {"label": label, "cell": cell, "components": {}, "scores": [], "packed_bytes": 1, "seconds": {}, "verified": True}
+        for label, cell in cells
+    ]
+    for record in records:
+        record["scores"] = [{"metric": "exact_match", "kind": "all", "value": 0.5}]
+    (table, *_) = sweep_tables([{**record, "verified": i == 0} for i, record in enumerate(records)], "out")[:1]
+    assert table.row_count == 2
+    assert "NOT every zero" in sweep_tables([{**records[0], "verified": False}], "out")[1]
 
 
 def test_two_seeds_of_a_model_are_averaged(models, tmp_path):

@@ -61,8 +61,8 @@ def cost(
 
     **Raises** `SparsightError` for a method, policy or adapter whose cost is not known, and as the stages themselves would.
     """
-    foretelling.check(method, refine, update, policy, adapter)
     how = choose(method, refine=refine, update=update, propagate=propagate)
+    foretelling.check(method, refine, update, policy, adapter)
     planned_budget(pattern, sparsity, policy)
     ranks = parse_ranks(rank)
     Tuning(adapter, ranks, teacher_mode=teacher_mode).check()
