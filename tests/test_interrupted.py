@@ -129,8 +129,7 @@ def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):
     "damaged",
     [
         "sparse_lora.safetensors",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("optimizer.pt", "complete.json")),
-        "all",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("optimizer.pt", "complete.json", "all")),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_path, caplog):

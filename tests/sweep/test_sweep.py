@@ -200,6 +200,10 @@ def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
     with FileLock(out / ".lock"):
         assert "another process works in it" in refused(path, out)
     (out / ".lock").unlink()
+    page = (out / "report.html").read_text()
+    (out / "report.html").write_text("my own")
+    assert "move it away" in refused(path, out)
+    (out / "report.html").write_text(page)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
@@ -219,14 +223,11 @@ def test_another_processor_is_another_model(home, tmp_path):
     assert "another model" in refused(path, tmp_path / "out")
 
 
-def test_a_pruned_model_and_a_page_of_ones_own_are_refused(home, tmp_path):
+def test_a_pruned_model_and_a_place_that_cannot_be_are_refused(home, tmp_path):
     path = recipe(home, "sparse", grid={"sparsity": [0.5]})
     verbs.prune(MODELS["llava"], tmp_path / "sparse", method="magnitude", sparsity=0.5)
     assert "is pruned already" in refused(path, tmp_path / "out", f"model={tmp_path / 'sparse'}")
     assert not (tmp_path / "out").exists()
-    verbs.sweep(path, tmp_path / "out")
-    (tmp_path / "out" / "report.html").write_text("my own")
-    assert "move it away" in refused(path, tmp_path / "out")
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in refused(path, tmp_path / "file" / "out")
 
@@ -264,11 +265,8 @@ def test_what_cannot_be_swept(changes, says, home, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_says_one_line_and_exits_with_2(home, tmp_path):
-    path, changes, says = recipe(home, "line", grid={"sparsity": [0.5]}), ["grid.sparsity=[]"], "is an empty list"
-    run = [*COMMAND, "sweep", path, tmp_path / "out", *changes]
-    done = subprocess.run([*map(str, run)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_the_command_line_says_one_line_and_exits_with_2(home, run, tmp_path):
+    code, out, err = run("sweep", recipe(home, "line", grid={"sparsity": [0.5]}), "out", "grid.sparsity=[]")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is an empty list" in err
     assert not (tmp_path / "out").exists()
