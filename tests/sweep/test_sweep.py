@@ -251,6 +251,15 @@ def test_an_interrupted_restoration_goes_on_within_its_cell(home, tmp_path):
     assert any(note.endswith(": 6 of 6") for note in seen)
     assert [(r["scores"], r["verified"]) for r in again] == [(r["scores"], r["verified"]) for r in whole]
 
+    def late(note, done, total):
+        if note.startswith("evaluate: 50%, wanda + "):  # written, and not yet scored
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        verbs.sweep(path, tmp_path / "late", progress=late)
+    again = verbs.sweep(path, tmp_path / "late")
+    assert [(r["scores"], r["verified"]) for r in again] == [(r["scores"], r["verified"]) for r in whole]
+
 
 @pytest.mark.parametrize(
     ("changes", "says"),

@@ -204,7 +204,7 @@ def _order(results: Path) -> dict[str, int]:
     """The places of the cells in a sweep's table; empty without one."""
     if not results.is_file():
         return {}
-    with results.open(newline="", encoding="utf-8") as file:
+    with results.open(newline="", encoding="utf-8", errors="replace") as file:
         return {row["id"]: place for place, row in enumerate(csv.DictReader(file)) if row.get("id")}
 
 

@@ -21,6 +21,7 @@ import torch
 
 from sparsight import verbs
 from sparsight.data import Encoder, batches, read
+from sparsight.errors import SparsightError
 from sparsight.evaluate import Result, evaluate
 from sparsight.evaluate.record import weights_of
 from sparsight.memory import peak_memory
@@ -170,17 +171,8 @@ class Workbench:
         said(f"restore: {cell.label}, seed {cell.seed}")
         began = time.perf_counter()
         home = self.folder / cell.pruned
-        begun = (home / f"{cell.id}.unfinished").is_dir()
-
-        def tell(note: str, done: int, total: int) -> None:
-            said(f"restore: {cell.label}, seed {cell.seed}: {done} of {total}")
-
-        shared = {key: self.recipe[key] for key in ("dtype", "device", "family", "skip_bad") if self.recipe.get(key)}
-        verbs.restore(
-            home / "pruned", home / cell.id, data=self.recipe["data"], teacher=self.recipe["model"], resume=begun,
-            progress=tell,
-            **{"teacher_cache": self.folder / "teacher", "seed": cell.seed, **shared, **(cell.restore or {})},
-        )  # fmt: skip
+        if not (home / cell.id).is_dir():  # else the sweep was killed between writing it and scoring it
+            self._restore(cell, home, said)
         model, _ = load(home / cell.id, dtype=self.recipe.get("dtype") or "auto", device=self.device)
         spent = {**spent, "restore": self._spent(began)}
         facts, result = self._facts(cell, spent, said, plan, errors, model)
@@ -189,6 +181,24 @@ class Workbench:
         facts["verified"] = not verify(home / cell.id, None if adapter == "lora" else home / "pruned")["differences"]
         shutil.rmtree(home / cell.id)
         return facts, result
+
+    def _restore(self, cell: Cell, home: Path, said: Said) -> None:
+        """Restore `home/pruned`, going on from where an earlier process was interrupted, if it can be gone on from."""
+        unfinished = home / f"{cell.id}.unfinished"
+
+        def tell(note: str, done: int, total: int) -> None:
+            said(f"restore: {cell.label}, seed {cell.seed}: {done} of {total}")
+
+        shared = {key: self.recipe[key] for key in ("dtype", "device", "family", "skip_bad") if self.recipe.get(key)}
+        how = {"teacher_cache": self.folder / "teacher", "seed": cell.seed, **shared, **(cell.restore or {})}
+        how |= {"data": self.recipe["data"], "teacher": self.recipe["model"], "progress": tell}
+        if unfinished.is_dir():
+            try:
+                verbs.restore(home / "pruned", home / cell.id, resume=True, **how)
+                return
+            except SparsightError:  # other bits, as with another number of threads
+                shutil.rmtree(unfinished, ignore_errors=True)
+        verbs.restore(home / "pruned", home / cell.id, **how)
 
     def _facts(
         self, cell: Cell, spent: Mapping[str, Any], said: Said, plan: Plan | None = None,
