@@ -16,8 +16,9 @@ import shutil
 from pathlib import Path
 
 from sparsight.demo import MODELS
-from sparsight.report.runs import Group, grouped, read_runs
-from sparsight.report.scores import Estimate, difference, estimate
+from sparsight.reporting.groups import Group, group_runs
+from sparsight.reporting.runs import read_runs
+from sparsight.reporting.scores import Estimate, difference, estimate
 
 FIGURES = {"fixed-sum": ("fixed-sum",), "one-component": ("components",), "patterns": ("patterns", "restoration")}
 
@@ -30,7 +31,7 @@ def points(found: Estimate | None, sign: bool = False) -> str:
 
 
 def split(group: Group) -> tuple[float, float]:
-    return round(group.first.asked("vision"), 3), round(group.first.asked("language"), 3)
+    return round(group.first.target_sparsity("vision"), 3), round(group.first.target_sparsity("language"), 3)
 
 
 def zeros(group: Group) -> int:
@@ -109,8 +110,8 @@ def said(group: Group) -> str:
 def restored(groups: list[Group]) -> None:
     """Does SparseLoRA restore, and where?"""
     rows = []
-    dense = next(group for group in groups if group.first.dense)
-    key = {(g.first.cell["pattern"], split(g), g.first.restored): g for g in groups if not g.first.dense}
+    dense = next(group for group in groups if group.first.is_dense)
+    key = {(g.first.cell["pattern"], split(g), g.first.is_restored): g for g in groups if not g.first.is_dense}
     for (pattern, amounts, done), before in key.items():
         if done:
             continue
@@ -135,8 +136,8 @@ def main() -> None:
             folder = asked.folder / f"{model}-{name}"
             if not (folder / "results.csv").is_file():
                 continue
-            groups = grouped(read_runs([folder]))
-            dense = next(group for group in groups if group.first.dense)
+            groups = group_runs(read_runs([folder]))
+            dense = next(group for group in groups if group.first.is_dense)
             print(f"### {model}, dense {points(estimate(dense))}\n")
             show(list(groups))
             if asked.keep:

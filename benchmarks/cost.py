@@ -2,7 +2,7 @@
 
 Models: both demo models in float32 on digit scenes, and a random LLaVA of 300 million parameters in bfloat16, vocabulary
 32,000. Measured is the high-water mark of resident memory (VmHWM) of the command line, run with one thread; foretold is
-what `verbs.cost` says from the configuration, the processor and the same data. Bar: within 15 %.
+what `api.cost` says from the configuration, the processor and the same data. Bar: within 15 %.
 
     python benchmarks/cost.py [--models instructblip llava 300m]
 """
@@ -28,7 +28,7 @@ BAR = 0.15
 CHILD = """
 import re, sys, time
 from pathlib import Path
-from sparsight import cli
+from sparsight.cli import app as cli
 sys.argv = ["sparsight", *sys.argv[1:]]
 began = time.perf_counter()
 try:
@@ -77,30 +77,37 @@ def measured(*words: Any) -> tuple[int, float]:
 
 
 def cases(model: Path, big: bool, folder: Path) -> list[tuple[str, tuple[Any, ...], str, dict[str, Any]]]:
-    """What is measured, in order: a name, the words of the command line, the stage, and what `verbs.cost` is asked."""
+    """What is measured, in order: a name, the words of the command line, the stage, and what `estimate` is given."""
     dtype, samples, batch, steps = ("bfloat16", 32, 8, 2) if big else ("float32", 64, 32, 4)
     train, test, quiet = folder / "train", folder / "test", ("--quiet", "--overwrite")
-    both = {"dtype": dtype, "samples": samples, "batch_size": 8, "restore_batch_size": batch, "steps": steps}
-    both |= {"eval_batch_size": batch, "eval_samples": samples, "timed": False}
+    prune = {"dtype": dtype, "samples": samples}
+    both = {"restore": {"batch_size": batch, "steps": steps}, "evaluate": {"batch_size": batch, "samples": samples}}
     listed = []
     ways: dict[str, dict[str, str]] = {"wanda": {}, "sparsegpt": {"method": "sparsegpt"}}
     for name, way in (ways | {"swaps and pcg": {"refine": "swaps", "update": "pcg"}}).items():
         words = ("prune", model, folder / name, "--data", train, "--samples", samples, "--dtype", dtype, *quiet)
         words += tuple(word for option, value in way.items() for word in (f"--{option}", value))
-        listed.append((f"prune, {name}", words, "prune", both | way | {"data": train}))
+        listed.append((f"prune, {name}", words, "prune", both | {"prune": prune | way, "data": train}))
     for mode, sparse in (("shared", "wanda"), ("cached", "sparsegpt")):
         words = ("restore", folder / sparse, folder / "restored", "--data", train, "--teacher-mode", mode)
         words = (*words, "--steps", steps, "--batch-size", batch, *quiet)
-        listed.append((f"restore, {mode}", words, "restore", both | {"teacher_mode": mode, "data": train}))
+        listed.append(
+            (
+                f"restore, {mode}",
+                words,
+                "restore",
+                both | {"restore": both["restore"] | {"teacher_mode": mode}, "prune": prune, "data": train},
+            )
+        )
     words = ("eval", model, "--data", test, "--samples", samples, "--batch-size", batch, "--dtype", dtype, "--quiet")
-    return [*listed, ("evaluate", words, "evaluate", both | {"data": test})]
+    return [*listed, ("evaluate", words, "evaluate", both | {"prune": prune, "data": test})]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=(*MODELS, "300m"), default=[*MODELS, "300m"])
     asked = parser.parse_args()
-    from sparsight.verbs import cost
+    from sparsight import estimate
 
     rows = []
     for name in asked.models:
@@ -110,18 +117,18 @@ def main() -> None:
             write(folder / "test", "test", 64, seed=1)
             model = big(folder / "model") if name == "300m" else MODELS[name]
             for what, words, stage, options in cases(model, name == "300m", folder):
-                foretold = cost(model, **options)[stage]
+                expected = estimate(model, timed=False, **options)[stage]
                 peak, seconds = measured(*words)
-                off = foretold.peak / peak - 1
-                cells = [name, what, f"{foretold.peak / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{off:+.1%}", foretold.moment]
+                off = expected.peak / peak - 1
+                cells = [name, what, f"{expected.peak / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{off:+.1%}", expected.moment]
                 rows.append(
-                    [datetime.date.today(), torch.__version__, *cells, f"{foretold.work / 1e9:.0f}", f"{seconds:.1f}"]
+                    [datetime.date.today(), torch.__version__, *cells, f"{expected.work / 1e9:.0f}", f"{seconds:.1f}"]
                 )
                 said = "within" if abs(off) <= BAR else "NOT WITHIN"
                 print(
-                    f"{name:>13}  {what:<20} {cells[2]:>5} MB foretold, {cells[3]:>5} measured, {off:+.1%}: {said} {BAR:.0%}"
+                    f"{name:>13}  {what:<20} {cells[2]:>5} MB estimated, {cells[3]:>5} measured, {off:+.1%}: {said} {BAR:.0%}"
                 )
-    columns = ("date", "torch", "model", "stage", "MB foretold", "MB measured", "off", "moment", "GFLOPs", "seconds")
+    columns = ("date", "torch", "model", "stage", "MB estimated", "MB measured", "off", "moment", "GFLOPs", "seconds")
     with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
 

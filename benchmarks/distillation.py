@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sparsight.restore.losses import distillation
+from sparsight.restoring.losses import distillation
 
 VOCABULARY, TOKENS, WIDTH, KL, T = 32_000, 2_048, 1_024, 0.1, 2.0
 

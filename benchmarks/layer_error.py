@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from sparsight import Pattern, anatomy, load, lockstep
+from sparsight.calibration.moments import Moments
+from sparsight.calibration.observe import Watch
 from sparsight.data import Encoder, batches, read
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.prune.choice import choose
-from sparsight.prune.moments import Moments, Watch
+from sparsight.pruning.compose import compose
 
 PATTERNS = {"50 %": Pattern.row(0.5), "60 %": Pattern.row(0.6), "70 %": Pattern.row(0.7), "2:4": Pattern.nm(2, 4)}
 WAYS: dict[str, dict[str, Any]] = {
@@ -110,7 +111,7 @@ def main() -> None:
                 for _, W, moments in layers:
                     G = moments.gram.double()
                     for way, steps in WAYS.items():
-                        pruned = choose(**steps).prune(W, moments, pattern, torch.Generator().manual_seed(0))
+                        pruned = compose(**steps).prune(W, moments, pattern, torch.Generator().manual_seed(0))
                         found[way].append(error(W, pruned, G))
                 print(f"\n{source}, {setting}, {len(layers)} layers")
                 for way, errors in found.items():

@@ -24,16 +24,17 @@ from typing import Any
 import torch
 
 from sparsight import anatomy, load
+from sparsight.allocation.plan import make_plan
+from sparsight.calibration.probe import Probe
 from sparsight.data import Encoder, batches, read
 from sparsight.demo import MODELS
-from sparsight.demo.road import captions_and_questions
 from sparsight.demo.scenes import write
+from sparsight.demo.tour import captions_and_questions
 from sparsight.errors import SparsightError
-from sparsight.evaluate import bootstrap, evaluate
-from sparsight.plan.measure import Measure
-from sparsight.plan.plan import make_plan
-from sparsight.prune.choice import preset_policy
-from sparsight.prune.prune import prune
+from sparsight.evaluation import bootstrap, evaluate
+from sparsight.pruning.compose import policy_of
+from sparsight.pruning.loop import prune
+from sparsight.specs import PruneSpec
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "50 %": {"pattern": "row", "sparsity": 0.5},
@@ -107,14 +108,14 @@ class Bench:
         samples = encoder.usable(read(train, limit=128, seed=0))
         self.calibration = list(batches(samples, encoder, 8))
         self.test = encoder.usable(read(write(folder / f"{name}-test", "test", scenes, seed=7)))
-        self.measure = Measure(self.model, self.anatomy, self.calibration, seed=0)
+        self.measure = Probe(self.model, self.anatomy, self.calibration, seed=0)
 
     def run(self, setting: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
         self.model.load_state_dict(self.dense)
         how = dict(recipe)
-        policy = preset_policy(how.get("method", "wanda"), how.pop("policy", "uniform"))
+        policy = policy_of(PruneSpec(method=how.get("method", "wanda"), policy=how.pop("policy", None)))
         began = time.perf_counter()
-        plan = make_plan(self.anatomy, **setting, policy=policy, measure=self.measure)
+        plan = make_plan(self.anatomy, **setting, policy=policy, probe=self.measure)
         record = prune(self.model, self.anatomy, plan, self.calibration, **how)
         seconds = time.perf_counter() - began
         error = sum(record.layer_errors.values()) / max(1, len(record.layer_errors))

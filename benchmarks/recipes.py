@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import zoo  # noqa: E402  isort: skip, before transformers
 
+from sparsight.allocation import machine  # noqa: E402
 from sparsight.demo import MODELS as EMBEDDED  # noqa: E402
-from sparsight.plan import machine  # noqa: E402
-from sparsight.verbs import recipe_cost  # noqa: E402
+from sparsight.estimation.recipe import estimate_recipe  # noqa: E402
 
 SIGLIP = {
     "hidden_size": 1152,
@@ -163,16 +163,16 @@ def main() -> None:
         for name in asked:
             path = next((ROOT / "recipes").rglob(f"{name}.yaml"))
             model = configured(name, home / name)
-            told = recipe_cost(path, [f"model={model}", f"data={data}", f"held_out={held_out}"], timed=False)
-            peaks = {stage.name: stage.peak / 1e9 for stage in told.stages}
-            work = {stage.name: stage.work * told.times.get(stage.name, 0) / 1e15 for stage in told.stages}
-            print(f"{name}: {told.tokens}")
+            made = estimate_recipe(path, [f"model={model}", f"data={data}", f"held_out={held_out}"], timed=False)
+            peaks = {stage.name: stage.peak / 1e9 for stage in made.stages}
+            work = {stage.name: stage.work * made.times.get(stage.name, 0) / 1e15 for stage in made.stages}
+            print(f"{name}: {made.tokens}")
             for stage, peak in peaks.items():
                 print(
-                    f"  {stage:<9} x {told.times.get(stage, 1):>2}  {work[stage]:>10,.1f} PFLOPs in all  {peak:>6.1f} GB",
+                    f"  {stage:<9} x {made.times.get(stage, 1):>2}  {work[stage]:>10,.1f} PFLOPs in all  {peak:>6.1f} GB",
                     flush=True,
                 )
-                rows.append([name, stage, told.times.get(stage, 1), f"{work[stage]:.1f}", f"{peak:.1f}"])
+                rows.append([name, stage, made.times.get(stage, 1), f"{work[stage]:.1f}", f"{peak:.1f}"])
     with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
         today = datetime.date.today()
         columns = ("date", "torch", "recipe", "stage", "times", "PFLOPs in all", "peak GB")

@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsight import load, verbs
+from sparsight import api, load
 from sparsight.data import Encoder, read
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.evaluate import evaluate
+from sparsight.evaluation import evaluate
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
@@ -89,19 +89,19 @@ class Bench:
         if recipe != "dense":
             pruning, restoring = RECIPES[recipe]
             answered = self.folder / "pruned"
-            verbs.prune(
+            api.prune(
                 self.dense, answered, data=self.train, seed=seed, dtype="float32", overwrite=True, **SETTINGS[setting],
                 **pruning,
             )  # fmt: skip
             if restoring is not None:
                 sparse, answered = answered, self.folder / "restored"
                 how = {**TRAIN, "lr": RATES.get(restoring.get("adapter", ""), TRAIN["lr"]), **restoring}
-                verbs.restore(
+                api.restore(
                     sparse, answered, data=self.train, seed=seed, teacher=self.dense, teacher_mode="cached",
                     teacher_cache=self.folder / "teacher", overwrite=True, **how,
                 )  # fmt: skip
                 if how.get("adapter") != "lora":
-                    assert not verbs.verify(answered, against=sparse)["differences"]
+                    assert not api.verify(answered, against=sparse)["differences"]
         seconds = time.perf_counter() - began
         return {**self.score(answered), "s": f"{seconds:.0f}"}
 

@@ -34,16 +34,16 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from sparsight import anatomy, load
 from sparsight.data import Encoder, read
-from sparsight.data.encoding import answers_of
+from sparsight.data.encoding import select_answers
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.model.masks import pack
-from sparsight.plan.pattern import Pattern
-from sparsight.restore.head import Head
-from sparsight.restore.losses import distillation
-from sparsight.restore.sparse_lora import Adapted, add_adapters, factors
-from sparsight.restore.teacher import shared_teacher
-from sparsight.restore.trainer import checkpoint_blocks
+from sparsight.masks.bits import pack
+from sparsight.masks.pattern import Pattern
+from sparsight.restoring.head import Head
+from sparsight.restoring.losses import distillation
+from sparsight.restoring.peft_layers import AdapterTarget, add_adapters, factors
+from sparsight.restoring.teacher import shared_teacher
+from sparsight.restoring.trainer import checkpointed_blocks
 
 WAYS = ("published", "ours, shared", "ours, cached", "ours, cached, in parts", "ours, cached, checkpointed")
 PARTS = 4
@@ -124,16 +124,18 @@ def ours(model: Any, batch: dict[str, torch.Tensor], chosen: list, shifted: bool
     cache = None
     if "cached" in way:
         with torch.no_grad():
-            cache = [answers_of(head.hidden(model, part), part["labels"], shifted)[0] for part in parts]
-    wrapped = add_adapters(model, [Adapted(layer, RANK[layer.component], pack(mask)) for layer, mask in chosen], alpha=ALPHA)
+            cache = [select_answers(head.hidden(model, part), part["labels"], shifted)[0] for part in parts]
+    wrapped = add_adapters(
+        model, [AdapterTarget(layer, RANK[layer.component], pack(mask)) for layer, mask in chosen], alpha=ALPHA
+    )
     teacher = shared_teacher(wrapped, head)
     if "checkpointed" in way:
-        checkpoint_blocks(wrapped)
+        checkpointed_blocks(wrapped).__enter__()
 
     def losses() -> Iterator[torch.Tensor]:
         for i, part in enumerate(parts):
-            said = cache[i] if cache else answers_of(teacher(wrapped, part), part["labels"], shifted)[0]
-            hidden, targets = answers_of(head.hidden(wrapped, part), part["labels"], shifted)
+            said = cache[i] if cache else select_answers(teacher(wrapped, part), part["labels"], shifted)[0]
+            hidden, targets = select_answers(head.hidden(wrapped, part), part["labels"], shifted)
             yield distillation(hidden, said, targets, head, kl=KL).total / tokens
 
     return list(factors(wrapped).values()), losses

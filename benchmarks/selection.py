@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparsight.plan.pattern import keep_largest, keep_of_group
+from sparsight.masks.pattern import keep_largest, keep_of_group
 
 SIZE = 2048
 

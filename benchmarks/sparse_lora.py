@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sparsight.model.masks import pack
-from sparsight.restore.sparse_lora import sparse_linear
+from sparsight.masks.bits import pack
+from sparsight.restoring.peft_layers import sparse_linear
 
 SIZE, RANK, SCALING = 2048, 16, 1.0
 Step = Callable[[], torch.Tensor]

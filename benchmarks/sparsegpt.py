@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import torch
 
 from sparsight import Pattern
-from sparsight.prune.factor import inverse_factor
-from sparsight.prune.methods.sparsegpt import sparsegpt
+from sparsight.calibration.inverse_factor import inverse_factor
+from sparsight.pruning.methods.sparsegpt import sparsegpt
 
 SIZE, BLOCK = 2048, 128
 BARS = {"tensor 0.5": 4.0, "2:4": 6.0}

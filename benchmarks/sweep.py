@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from sparsight import verbs
+from sparsight import api
 from sparsight.demo import MODELS
-from sparsight.demo.scenes import kept
+from sparsight.demo.scenes import scene_folder
 
 COMMAND = [sys.executable, "-m", "sparsight"]
 VISION = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -39,7 +39,7 @@ def call(*words: object) -> None:
 
 
 def nine(model: str) -> list[str]:
-    train, test = kept("train"), kept("test")
+    train, test = scene_folder("train"), scene_folder("test")
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         recipe = {
@@ -80,11 +80,11 @@ def searched(model: str, folder: Path) -> list[list[str]]:
                 r for r in cells if int(r["seed"]) == seed and abs(float(r["vision"]) + float(r["language"]) - total) < 0.01
             ]
             best = max(these, key=lambda r: float(r["exact_match"]))
-            body, _ = verbs.inspect(MODELS[model])
+            body, _ = api.inspect(MODELS[model])
             size = sum(x.weight.numel() for c in ("vision", "language") for x in body.component(c))
             with tempfile.TemporaryDirectory() as out:
-                found = verbs.search(
-                    MODELS[model], Path(out) / "found", data=kept("train"), held_out=kept("test"),
+                found = api.search(
+                    MODELS[model], Path(out) / "found", data=scene_folder("train"), held_out=scene_folder("test"),
                     sparsity=int(best["zeros"]) / size, propagate="block", batch_size=32, max_new_tokens=40, seed=seed,
                     dtype="float32",
                 )  # fmt: skip

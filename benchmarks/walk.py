@@ -20,8 +20,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sparsight import anatomy, lockstep
-from sparsight.plan.plan import make_plan
-from sparsight.prune.prune import prune
+from sparsight.allocation.plan import make_plan
+from sparsight.pruning.loop import prune
 
 BATCHES, ROWS, TEXT = 128, 2, 48
 
@@ -56,7 +56,7 @@ def main() -> None:
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     ready = [SimpleNamespace(inputs=b, padding={"text": b["attention_mask"].bool()}) for b in batches]
     blocks = [(b.name, b.module) for b in body.blocks if b.component != "connector"]
-    ends = {"done": lambda i, output: None}
+    ends = {"on_output": lambda i, output: None}
 
     def plain() -> None:
         with torch.no_grad():

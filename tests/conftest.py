@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsight import cli
+from sparsight.cli import app as cli
 
 import zoo
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsight import Pattern
-from sparsight.prune.gradients import Gradient
-from sparsight.prune.moments import Moments
+from sparsight.calibration.gradients import Gradient
+from sparsight.calibration.moments import Moments
 
 PATTERNS = [Pattern.row(0.5), Pattern.row(0.7), Pattern.tensor(0.6), Pattern.nm(2, 4), Pattern.nm(4, 8)]
 

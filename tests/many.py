@@ -15,8 +15,10 @@ from typing import Any
 # isort: off
 import zoo  # noqa: F401  before transformers
 import torch
-from sparsight import SparsightError, processes, verbs
-from sparsight.prune.tokens import TokenRule
+from sparsight import SparsightError
+from sparsight import distributed
+from sparsight import api
+from sparsight.calibration.tokens import TokenRule
 # isort: on
 
 FEW = {"samples": 10, "batch_size": 2}  # five batches: the last turn of two or three processes is not full
@@ -26,13 +28,13 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model, settings)
     "one batch": ("llava", {"sparsity": 0.6, "samples": 2}),
     "sparsegpt": ("llava", {"method": "sparsegpt", "sparsity": 0.6}),
     "sparsegpt text": ("llava", {"method": "sparsegpt", "sparsity": 0.6, **TEXT}),
-    "wanda text stage": ("llava", {"sparsity": 0.6, "propagate": "stage", **TEXT}),
+    "wanda text stage": ("llava", {"sparsity": 0.6, "propagate": "layer", **TEXT}),
     "no pictures": ("llava", {"method": "sparsegpt", "sparsity": "language=0.6", **FEW, "data": "texts"}),
     "sparsegpt bfloat16": ("llava", {"method": "sparsegpt", "pattern": "4:8", "dtype": "bfloat16"}),
     "swaps pcg": ("llava", {"refine": "swaps", "update": "pcg", "sparsity": 0.6}),
     "alps dense": ("llava", {"method": "alps", "sparsity": 0.6, "propagate": "dense"}),
-    "sparsegpt stage": ("llava", {"method": "sparsegpt", "sparsity": 0.6, "propagate": "stage"}),
-    "dsnot stage": ("instructblip-t5", {"method": "dsnot", "sparsity": 0.6, "propagate": "stage"}),
+    "sparsegpt stage": ("llava", {"method": "sparsegpt", "sparsity": 0.6, "propagate": "layer"}),
+    "dsnot stage": ("instructblip-t5", {"method": "dsnot", "sparsity": 0.6, "propagate": "layer"}),
     "ria balanced": ("instructblip-t5", {"method": "ria", "pattern": "tensor", "sparsity": 0.6, "tokens": "balanced"}),
     "fisher atv": ("llava", {"method": "fisher", "update": "pcg", "sparsity": 0.6, "tokens": "atv"}),
     "owl": ("llava", {"method": "owl", "sparsity": 0.6}),
@@ -46,10 +48,10 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model, settings)
 def work(folder: Path, names: list[str]) -> None:
     for name in names:
         model, how = JOBS[name]
-        out = folder / str(processes.count()) / name
+        out = folder / str(distributed.world_size()) / name
         settings = {"data": "data", **FEW, **how}
         settings["data"] = settings["data"] and folder / settings["data"]
-        verbs.prune(folder / model, out, **settings, resume=unfinished(out).exists())
+        api.prune(folder / model, out, **settings, resume=unfinished(out).exists())
 
 
 def unfinished(out: Path) -> Path:
@@ -71,12 +73,12 @@ def errors(folder: Path) -> dict[str, str]:
         "select": {"tokens": TokenRule(select=lambda flows: [])},
         "resume": {"resume": True},
     }
-    if processes.count() > 1:
+    if distributed.world_size() > 1:
         ways |= {"reconstruct": {"reconstruct": 1}, "permute": {"permute": True, "pattern": "2:4"}}
     said = {}
     for name, how in ways.items():
         try:
-            verbs.prune(folder / "llava", folder / f"error-{name}", data=folder / "data", overwrite=True, **FEW, **how)
+            api.prune(folder / "llava", folder / f"error-{name}", data=folder / "data", overwrite=True, **FEW, **how)
         except SparsightError as error:
             said[name] = str(error).partition("; what was done")[0]  # which the main process alone adds
     return said
@@ -92,23 +94,23 @@ def letter(rank: int) -> dict[str, Any]:
 
 def check_letters() -> None:
     """Every process has what every other sent, bit for bit; what the main one does alone, it does as if it were."""
-    for rank, theirs in enumerate(processes.each(letter(processes.rank()))):
+    for rank, theirs in enumerate(distributed.all_gather(letter(distributed.rank()))):
         expected = letter(rank)
         assert (theirs["rank"], str(theirs["line"])) == (rank, str(rank))
         for sent, wanted in zip(theirs["tensors"], expected["tensors"], strict=True):
             assert (sent.shape, sent.dtype) == (wanted.shape, wanted.dtype)
             assert torch.equal(sent, wanted)
-    assert list(processes.together({9 - processes.rank(): 0})) == list(range(10 - processes.count(), 10))
-    assert processes.by_main(processes.count) == 1
-    assert processes.count() > 1
+    assert list(distributed.gather_dict({9 - distributed.rank(): 0})) == list(range(10 - distributed.world_size(), 10))
+    assert distributed.on_main(distributed.world_size) == 1
+    assert distributed.world_size() > 1
 
 
 if __name__ == "__main__":
     there = Path(sys.argv[1])
-    processes.start()
+    distributed.init()
     check_letters()
     work(there, sys.argv[2:])
     mine = errors(there)
-    every = list(processes.each(mine))
-    if processes.is_main():
-        (there / str(processes.count()) / "errors.json").write_text(json.dumps(every))
+    every = list(distributed.all_gather(mine))
+    if distributed.is_main():
+        (there / str(distributed.world_size()) / "errors.json").write_text(json.dumps(every))

@@ -17,8 +17,9 @@ import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 
-from sparsight import processes, verbs
-from sparsight.restore import trainer
+from sparsight import distributed
+from sparsight import api
+from sparsight.restoring import trainer
 # isort: on
 
 FSDP = {
@@ -38,8 +39,8 @@ BATCH = 4  # samples of a step, over all processes
 
 def work(folder: Path, kind: str) -> None:
     for name, how in JOBS.items():
-        size = BATCH // processes.count() // how.get("accumulate", 1)
-        verbs.restore(
+        size = BATCH // distributed.world_size() // how.get("accumulate", 1)
+        api.restore(
             folder / "sparse", folder / kind / name, data=folder / "data", batch_size=size, **{**STEPS, **how}
         )  # fmt: skip
 
@@ -68,6 +69,6 @@ if __name__ == "__main__":
     if sys.argv[2] == "fsdp":
         on_cpus()
     torch.set_num_threads(1)
-    processes.start()
-    assert processes.count() == 2
+    distributed.init()
+    assert distributed.world_size() == 2
     work(Path(sys.argv[1]), sys.argv[2])

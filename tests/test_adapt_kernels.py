@@ -16,7 +16,7 @@ import torch
 
 from sparsight import kernels
 from sparsight.kernels import adapt, build
-from sparsight.model.masks import pack, unpack
+from sparsight.masks.bits import pack, unpack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILER = bool(shutil.which("g++") or shutil.which("c++"))

@@ -30,7 +30,7 @@ def refused(result, *says):
 
 def test_help_is_light():
     """Under a second even on a busy machine, because nothing heavy is imported; that is what is asserted."""
-    code = "import sys, sparsight, sparsight.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, sparsight, sparsight.cli.app; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     began = time.perf_counter()
@@ -195,16 +195,16 @@ def test_files_to_write_are_neither_the_data_nor_each_other(run, zoo_folder, sce
 
 @pytest.mark.parametrize("option", ["--json-file", "--predictions"])
 def test_a_file_that_fails_at_the_end_costs_no_scores(option, run, zoo_folder, scenes, tmp_path, monkeypatch):
-    from sparsight import verbs
+    from sparsight import api
 
-    score = verbs.evaluate
+    score = api.evaluate
 
     def vanish(*args, **kwargs):
         result = score(*args, **kwargs)
         (tmp_path / "folder").rmdir()
         return result
 
-    monkeypatch.setattr(verbs, "evaluate", vanish)
+    monkeypatch.setattr(api, "evaluate", vanish)
     (tmp_path / "folder").mkdir()
     words = ("eval", zoo_folder("llava"), "--data", scenes, "--samples", 2, "--max-new-tokens", 1, "--quiet", "--json")
     code, out, err = run(*words, option, "folder/x")
@@ -244,7 +244,7 @@ BAD = {
     "solver and refine": (["--method", "sparsegpt", "--refine", "swaps"], ["--refine", "add --update pcg"]),
     "preset and refine": (["--method", "dsnot", "--refine", "swaps"], ["--refine", "--method wanda --refine swaps"]),
     "preset and policy": (["--method", "ecoflap", "--policy", "owl"], ["--policy", "--method wanda --policy owl"]),
-    "stage and reconstruct": (["--propagate", "stage", "--reconstruct", "1"], ["--reconstruct", "use block"]),
+    "layer and reconstruct": (["--propagate", "layer", "--reconstruct", "1"], ["--reconstruct", "use block"]),
     "mix without a policy": (["--pattern", "2:4", "--sparsity", "0.3"], ["--policy"]),
     "one component alone": (
         ["--sparsity", "0.9", "--policy", "vision-only"],
@@ -310,7 +310,7 @@ def test_scipy_is_asked_for_by_the_permutation_alone(zoo_folder, tmp_path):
     code = (
         "import sys; sys.modules.update({'scipy': None, 'scipy.optimize': None}); "
         f"sys.argv = ['sparsight', 'prune', {str(zoo_folder('llava'))!r}, 'out', '--method', 'magnitude', '--quiet']; "
-        "from sparsight.cli import main; main()"
+        "from sparsight.cli.app import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -342,7 +342,7 @@ def test_plan_lists_what_every_layer_gets(run, zoo_folder, scenes):
 
 
 COMPOSED = {
-    "solver": ["--method", "sparsegpt", "--propagate", "stage"],
+    "solver": ["--method", "sparsegpt", "--propagate", "layer"],
     "all steps": [
         "--method",
         "ria",

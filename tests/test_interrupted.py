@@ -12,10 +12,10 @@ import time
 
 import pytest
 
-from sparsight import SparsightError, verbs
+from sparsight import SparsightError, api
+from sparsight.checkpoint.folder import read_metrics
 from sparsight.errors import Interrupted
-from sparsight.model.checkpoint import read_metrics
-from sparsight.restore.checkpoints import last_checkpoint
+from sparsight.restoring.checkpoints import last_checkpoint
 
 from test_road import digest
 
@@ -33,12 +33,12 @@ def stop_at(count):
 @pytest.mark.parametrize("propagate", ["block", "dense"])
 def test_prune_goes_on_from_the_last_finished_block(propagate, zoo_folder, scenes, tmp_path):
     dense, how = zoo_folder("instructblip-t5"), {"sparsity": 0.6, "samples": 8, "propagate": propagate}
-    verbs.prune(dense, tmp_path / "whole", data=scenes, **how)
-    with pytest.raises(Interrupted, match=r"out\.unfinished: the same command with --resume goes on"):
-        verbs.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(3), **how)
+    api.prune(dense, tmp_path / "whole", data=scenes, **how)
+    with pytest.raises(Interrupted, match=r"out\.unfinished: the same command with `resume` goes on"):
+        api.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(3), **how)
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 3
-    verbs.prune(dense, tmp_path / "out", data=scenes, resume=True, **how)
+    api.prune(dense, tmp_path / "out", data=scenes, resume=True, **how)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert not (tmp_path / "out.unfinished").exists()
 
@@ -48,22 +48,22 @@ def test_a_resumed_method_that_rewrites_weights(zoo_folder, scenes, tmp_path):
         return (W * 0.9).masked_fill(~pattern.keep(W.abs().float() * moments.norm), 0)
 
     how = {"data": scenes, "samples": 8, "method": shrink}
-    verbs.prune(zoo_folder("llava"), tmp_path / "whole", **how)
+    api.prune(zoo_folder("llava"), tmp_path / "whole", **how)
     with pytest.raises(Interrupted):
-        verbs.prune(zoo_folder("llava"), tmp_path / "out", progress=stop_at(2), **how)
-    verbs.prune(zoo_folder("llava"), tmp_path / "out", resume=True, **how)
+        api.prune(zoo_folder("llava"), tmp_path / "out", progress=stop_at(2), **how)
+    api.prune(zoo_folder("llava"), tmp_path / "out", resume=True, **how)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 def test_restore_goes_on_from_the_last_checkpoint(zoo_folder, scenes, tmp_path):
-    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     how = {"data": scenes, "steps": 8, "batch_size": 4, "lr": 5e-3, "save_every": 3}
-    verbs.restore(tmp_path / "sparse", tmp_path / "whole", **how)
-    with pytest.raises(Interrupted, match="--resume goes on"):
-        verbs.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
+    api.restore(tmp_path / "sparse", tmp_path / "whole", **how)
+    with pytest.raises(Interrupted, match="`resume` goes on"):
+        api.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
     assert not (tmp_path / "out").exists()
     steps = []
-    done = verbs.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
+    done = api.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
     assert steps == [4, 5, 6, 7, 8]
     assert [row["step"] for row in done.metrics["restore"]["curve"]] == list(range(1, 9))
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
@@ -72,11 +72,11 @@ def test_restore_goes_on_from_the_last_checkpoint(zoo_folder, scenes, tmp_path):
 def test_resume_refuses_other_work(zoo_folder, scenes, tmp_path):
     dense = zoo_folder("llava")
     with pytest.raises(SparsightError, match="there is no interrupted work"):
-        verbs.prune(dense, tmp_path / "out", data=scenes, resume=True)
+        api.prune(dense, tmp_path / "out", data=scenes, resume=True)
     with pytest.raises(Interrupted):
-        verbs.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(1))
+        api.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(1))
     with pytest.raises(SparsightError, match=r"had sparsity=None, this command has 0\.7"):
-        verbs.prune(dense, tmp_path / "out", data=scenes, resume=True, sparsity=0.7)
+        api.prune(dense, tmp_path / "out", data=scenes, resume=True, sparsity=0.7)
     assert (tmp_path / "out.unfinished").is_dir()
 
 
@@ -88,7 +88,7 @@ def started(*words, **kwargs):
 
 
 def test_ctrl_c_on_the_command_line(zoo_folder, scenes, tmp_path):
-    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     work = started("restore", tmp_path / "sparse", tmp_path / "out", "--data", scenes, "--steps", 100_000)
     line = work.stderr.readline()  # the first line of progress
     assert line.startswith("restore: 1/100000")
@@ -115,13 +115,13 @@ def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):
             raise RuntimeError("out of memory")
 
     dense, how = zoo_folder("llava"), {"data": scenes, "samples": 8}
-    verbs.prune(dense, tmp_path / "whole", **how)
+    api.prune(dense, tmp_path / "whole", **how)
     with pytest.raises(RuntimeError, match="out of memory") as error:
-        verbs.prune(dense, tmp_path / "out", progress=crash, **how)
-    assert "--resume goes on" in error.value.__notes__[0]
-    with pytest.raises(SparsightError, match="holds interrupted work; go on with --resume, or start over with --overwrite"):
-        verbs.prune(dense, tmp_path / "out", **how)
-    verbs.prune(dense, tmp_path / "out", resume=True, **how)
+        api.prune(dense, tmp_path / "out", progress=crash, **how)
+    assert "`resume` goes on" in error.value.__notes__[0]
+    with pytest.raises(SparsightError, match="holds interrupted work; go on with `resume`, or start over with `overwrite`"):
+        api.prune(dense, tmp_path / "out", **how)
+    api.prune(dense, tmp_path / "out", resume=True, **how)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
@@ -133,17 +133,17 @@ def test_a_crash_costs_one_block(zoo_folder, scenes, tmp_path):
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_path, caplog):
-    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     how = {"data": scenes, "steps": 6, "batch_size": 4, "lr": 5e-3, "save_every": 2}
-    verbs.restore(tmp_path / "sparse", tmp_path / "whole", **how)
+    api.restore(tmp_path / "sparse", tmp_path / "whole", **how)
     with pytest.raises(Interrupted):
-        verbs.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
+        api.restore(tmp_path / "sparse", tmp_path / "out", progress=stop_at(5), **how)
     assert last_checkpoint(tmp_path / "out.unfinished").name == "checkpoint-4"
     for path in (tmp_path / "out.unfinished").glob(f"checkpoint-{'*' if damaged == 'all' else 4}"):
         file = path / ("optimizer.pt" if damaged == "all" else damaged)
         file.write_bytes(file.read_bytes()[:-9])
     steps = []
-    verbs.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
+    api.restore(tmp_path / "sparse", tmp_path / "out", resume=True, progress=lambda _, i, n: steps.append(i), **how)
     assert steps == ([1, 2, 3, 4, 5, 6] if damaged == "all" else [3, 4, 5, 6])
     assert "checkpoint-4 is damaged" in caplog.text
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(damaged, zoo_folder, scenes, tmp_pa
 @pytest.mark.parametrize("mode", ["shared", pytest.param("cached", marks=pytest.mark.slow)])
 def test_killed_at_any_step_it_comes_to_the_same_weights(mode, zoo_folder, scenes, tmp_path):
     """kill -9 at steps of chance, again and again; what is written in the end is the uninterrupted run's, bit for bit."""
-    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     words = ["--data", scenes, "--steps", 45, "--batch-size", 4, "--lr", "5e-3", "--save-every", 3, "--held-out", 3]
     words += ["--teacher-mode", mode, "--accumulate", 2, "--adapter", "sparselora", "--quiet"]
     whole = started("restore", tmp_path / "sparse", tmp_path / "whole", *words)
@@ -216,7 +216,7 @@ def test_a_disk_that_fills_up_while_saving(method, zoo_folder, scenes, tmp_path)
 
 
 def test_a_disk_that_fills_up_while_restoring(zoo_folder, scenes, tmp_path):
-    verbs.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
     words = ["restore", tmp_path / "sparse", tmp_path / "out", "--data", scenes, "--steps", 2, "--batch-size", 4, "--quiet"]
     work = started(*words, preexec_fn=small_files)
     _, errors = work.communicate(timeout=120)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsight import kernels
-from sparsight.plan.pattern import keep_largest, keep_of_group
+from sparsight.masks.pattern import keep_largest, keep_of_group
 
 COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 
@@ -95,7 +95,7 @@ def test_the_gram_matrix_of_bfloat16_inputs_is_summed_in_float32(tokens, columns
 
 
 def test_moments_of_bfloat16_inputs_are_the_same_with_and_without_kernels(monkeypatch):
-    from sparsight.prune.moments import Moments
+    from sparsight.calibration.moments import Moments
 
     X = torch.randn(300, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
     grams = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsight import cli
+from sparsight.cli import app as cli
 
 import zoo
 
@@ -79,9 +79,9 @@ def test_the_table_of_families_is_the_table():
 
 @pytest.mark.parametrize("row", ["methods", "then", "policies"])
 def test_the_tables_of_methods_and_policies_are_the_tables(row):
-    from sparsight.plan.plan import POLICIES
-    from sparsight.prune.methods import METHODS, REFINES, UPDATES
-    from sparsight.prune.tokens import TOKENS
+    from sparsight.allocation.plan import POLICIES
+    from sparsight.calibration.tokens import TOKENS
+    from sparsight.pruning.methods import METHODS, REFINES, UPDATES
 
     known = {"methods": {*METHODS}, "then": {*REFINES, *UPDATES, *TOKENS} - {"all"}, "policies": {*POLICIES}}[row]
     line = next(line for line in TEXT.splitlines() if line.startswith(f"| {row}"))
@@ -100,10 +100,10 @@ def test_the_commands_of_the_one_shot_guide(desk, zoo_folder, monkeypatch, capsy
 
 
 def test_the_tables_of_the_one_shot_guide_are_the_tables():
-    from sparsight.plan.plan import POLICIES
-    from sparsight.prune.choice import PROPAGATE
-    from sparsight.prune.methods import METHODS, PRESETS, REFINES, UPDATES
-    from sparsight.prune.tokens import TOKENS
+    from sparsight.allocation.plan import POLICIES
+    from sparsight.calibration.tokens import TOKENS
+    from sparsight.pruning.compose import PROPAGATE
+    from sparsight.pruning.methods import METHODS, PRESETS, REFINES, UPDATES
 
     text = (ROOT / "docs" / "one-shot.md").read_text()
     for name in {*POLICIES, *METHODS, *PRESETS, *REFINES, *UPDATES, *TOKENS, *PROPAGATE}:

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsight import SparsightError, recipe, verbs
+from sparsight import SparsightError, api, recipe
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import Interrupted
-from sparsight.run import SECTIONS
-from sparsight.sweep.grid import cells
-from sparsight.sweep.run import EXTRA
+from sparsight.sweeps.grid import cells
+from sparsight.sweeps.sweep import EXTRA
 
 import zoo
 from test_road import digest
@@ -48,23 +47,23 @@ def test_the_whole_road(home, tmp_path):
     for words in ("dense", "pruned", "verified", "no zero of", "report.html"):
         assert words in done.stdout
     out = tmp_path / "out"
-    assert not verbs.verify(out / "restored", against=out / "pruned")["differences"]
+    assert not api.verify(out / "restored", against=out / "pruned")["differences"]
     page = (out / "report.html").read_text()
     assert "restored" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     for name in ("dense", "pruned", "restored"):
         assert len((out / name / "predictions.jsonl").read_text().splitlines()) == 8
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    again = verbs.run(home / "r.yaml", out, changes=SMALL)
+    again = api.run(home / "r.yaml", out, changes=SMALL)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert again["verify"]["differences"] == {}
     with pytest.raises(SparsightError, match="restore="):
-        verbs.run(home / "r.yaml", out, changes=[*SMALL, "restore.steps=4"])
+        api.run(home / "r.yaml", out, changes=[*SMALL, "restore.steps=4"])
 
 
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on(home, tmp_path):
-    verbs.run(home / "r.yaml", tmp_path / "whole", changes=[*SMALL, "restore.save_every=1"])
+    api.run(home / "r.yaml", tmp_path / "whole", changes=[*SMALL, "restore.save_every=1"])
     out = tmp_path / "out"
     command = [*map(str, [*COMMAND, "run", home / "r.yaml", out, *SMALL, "restore.save_every=1", "--quiet"])]
     for there in ("pruned.unfinished", "restored.unfinished"):
@@ -73,7 +72,7 @@ def test_killed_anywhere_it_goes_on(home, tmp_path):
                 time.sleep(0.02)
             os.killpg(process.pid, signal.SIGKILL)
     assert not (out / "restored").exists()
-    verbs.run(home / "r.yaml", out, changes=[*SMALL, "restore.save_every=1"])
+    api.run(home / "r.yaml", out, changes=[*SMALL, "restore.save_every=1"])
     assert digest(out / "pruned") == digest(tmp_path / "whole" / "pruned")
     assert digest(out / "restored") == digest(tmp_path / "whole" / "restored")
 
@@ -85,14 +84,14 @@ def test_killed_anywhere_it_goes_on(home, tmp_path):
         (["prune.sparsity=2"], "2 is not a sparsity"),
         (["prune.methd=wanda"], "did you mean method"),
         (["restore.adapter=lra"], "did you mean lora"),
-        (["evaluate.batch_size=0"], "evaluate.batch_size: 0"),
+        (["evaluate.batch_size=0"], "`evaluate.batch_size`: 0"),
         (["model=nowhere"], "nowhere: no such folder"),
         (["data=nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path):
     with pytest.raises(SparsightError) as error:
-        verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, *changes])
+        api.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, *changes])
     assert says in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -100,7 +99,7 @@ def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path
 def test_a_folder_that_cannot_be_is_one_line(home, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SparsightError, match="could not be written to"):
-        verbs.run(home / "r.yaml", tmp_path / "file" / "out", changes=SMALL)
+        api.run(home / "r.yaml", tmp_path / "file" / "out", changes=SMALL)
 
 
 def test_ctrl_c_says_how_to_go_on(home, tmp_path):
@@ -108,28 +107,28 @@ def test_ctrl_c_says_how_to_go_on(home, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="the same command goes on"):
-        verbs.run(home / "r.yaml", tmp_path / "out", changes=SMALL, progress=stop)
+        api.run(home / "r.yaml", tmp_path / "out", changes=SMALL, progress=stop)
 
 
 def test_a_pruned_model_is_refused_and_null_restores_nothing(home, tmp_path):
-    verbs.prune(MODELS["llava"], tmp_path / "sparse", method="magnitude", sparsity=0.5)
+    api.prune(MODELS["llava"], tmp_path / "sparse", method="magnitude", sparsity=0.5)
     with pytest.raises(SparsightError, match="is pruned already"):
-        verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, f"model={tmp_path / 'sparse'}"])
+        api.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, f"model={tmp_path / 'sparse'}"])
     assert not (tmp_path / "out").exists()
-    done = verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, "restore=null"])
+    done = api.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, "restore=null"])
     assert [Path(run).name for run in done["runs"]] == ["dense", "pruned"]
     begun = (tmp_path / "out" / "pruned" / "model.safetensors").stat().st_mtime_ns
-    done = verbs.run(home / "r.yaml", tmp_path / "out", changes=SMALL)  # what is not begun may still be asked for
+    done = api.run(home / "r.yaml", tmp_path / "out", changes=SMALL)  # what is not begun may still be asked for
     assert [Path(run).name for run in done["runs"]] == ["dense", "pruned", "restored"]
     assert (tmp_path / "out" / "pruned" / "model.safetensors").stat().st_mtime_ns == begun
     with pytest.raises(SparsightError, match="holds a run with restore="):
-        verbs.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, "restore.kl=0.3"])
+        api.run(home / "r.yaml", tmp_path / "out", changes=[*SMALL, "restore.kl=0.3"])
 
 
 def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(SparsightError, match="is no folder of a run"):
-        verbs.run(home / "r.yaml", tmp_path)
+        api.run(home / "r.yaml", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -139,7 +138,7 @@ def test_a_recipe_reads_and_says_how_to_run_it(path):
     verb = "sweep" if "grid" in yaml.safe_load(path.read_text()) else "run"
     assert any(f"sparsight {verb} {path.relative_to(ROOT).as_posix()}" in line for line in header)
     assert any(line.startswith("# Machine:") for line in header)
-    found = recipe.read(path, sections=SECTIONS, extra=EXTRA)
+    found = recipe.read(path, extra=EXTRA)
     if verb == "sweep":
         assert len(cells(found)) > 1
     json.dumps(found)
@@ -177,12 +176,10 @@ def test_a_recipe_for_real_weights_runs_on_a_tiny_model_of_its_class(name, zoo_f
         restore = "{steps: 1, batch_size: 2, scheduler: constant, warmup: 0.0, gradient_checkpointing: true}"
         text = yaml.safe_load(path.read_text())
         patterns = len(text["grid"][0]["sparsity"]) + 2 * 3
-        assert len(cells(recipe.read(path, small, sections=SECTIONS, extra=EXTRA))) == 1 + 2 * patterns
-        records = verbs.sweep(
-            path, tmp_path / "out", changes=[*small, f"grid={{pattern: '2:4', restore: [null, {restore}]}}"]
-        )
+        assert len(cells(recipe.read(path, small, extra=EXTRA))) == 1 + 2 * patterns
+        records = api.sweep(path, tmp_path / "out", changes=[*small, f"grid={{pattern: '2:4', restore: [null, {restore}]}}"])
         assert [record["verified"] for record in records] == [True] * 3
     else:
-        done = verbs.run(path, tmp_path / "out", changes=[*small, "restore.steps=1", "restore.batch_size=2"])
+        done = api.run(path, tmp_path / "out", changes=[*small, "restore.steps=1", "restore.batch_size=2"])
         assert done["verify"]["differences"] == {}
         assert done["verify"]["zeros"] > 0

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from sparsight import anatomy
-from sparsight.plan.plan import make_plan
-from sparsight.prune.prune import prune
+from sparsight.allocation.plan import make_plan
+from sparsight.pruning.loop import prune
 
 folder, method, out, propagate = sys.argv[1:]
 model = LlavaForConditionalGeneration.from_pretrained(f"{folder}/model", dtype="auto").eval()

@@ -1,6 +1,6 @@
 """Sparse vision-language models that still work: plan, prune, restore, evaluate, verify.
 
-The verbs are functions in `sparsight.verbs`; nothing heavy is imported before it is used.
+The verbs take a model in memory, or a folder or hub name; see `sparsight.api`. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -11,27 +11,58 @@ from typing import TYPE_CHECKING, Any
 from sparsight.errors import SparsightError
 
 if TYPE_CHECKING:
+    from sparsight.api import (
+        estimate,
+        evaluate,
+        inspect,
+        merge,
+        plan,
+        prune,
+        report,
+        restore,
+        run,
+        save,
+        search,
+        sparse_lora,
+        sweep,
+        verify,
+    )
+    from sparsight.calibration.lockstep import lockstep
+    from sparsight.masks.pattern import Pattern
     from sparsight.model.anatomy import anatomy
     from sparsight.model.families import Family
     from sparsight.model.load import load
-    from sparsight.plan.pattern import Pattern
-    from sparsight.prune.lockstep import lockstep
-    from sparsight.restore.adapter import load_adapter
+    from sparsight.restoring.adapter_files import load_adapter
+    from sparsight.specs import EvaluateSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
 __version__ = "0.1.0"
-__all__ = ["Family", "Pattern", "SparsightError", "anatomy", "load", "load_adapter", "lockstep"]
 
-_LATER = {
-    "Family": "sparsight.model.families",
-    "Pattern": "sparsight.plan.pattern",
-    "anatomy": "sparsight.model.anatomy",
-    "load": "sparsight.model.load",
-    "load_adapter": "sparsight.restore.adapter",
-    "lockstep": "sparsight.prune.lockstep",
+_API = ("estimate", "evaluate", "inspect", "merge", "plan", "prune", "report", "restore", "run", "save", "search",
+        "sparse_lora", "sweep", "verify")  # fmt: skip
+_SPECS = ("EvaluateSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
+_HOMES = {
+    **dict.fromkeys(_API, "api"),
+    **dict.fromkeys(_SPECS, "specs"),
+    "Family": "model.families",
+    "Pattern": "masks.pattern",
+    "anatomy": "model.anatomy",
+    "load": "model.load",
+    "load_adapter": "restoring.adapter_files",
+    "lockstep": "calibration.lockstep",
 }
+
+__all__ = [
+    "EvaluateSpec", "Family", "Pattern", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec", "SparsightError", "anatomy",
+    "estimate", "evaluate", "inspect", "load", "load_adapter", "lockstep", "merge", "plan", "prune", "report", "restore",
+    "run", "save", "search", "sparse_lora", "sweep", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _HOMES:
         raise AttributeError(f"module 'sparsight' has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    return getattr(import_module(f"sparsight.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """`python -m sparsight` is the command line."""
 
-from sparsight.cli import main
+from sparsight.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""How much memory this process has held, as the system says it."""
+"""The peak memory of this process, as the system reports it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import torch
 
 
 def peak_memory(device: str | torch.device = "cpu") -> int | None:
-    """Bytes that this process has held at most until now: on the GPU where that is the device, else of main memory.
-
-    None where the system does not tell.
-    """
+    """Return this process's peak memory in bytes: of the GPU if `device` is one, else main memory; None if unknown."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "linux":  # getrusage there begins with what the parent held
+    if sys.platform == "linux":  # getrusage counts the parent's memory there
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        return 1024 * int(found[1]) if found else None
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+        return 1024 * int(peak[1]) if peak else None
     try:
         import resource
     except ImportError:  # Windows

@@ -1,149 +1,168 @@
-"""The options of the command line that several verbs share, or that would crowd the verbs: names, types, help."""
+"""Fields of settings with help and checks, and the base class that checks them.
+
+Options of the command line, keys of a recipe, axes of a sweep, inputs of the estimate and keywords in Python are made from
+the fields of `specs.py`. Tables are named as "module:TABLE" and read when a name is looked up or help is printed.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-import typer
+from sparsight.checks import check_name, current_name, nearest, parse_list, plain_value
+from sparsight.errors import SparsightError
 
-Model = Annotated[str, typer.Argument(help="Folder of a model, or a hub name.")]
-Out = Annotated[str, typer.Argument(help="Folder to write; it appears once the work is done.")]
-Data = Annotated[str, typer.Option(help="JSONL file, folder with metadata.jsonl, or a `datasets` name.")]
-Sparsity = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. [default: 0.5]"),
-]
-PatternOption = Annotated[str, typer.Option("--pattern", help="row, tensor, or n:m (n kept of every m inputs).")]
-_POLICIES = (
-    "How layers share the budget: uniform, owl, alpha, ecoflap, ecoflap-first, sensitivity, language-only or vision-only."
-)
-Policy = Annotated[str, typer.Option(help=_POLICIES)]
-PolicyOrPreset = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--policy", help=f"{_POLICIES} [default: uniform, or the method's own]"),
-]
-Ignore = Annotated[Optional[list[str]], typer.Option(help="Leave these layers dense (name, part, glob); repeatable.")]  # noqa: UP045
-FamilyOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--family", help="Where an unknown model type keeps its blocks: vision=PATH,language=PATH."),
-]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same command: the same bytes.")]
-Samples = Annotated[Optional[int], typer.Option(help="How many samples to draw from the data. [default: all]")]  # noqa: UP045
-BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave broken samples out, and count them.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a model.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted work of the same command.")]
-RecordScores = Annotated[bool, typer.Option("--record", help="Keep scores and answers beside the weights, for report.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="wanda, ria, magnitude, random, snip, fisher, sparsegpt, alps; or a paper's composition: dsnot, sparseswaps, "
-        "owl, ecoflap."
-    ),
-]
-Refine = Annotated[Optional[str], typer.Option(help="Move the zeros: dsnot or swaps.")]  # noqa: UP045
-Update = Annotated[Optional[str], typer.Option(help="Solve for the kept weights: pcg.")]  # noqa: UP045
-Reconstruct = Annotated[int, typer.Option(help="Epochs of fitting each block to its dense outputs.")]
-Permute = Annotated[bool, typer.Option("--permute", help="Regroup channels first, for n:m.")]
-Tokens = Annotated[str, typer.Option(help="Which calibration tokens count: all, text, image, balanced, atv or tamp.")]
-Propagate = Annotated[
-    str,
-    typer.Option(help="block: later blocks see pruned ones; stage: later layers too, in one forward; dense: none do."),
-]
-DensePropagate = Annotated[
-    str,
-    typer.Option("--propagate", help="dense: measured once for all plans; block or stage: as in prune, for every plan."),
-]
-RequiredHeldOut = Annotated[str, typer.Option("--held-out", help="Samples to score on, which are not those of --data.")]
-Calibration = Annotated[Optional[str], typer.Option("--data", help="Calibration data; see README.")]  # noqa: UP045
-CalibrationSamples = Annotated[int, typer.Option("--samples", help="Calibration samples.")]
+Budget = str | float | Mapping[str, float]
+Ranks = int | str | Mapping[str, int]
 
-Teacher = Annotated[Optional[str], typer.Option(help="The dense original. [default: the recorded one]")]  # noqa: UP045
-TeacherMode = Annotated[
-    str,
-    typer.Option(
-        help="How the teacher is held: shared (one copy of the weights), cached (its hidden states on disk), live (a second "
-        "model), or auto: the first of these that is possible."
-    ),
-]
-TeacherCache = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Folder to keep a cached teacher in for the next run. [default: beside OUT, deleted at the end]"),
-]
-Adapter = Annotated[
-    str,
-    typer.Option(
-        help="sparselora; hira; masked-full (all kept weights); sparselora-fast (two products, biased gradient); or lora "
-        "(its merge is dense)."
-    ),
-]
-Tune = Annotated[str, typer.Option(help="The components to train.")]
-Rank = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Rank per component. [default: vision=4,connector=2,language=8]"),
-]
-Alpha = Annotated[float, typer.Option(help="LoRA alpha; the product is scaled by alpha / rank.")]
-ReconstructFirst = Annotated[int, typer.Option("--reconstruct", help="First fit each block to the dense one: epochs.")]
-Kl = Annotated[float, typer.Option(help="Weight of the distillation, 0 to 1.")]
-Temperature = Annotated[float, typer.Option(help="Temperature of the distillation.")]
-Divergence = Annotated[str, typer.Option(help="forward (teacher || student), reverse, or js (Jensen-Shannon).")]
-Hidden = Annotated[float, typer.Option(help="Weight of matching the teacher's last hidden states.")]
-Reduction = Annotated[str, typer.Option(help="token, or paper: the divergence as the published code sums it.")]
-Lr = Annotated[float, typer.Option(help="Peak learning rate.")]
-Scheduler = Annotated[str, typer.Option(help="cosine, linear or constant.")]
-Warmup = Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")]
-Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
-Steps = Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")]  # noqa: UP045
-Accumulate = Annotated[int, typer.Option(help="Batches per optimizer step.")]
-HeldOut = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Samples to score at every checkpoint, the best of which is kept: a number of them, or other data."),
-]
-Patience = Annotated[Optional[int], typer.Option(help="Stop after so many checkpoints without a better one.")]  # noqa: UP045
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints for --resume.")]
-ReportTo = Annotated[str, typer.Option(help="Trackers: tensorboard, wandb or any other that transformers knows.")]
-MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16: autocast around a float32 model.")]
-GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Run blocks again in backward: less memory, more time.")
-]
-SaveAdapter = Annotated[bool, typer.Option("--save-adapter", help="Keep the adapter too, in OUT/adapter.")]
 
-Cost = Annotated[
-    bool, typer.Option("--cost", help="FLOPs, bytes and peak memory of every stage instead; no weight is read.")
-]
-RecipeCost = Annotated[
-    bool, typer.Option("--cost", help="FLOPs, bytes and peak memory of every stage instead; OUT is left alone.")
-]
-CostMethod = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--method", help="With --cost: wanda, sparsegpt, ria, magnitude or random. [default: wanda]"),
-]
-CostRefine = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--refine", help="With --cost: swaps or dsnot, as in prune."),
-]
-CostUpdate = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--update", help="With --cost: pcg, as in prune."),
-]
-CostPropagate = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--propagate", help="With --cost: as in prune. [default: block]"),
-]
-CostTeacherMode = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--teacher-mode", help="With --cost: as in restore. [default: auto]"),
-]
-CostSteps = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--steps", help="With --cost: steps of restore. [default: one pass over the data; 100 without any]"),
-]
-CostBatchSize = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--restore-batch-size", help="With --cost: samples per batch of restore. [default: 32]"),
-]
-CostCheckpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="With --cost: as in restore.")]
+if TYPE_CHECKING:
+    Name = Any
+else:
+
+    class Name:
+        """The type of a field that takes a name in a table, an entry of the table, or a function."""
+
+
+class Argument(str):
+    """The help of a verb's parameter that is positional on the command line; `required` there, if not in Python."""
+
+    required: bool
+
+    def __new__(cls, text: str, required: bool = False) -> Self:
+        """Make the help of `text`."""
+        argument = super().__new__(cls, text)
+        argument.required = required
+        return argument
+
+
+@dataclass(frozen=True)
+class Option:
+    """The help and the check of a field.
+
+    `help` may hold `{names}`, the names in `tables`; only these, and functions, are then allowed. A table is a tuple of
+    words or "module:TABLE". `fits` tests a value and `says` completes "VALUE is not ...". `cost`: True, the estimate
+    reads the field; False, the field changes the cost and is not counted. `work`: whether it changes what a verb writes.
+    """
+
+    help: str
+    tables: tuple[str | tuple[str, ...], ...] = ()
+    fits: Callable[[Any], bool] = lambda value: True
+    says: str = ""
+    cost: bool | None = None
+    work: bool = True
+
+    def names(self) -> tuple[str, ...]:
+        """The names that are allowed; empty where there is no table."""
+        return tuple(name for table in self.tables for name in (table if isinstance(table, tuple) else _read_table(table)))
+
+    def text(self) -> str:
+        """The help with the names filled in."""
+        return self.help.replace("{names}", ", ".join(self.names()))
+
+
+def _read_table(where: str) -> tuple[str, ...]:
+    module, _, name = where.partition(":")
+    table = getattr(import_module(module), name)
+    return tuple(table() if callable(table) else table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The base of all records of settings: a record holds valid values.
+
+    **Raises** `SparsightError`, naming the field in backticks, for a value that a field does not take.
+    """
+
+    verb: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, (kind, option) in options(type(self)).items():
+            object.__setattr__(self, name, _checked(name, kind, option, getattr(self, name)))
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], where: str = "") -> Self:
+        """Make a record of a mapping; errors name the field as `where.field`.
+
+        **Raises** `SparsightError` for a key that is no field, and for a value that a field does not take.
+        """
+        names = tuple(options(cls))
+        for key in settings:
+            if key not in names:
+                raise SparsightError(f"{where or cls.verb}: unknown key {key!r}; {nearest(str(key), names)}")
+        try:
+            return cls(**settings)
+        except SparsightError as error:
+            raise SparsightError(re.sub(r"^`(\w+)`", rf"`{where}.\1`", str(error)) if where else str(error)) from error
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that change what a verb writes, as values that YAML and JSON can hold."""
+        return {name: plain_value(getattr(self, name)) for name, (_, option) in options(type(self)).items() if option.work}
+
+
+def options(spec: Any) -> dict[str, tuple[Any, Option]]:
+    """The type and the `Option` of every field by name, a class's own fields before those of its bases."""
+    return _options(spec)
+
+
+@cache
+def _options(spec: Any) -> dict[str, tuple[Any, Option]]:
+    hints = get_type_hints(spec, include_extras=True)
+    names = (name for kind in spec.__mro__ for name in vars(kind).get("__annotations__", {}))
+    return {name: get_args(hints[name])[:2] for name in dict.fromkeys(names) if get_origin(hints[name]) is Annotated}
+
+
+def values(spec: Spec) -> dict[str, Any]:
+    """The value of every field by name."""
+    return {name: getattr(spec, name) for name in options(type(spec))}
+
+
+def types_of(kind: Any) -> tuple[tuple[Any, ...], bool]:
+    """The types that a field takes, and whether None is one of them."""
+    kinds = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+    return tuple(x for x in kinds if x is not type(None)), type(None) in kinds
+
+
+def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
+    """The value in the form that a field holds; `SparsightError` if the field does not take it."""
+    if hasattr(value, "item") and not callable(value):  # a number of numpy or torch
+        value = value.item()
+    kinds, optional = types_of(kind)
+    if (value is None and optional) or kinds == (Any,):
+        return value
+    if get_origin(kinds[0]) is tuple:
+        return _words(name, kinds[0], option, value)
+    if kinds == (bool,) and not isinstance(value, bool):
+        raise SparsightError(f"`{name}`: {value!r} is neither true nor false")
+    if kinds in ((int,), (float,)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kinds == (int,) and not (number and isinstance(value, int) and option.fits(value)):
+            raise SparsightError(f"`{name}`: {value!r} is not {option.says}")
+        if not number or not option.fits(value):
+            raise SparsightError(
+                f"`{name}`: " + (f"{value:g} is not {option.says}" if number else f"{value!r} is not a number")
+            )
+    if kinds in ((str,), (Name,)):
+        value = current_name(name, value)
+        if isinstance(value, list | tuple | int | float | None) or (kinds == (str,) and not isinstance(value, str)):
+            raise SparsightError(f"`{name}`: {value!r} is not a word")
+        if isinstance(value, str) and option.tables:
+            check_name(name, value, option.names())
+    return value
+
+
+def _words(name: str, kind: Any, option: Option, value: Any) -> tuple[Any, ...]:
+    """A list of words, or of words and functions where the field takes them."""
+    functions = get_args(kind)[0] is Name
+    words = parse_list(value or ()) if isinstance(value, str | list | tuple | None) else (value,)
+    if not all(isinstance(word, str) or (functions and callable(word)) for word in words):
+        raise SparsightError(f"`{name}`: {value!r} is not a list of words")
+    for word in words:
+        if isinstance(word, str) and option.tables:
+            check_name(name, word, option.names())
+    return words

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file with the verbs' own keywords, changed by `key.sub=value`, checked before anything is read.
+"""A recipe: one YAML file with the verbs' own settings, changed by `key.sub=value`, checked before anything is read.
 
     model: Salesforce/instructblip-flan-t5-xl
     data: train.jsonl
@@ -7,14 +7,14 @@
     restore: {steps: 200, lr: 1e-3}
     evaluate: {max_new_tokens: 40}
 
-A section holds the keywords of the verb of its name; what the whole run shares (`model`, `data`, `dtype`, ...) stands
-outside, once. Relative paths are relative to the file; `demo:llava` is an embedded model,
-`demo:train` and `demo:test` are scenes for it. Numbers are those of YAML 1.2: `1e-3` is one, and `2:4` is none.
+A section holds fields of the record of its verb; shared values (`model`, `data`, `dtype`, ...) are at the top, once.
+Relative paths are relative to the file; `demo:llava` is an embedded model, `demo:train` and `demo:test` are scenes
+for it. Numbers are those of YAML 1.2: `1e-3` is one, and `2:4` is none. The `recipe.yaml` beside the weights of a model is
+a recipe, too; its sections may also have `data`, a `teacher` and the `fingerprint` of the samples.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,17 @@ from typing import Any
 
 import yaml
 
-from sparsight.data import read as read_data
+from sparsight.checkpoint.stages import stages_of
+from sparsight.checks import nearest
 from sparsight.errors import SparsightError
-from sparsight.plan.budget import nearest
-from sparsight.settings import check_seed, check_whole
+from sparsight.options import Spec, options
+from sparsight.specs import SPECS, SharedSpec
 
-SHARED = ("model", "data", "held_out", "dtype", "device", "family", "skip_bad")
-OWN = ("progress", "overwrite", "resume", "record")  # of a run, not of a recipe
+SHARED = tuple(options(SharedSpec))
 PATHS = ("model", "data", "held_out")
+SECTIONS = ("prune", "restore", "evaluate")
+BESIDE = {"prune": ("data", "fingerprint"), "restore": ("data", "fingerprint", "teacher"), "evaluate": ()}
+OUTSIDE = ("device", "family", "skip_bad")  # shared fields that no section has
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,14 +53,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read(
-    path: str | Path, changes: Sequence[str] = (), *, sections: Sequence[str], extra: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Read a recipe, apply `changes`, and check every name in it.
+def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe, apply `changes`, and check every name and value in it.
 
-    `sections` are verbs whose keywords may stand in the section of their name, `extra` what else may stand at the top.
+    `extra` are further keys that are allowed at the top.
 
-    **Raises** `SparsightError`, naming the key, for a file that is no recipe and for a name that nothing has.
+    **Raises** `SparsightError`, naming the key, for a file that is no recipe, an unknown key, and a value that the verb
+    would refuse.
     """
     recipe = _load(path)
     for change in changes:
@@ -65,84 +67,58 @@ def read(
     for key in PATHS:
         recipe[key] = _embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
     recipe = {key: value for key, value in recipe.items() if key not in PATHS or value is not None}
-    top = (*SHARED, *sections, *extra)
+    recipe.pop("sparsight", None)  # the version that wrote it
+    top = (*PATHS, *SHARED, *SECTIONS, *extra)
     for key, value in recipe.items():
         if key not in top:
             raise SparsightError(f"{path}: unknown key {key!r}; {nearest(str(key), top)}")
-        if key in sections:
-            check_section(f"{path}: {key}", key, value)
-    for key, value in recipe.items():
-        if key in SHARED and not isinstance(value, bool if key == "skip_bad" else str) and value is not None:
+        if key in SECTIONS:
+            for section in stages_of(recipe, key):
+                check_section(f"{path}: {key}", key, section)
+        elif key in (*PATHS, *SHARED) and value is not None and not isinstance(value, bool if key == "skip_bad" else str):
             raise SparsightError(f"{path}: {key}: {value!r} is not {'true or false' if key == 'skip_bad' else 'a word'}")
-    for key in ("model", "data"):
+    scored = recipe.get("evaluate", {}) is not None  # a recipe beside weights has `evaluate: null`, and may need no data
+    for key in ("model", "data") if scored else ("model",):
         if not isinstance(recipe.get(key), str):
             raise SparsightError(f"{path}: {key} is missing; add `{key}: ...` to the file, or {key}=... to the command")
     return recipe
 
 
-def check_section(where: str, verb: str, value: Any) -> None:
-    """Refuse keywords that the verb does not have; nothing at all is a section too."""
-    if value is None:
-        return
-    if not isinstance(value, Mapping):
-        raise SparsightError(f"{where} is {value!r} and not a mapping, as in {verb}: {{seed: 0}}")
-    allowed = keywords(verb)
-    for key in value:
+def check_section(where: str, verb: str, section: Any) -> None:
+    """Refuse keys that a verb does not have, and values that its record does not take.
+
+    **Raises** `SparsightError`, naming the key.
+    """
+    if not isinstance(section, Mapping):
+        raise SparsightError(f"{where} is {section!r} and not a mapping, as in {verb}: {{seed: 0}}")
+    allowed = (*(name for name in options(SPECS[verb]) if name not in OUTSIDE), *BESIDE[verb])
+    for key in section:
         if key not in allowed:
             raise SparsightError(f"{where}: unknown key {key!r}; {nearest(str(key), allowed)}")
-        check_kind(f"{where}: {key}", verb, key, value[key])
+    SPECS[verb].of({key: value for key, value in section.items() if key not in BESIDE[verb]}, where=verb)
 
 
-def check_kind(where: str, verb: str, name: str, value: Any) -> None:
-    """Refuse what is of no kind that the verb's keyword takes: yes and no, a word, a list of words."""
-    from sparsight import verbs
+def spec_of(recipe: Mapping[str, Any], verb: str, section: Mapping[str, Any] | None = None, **settings: Any) -> Any:
+    """The record of a verb: what the recipe shares, its section, and `settings` on top.
 
-    kind = str(inspect.signature(getattr(verbs, verb)).parameters[name].annotation)
-    words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
-    if kind == "bool" and not isinstance(value, bool):
-        raise SparsightError(f"{where}: {value!r} is neither true nor false")
-    if (kind.startswith("str") or kind == "Any") and "Mapping" not in kind and "Sequence" not in kind:
-        fits = value is None or isinstance(value, str)
-    elif "Sequence[str]" in kind:
-        fits = words or isinstance(value, str) or value is None
-    elif kind.startswith(("int", "float")) and "str" not in kind:
-        fits = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    else:
-        fits = True
-    if not fits:
-        wanted = "a list of words" if "Sequence" in kind else "a number" if kind.startswith(("int", "float")) else "a word"
-        raise SparsightError(f"{where}: {value!r} is not {wanted}")
+    **Raises** `SparsightError`, naming the field as `verb.field`, for what the verb would refuse.
+    """
+    kind: type[Spec] = SPECS[verb]
+    shared = {key: recipe[key] for key in SHARED if recipe.get(key) is not None}
+    own = (recipe.get(verb) or {}) if section is None else section
+    own = {key: value for key, value in own.items() if key not in BESIDE[verb]}
+    return kind.of({**shared, **own, **settings}, where=verb)
 
 
-def keywords(verb: str) -> tuple[str, ...]:
-    """What a verb's section may hold."""
-    from sparsight import verbs
-
-    parameters = inspect.signature(getattr(verbs, verb)).parameters.values()
-    given = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    taken = {*SHARED, *OWN, "teacher"} - {"held_out"}  # what a restoration holds out is not what is scored at the end
-    return tuple(name for name in given if name not in taken)
+def held_out_of(recipe: Mapping[str, Any], path: str | Path) -> str:
+    """The samples to score on. **Raises** `SparsightError` where the recipe names none."""
+    if not isinstance(recipe.get("held_out"), str):
+        raise SparsightError(f"{path}: held_out is missing; name the samples to score on, which are not those of data")
+    return recipe["held_out"]
 
 
-def check_values(recipe: Mapping[str, Any]) -> None:
-    """Refuse numbers and names of the sections that their verbs would refuse later, before anything is computed."""
-    from sparsight.restore.run import check_keywords
-
-    whole = {"prune": ("samples", "batch_size"), "evaluate": ("samples", "batch_size", "max_new_tokens", "beams")}
-    for section, names in whole.items():
-        for name in names:
-            value = (recipe.get(section) or {}).get(name)
-            check_whole(f"{section}.{name}", value, optional=True)
-    for section in ("prune", "evaluate"):
-        check_seed((recipe.get(section) or {}).get("seed", 0))
-    if recipe.get("restore") is not None:
-        check_keywords(recipe["restore"], recipe.get("device") or "cpu")
-        if isinstance(held := recipe["restore"].get("held_out"), str):
-            read_data(held, limit=1)
-
-
-def told(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
-    """What earlier work of this kind wrote to the file `name` of its folder; None where nothing is there yet.
+def read_state(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
+    """Read the file `name` that earlier work of this kind wrote to its folder; None where nothing is there yet.
 
     **Raises** `SparsightError` for a folder that holds anything else, and for a file that is damaged.
     """
@@ -166,30 +142,33 @@ def _load(path: str | Path) -> dict[str, Any]:
         raise SparsightError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise SparsightError(f"{path}: holds no `key: value` lines; give a recipe, such as those in recipes/")
-    for key in PATHS:
-        value = recipe.get(key)
-        if isinstance(value, str) and (there := Path(path).parent / value).exists():
-            recipe[key] = str(there)
-    restore = recipe.get("restore")
-    for key in ("held_out", "teacher_cache"):
-        value = restore.get(key) if isinstance(restore, dict) else None
-        if isinstance(value, str) and (there := Path(path).parent / value).exists():
-            restore[key] = str(there)  # type: ignore[index]
+    _resolve(recipe, Path(path).parent, PATHS)
+    for verb in SECTIONS:
+        for section in stages_of(recipe, verb):
+            if isinstance(section, dict):
+                _resolve(section, Path(path).parent, ("data", "held_out", "teacher", "teacher_cache"))
     return recipe
 
 
+def _resolve(settings: dict[str, Any], folder: Path, keys: Sequence[str]) -> None:
+    """Resolve, in place, paths that exist in the recipe's folder."""
+    for key in keys:
+        if isinstance(settings.get(key), str) and (there := folder / settings[key]).exists():
+            settings[key] = str(there)
+
+
 def _embedded(key: str, value: Any) -> Any:
-    """`demo:NAME` is an embedded model, or its scenes: those to learn from, and those to be tested on."""
+    """Resolve `demo:NAME`: an embedded model, or its training or test scenes."""
     if not isinstance(value, str) or not value.startswith("demo:"):
         return value
     from sparsight.demo import MODELS
-    from sparsight.demo.scenes import SETS, kept
+    from sparsight.demo.scenes import SETS, scene_folder
 
     name = value.removeprefix("demo:")
-    known = tuple(MODELS if key == "model" else SETS)
-    if name not in known:
-        raise SparsightError(f"{key}: there is no {value!r}; {nearest(name, known)}")
-    return str(MODELS[name] if key == "model" else kept(name))
+    names = tuple(MODELS if key == "model" else SETS)
+    if name not in names:
+        raise SparsightError(f"{key}: there is no {value!r}; {nearest(name, names)}")
+    return str(MODELS[name] if key == "model" else scene_folder(name))
 
 
 def _change(recipe: dict[str, Any], change: str) -> None:

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.demo import MODELS
-from sparsight.demo.build import LONGEST_ANSWER, build
-from sparsight.demo.feed import batch, check, conversation, llava_pack, pixels, pool
 from sparsight.demo.scenes import CAPTION_PROMPT, ask, scenes
 from sparsight.demo.scenes import KINDS as QUESTIONS
-from sparsight.demo.score import answer, load, samples, score
-from sparsight.demo.train import Course, train
+
+from demo_models.build import LONGEST_ANSWER, build
+from demo_models.feed import batch, check, conversation, llava_pack, pixels, pool
+from demo_models.score import answer, load, samples, score
+from demo_models.train import Course, train
 
 KINDS = sorted(MODELS)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sparsight import SparsightError
 from sparsight.demo import scenes as demo
-from sparsight.demo.scenes import KINDS, PLACES, Digit, Question, Scene, kept, scenes, write
+from sparsight.demo.scenes import KINDS, PLACES, Digit, Question, Scene, scene_folder, scenes, write
 
 ROW = {place: i // 2 for i, place in enumerate(PLACES)}
 COLUMN = {place: i % 2 for i, place in enumerate(PLACES)}
@@ -145,9 +145,9 @@ def test_captions_can_be_left_out(tmp_path: Path) -> None:
 
 def test_a_set_is_kept_in_the_cache_and_where_that_cannot_be_it_is_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kept("test").parent == tmp_path / "sparsight"
-    assert kept("test").stat() == kept("test").stat()
+    assert scene_folder("test").parent == tmp_path / "sparsight"
+    assert scene_folder("test").stat() == scene_folder("test").stat()
     (tmp_path / "full").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
     with pytest.raises(SparsightError, match=r"demo:test: cannot be written to .*; name another cache with XDG_CACHE_HOME"):
-        kept("test")
+        scene_folder("test")

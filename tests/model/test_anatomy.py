@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from sparsight import Family, SparsightError, anatomy, verbs
+from sparsight import Family, SparsightError, anatomy, api
 from sparsight.model.anatomy import block_lists
 
 import zoo
@@ -88,7 +88,7 @@ def test_an_unknown_model_type_prints_what_to_paste_and_that_works():
     line = str(error.value)
     assert "llava_of_tomorrow" in line
     assert "\n" not in line
-    ready = line.partition("--family ")[2]
+    ready = line.partition("`family=")[2].rstrip("`")
     assert ready == "vision=model.vision_tower.encoder.layers,language=model.language_model.layers"
     body = anatomy(model, Family.parse(ready))
     assert len(body.component("vision")) == 12
@@ -109,13 +109,13 @@ def test_block_lists_are_sorted_into_components(name):
     [
         ("vision", "not COMPONENT=PATH"),
         ("eyes=a,language=b", "'eyes=a' is not COMPONENT=PATH"),
-        ("vision=model.nowhere,language=model.language_model.layers", r"no module 'model\.nowhere'.*--family vision="),
+        ("vision=model.nowhere,language=model.language_model.layers", r"no module 'model\.nowhere'.*`family=vision="),
         ("vision=model.vision_tower.encoder.layers", "no language blocks"),
     ],
 )
 def test_bad_family(text, says, zoo_folder):
     with pytest.raises(SparsightError, match=says):
-        verbs.inspect(zoo_folder("llava"), family=text)
+        api.inspect(zoo_folder("llava"), family=text)
 
 
 def test_several_paths_of_a_component():

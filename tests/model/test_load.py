@@ -58,7 +58,7 @@ def test_devices_that_are_not_there(device, zoo_folder, monkeypatch):
     with pytest.raises(SparsightError, match="CUDA_VISIBLE_DEVICES=1"):
         check_device("cuda:1", one_gpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SparsightError, match="sees no CUDA device; use --device cpu"):
+    with pytest.raises(SparsightError, match="sees no CUDA device; use `device=cpu`"):
         check_device("cuda")
 
 

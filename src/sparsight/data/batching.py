@@ -13,7 +13,7 @@ def batches(samples: Sequence[Sample], encoder: Encoder, size: int) -> Iterator[
     """Encode samples in order, `size` of them at a time.
 
     A batch has fewer rows than `size` where the encoder skips samples, more where it makes a row of every turn.
-    `SparsightError` if every sample is skipped.
+    **Raises** `SparsightError` for a size below 1, and if every sample is skipped.
     """
     if size < 1:
         raise SparsightError(f"a batch needs a size of at least 1, got {size}")

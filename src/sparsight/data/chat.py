@@ -1,10 +1,10 @@
-"""Models with a chat template: LLaVA, Qwen-VL, Gemma 3, SmolVLM and whatever else is asked through one.
+"""Models with a chat template: LLaVA, Qwen-VL, Gemma 3, SmolVLM and any other that has one.
 
-The template writes the dialogue and the processor expands the images; what is ours is to find the answers again. A
-template says where an answer starts, by `{% generation %}` or by the prompt that it ends with when an answer is asked
-for; an answer ends with the special token right behind it. A template without any (LLaVA 1.5's) gets the tokenizer's
-end token behind the last answer, else the model would never learn to stop. Positions in the text become positions in
-the tokens only if the text before an answer is encoded alike with and without the answer; if not, that is an error.
+The template writes the dialogue and the processor expands the images; this module finds the answers in the result. An
+answer starts where the template's `{% generation %}` says, or where the prompt for it ends; it ends with the special
+token right behind it. If the template writes none (LLaVA 1.5's), the tokenizer's end token goes behind the last answer,
+else the model would never learn to stop. Positions in the text become positions in the tokens only if the text before
+an answer has the same tokens with and without the answer; if not, that is an error.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Span = tuple[int, int]
 
 
 def template(processor: Any) -> Any:
-    """Give the processor's chat template, or its tokenizer's."""
+    """Return the processor's chat template, or its tokenizer's."""
     return getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
 
 
 def refuse(sample: Sample) -> str | None:
-    """Say why a dialogue cannot be written: its placeholders are not as many as its images."""
+    """Return why a dialogue cannot be encoded (it has more or fewer placeholders than images), or None."""
     count = sum(turn.prompt.count(PLACEHOLDER) for turn in sample.turns)
     if count in (0, len(sample.images)):
         return None
@@ -38,8 +38,8 @@ def refuse(sample: Sample) -> str | None:
 
 
 def messages(sample: Sample) -> list[Message]:
-    """Write a sample as the user's and the assistant's messages, images where the placeholders are, else first."""
-    written: list[Message] = []
+    """Turn a sample into messages of user and assistant; images stand where the placeholders are, else first."""
+    dialogue: list[Message] = []
     for i, turn in enumerate(sample.turns):
         pieces = [piece.strip() for piece in turn.prompt.split(PLACEHOLDER)]
         content: list[dict[str, str]] = []
@@ -50,13 +50,13 @@ def messages(sample: Sample) -> list[Message]:
                 content.append({"type": "text", "text": piece})
         if i == 0 and not any(PLACEHOLDER in each.prompt for each in sample.turns):
             content = [{"type": "image"}] * len(sample.images) + content
-        written.append({"role": "user", "content": content})
-        written.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip()}]})
-    return written
+        dialogue.append({"role": "user", "content": content})
+        dialogue.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip()}]})
+    return dialogue
 
 
 def prompts(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
-    """Encode dialogues up to where the last answer starts, padded on the left."""
+    """Encode dialogues up to the start of the last answer, padded on the left."""
     texts = [_render(processor, messages(sample)[:-1]) for sample in samples]
     return _call(processor, texts, [sample.load_images() for sample in samples], side="left")
 
@@ -76,24 +76,24 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
 
 def _render(processor: Any, dialogue: list[Message], ask: bool = True) -> str:
     source = template(processor)
-    chosen = source if isinstance(source, str) else None  # of several named templates the processor takes its default
-    return processor.apply_chat_template(dialogue, chat_template=chosen, tokenize=False, add_generation_prompt=ask)
+    text = source if isinstance(source, str) else None  # of several named templates the processor takes its default
+    return processor.apply_chat_template(dialogue, chat_template=text, tokenize=False, add_generation_prompt=ask)
 
 
 def _call(processor: Any, texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
     special = _special_tokens(processor, texts[0])
-    seen = images if any(images) else None
-    return dict(processor(text=texts, images=seen, padding=True, padding_side=side, return_tensors="pt", **special))
+    pictures = images if any(images) else None
+    return dict(processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt", **special))
 
 
 def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
-    """Add no second start token where the template has written one."""
+    """Return options that add no second start token where the template has written one."""
     bos = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
 def _find_answers(processor: Any, sample: Sample) -> tuple[str, list[Span]]:
-    """Write the dialogue, and find each answer with its end token as (start, stop) in the text.
+    """Render the dialogue, and find each answer with its end token as (start, stop) in the text.
 
     A span starts where a prompt would stop: it may begin with the space before the answer.
     """
@@ -139,8 +139,8 @@ def _render_marked(processor: Any, dialogue: list[Message]) -> tuple[str, list[S
 def _token_spans(processor: Any, sample: str, text: str, spans: list[Span], images: list[Any], ids: list[int]) -> list[Span]:
     """Turn spans in `text` into spans in `ids`, its encoding with all images expanded.
 
-    Tokens are counted from the end, behind the last image, where text stands as it was written; only a dialogue with
-    an image behind its first answer needs the processor again.
+    Tokens are counted from the end, behind the last image, where the processor changes no text; only a dialogue with an
+    image behind its first answer needs the processor again.
     """
     image_token = str(getattr(processor, "image_token", None) or "")
     last = text.rfind(image_token) + len(image_token) if image_token and images else 0
@@ -148,8 +148,8 @@ def _token_spans(processor: Any, sample: str, text: str, spans: list[Span], imag
     if images and (not image_token or last > spans[0][0]):
 
         def count(part: str) -> list[int]:
-            seen = images[: part.count(image_token)] if image_token else images
-            return _call(processor, [part], [seen], side="right")["input_ids"][0].tolist()
+            pictures = images[: part.count(image_token)] if image_token else images
+            return _call(processor, [part], [pictures], side="right")["input_ids"][0].tolist()
     else:
 
         def count(part: str) -> list[int]:
@@ -157,7 +157,7 @@ def _token_spans(processor: Any, sample: str, text: str, spans: list[Span], imag
 
     whole = count(text)
     shift = len(ids) - len(whole)
-    found = []
+    places: list[Span] = []
     for start, stop in spans:
         before, through = count(text[:start]), count(text[:stop])
         if whole[: len(before)] != before or whole[: len(through)] != through:
@@ -165,8 +165,8 @@ def _token_spans(processor: Any, sample: str, text: str, spans: list[Span], imag
                 f"sample {sample!r}: the tokenizer joins an answer with the text around it ({text[start:stop]!r}), so "
                 f"its tokens are not those the model would be asked to write"
             )
-        found.append((shift + len(before), shift + len(through)))
-    first = found[0][0]
+        places.append((shift + len(before), shift + len(through)))
+    first = places[0][0]
     if shift < 0 or ids[first:] != whole[first - shift :]:
         raise SparsightError(f"sample {sample!r}: the processor encodes the answers otherwise than its tokenizer does")
-    return found
+    return places

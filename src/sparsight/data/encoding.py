@@ -19,10 +19,10 @@ from sparsight.errors import SparsightError
 class Batch:
     """Some samples as one call of the model.
 
-    `inputs` goes in as `model(**inputs)`. Its `labels` are -100 everywhere but at answers and at the token that ends
-    each of them; for a decoder-only model they lie on `input_ids`, unshifted, as transformers wants them. `padding` has
+    Call the model as `model(**inputs)`. The `labels` are -100 everywhere but at answers and at the token that ends
+    each of them; for a decoder-only model they lie on `input_ids`, unshifted, as transformers expects. `padding` has
     boolean masks, true at real tokens: "text" (B, T), "decoder" (B, Td) for an encoder-decoder, where Td is never T, so
-    that a mask is known by its length, "vision" (images, patches) where images are padded, and for a Q-Former that reads
+    that the length identifies a mask, "vision" (images, patches) where images are padded, and for a Q-Former that reads
     the question "instruction" (B, Tq) and "queries" (B, queries + Tq); "image" (B, T) is true where a token of the text
     stands for a part of an image. `samples` has the sample of each row, of one turn each where the model takes only one.
     """
@@ -32,8 +32,13 @@ class Batch:
     samples: tuple[Sample, ...]
 
     @property
+    def rows(self) -> int:
+        """The number of sequences."""
+        return len(self.inputs["input_ids"])
+
+    @property
     def shifted(self) -> bool:
-        """Whether the labels lie on the input tokens, one place behind the logits that foretell them."""
+        """Whether the labels lie on the input tokens, one place behind the logits that predict them."""
         return "decoder" not in self.padding
 
     def to(self, device: torch.device | str) -> Batch:
@@ -45,15 +50,16 @@ class Batch:
         return Batch(move(self.inputs), move(self.padding), self.samples)
 
 
-def answers_of(logits: Tensor, labels: Tensor, shifted: bool, *, every: bool = False) -> tuple[Tensor, Tensor]:
-    """Gather the logits (n, V) that speak of the n answer tokens, and those tokens (n,); hidden states (B, T, d), too.
+def select_answers(logits: Tensor, labels: Tensor, shifted: bool, *, all_positions: bool = False) -> tuple[Tensor, Tensor]:
+    """Select the logits (n, V) that predict the n answer tokens, and those tokens (n,).
 
-    `logits` (B, T, V), `labels` (B, T) with -100 outside of the answers. `shifted`: position t foretells token t + 1, as
-    in decoder-only models; an encoder-decoder foretells label t at position t. `every` takes all positions.
+    `logits` (B, T, V), or hidden states (B, T, d); `labels` (B, T), -100 outside the answers. With `shifted` position t
+    predicts token t + 1, as in decoder-only models; without it label t, as in encoder-decoders. `all_positions` selects
+    every position.
     """
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    where = torch.ones_like(labels, dtype=torch.bool) if every else labels != -100
+    where = torch.ones_like(labels, dtype=torch.bool) if all_positions else labels != -100
     return logits[where], labels[where]
 
 
@@ -62,7 +68,7 @@ Write = Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Style:
-    """How one kind of processor wants to be called. Each function takes (processor, samples, config)."""
+    """How to call one kind of processor; `encode` and `prompts` take (processor, samples, config)."""
 
     encode: Write
     prompts: Write
@@ -79,13 +85,15 @@ PLAIN = {
 
 
 class Encoder:
-    """Encodes samples for one model.
+    """Encode samples for one model.
 
     Of `model` only the config and the dtype are read; pixels come in the model's dtype. A model with a chat template
-    takes dialogues whole, and every answer in them counts; InstructBLIP, BLIP-2 and PaliGemma take one question, so
+    takes whole dialogues, and every answer in them counts; InstructBLIP, BLIP-2 and PaliGemma take one question, so
     `encode` makes one row per turn. Of several answers to a question the most frequent is encoded, the first of them on
     a tie. Nothing is ever truncated: with `max_length` a longer sample is an error. With `skip_bad`, samples that the
     model cannot take, and too long ones, are left out and listed in `skipped` as (id, reason).
+
+    **Raises** `SparsightError` for a processor without a chat template, where the model type needs one.
     """
 
     def __init__(self, processor: Any, model: Any, *, max_length: int | None = None, skip_bad: bool = False) -> None:
@@ -104,13 +112,13 @@ class Encoder:
 
     @property
     def shifted(self) -> bool:
-        """Whether the labels lie on the input tokens, as `Batch.shifted` says of every batch: not in encoder-decoders."""
+        """Whether the labels lie on the input tokens, as in `Batch.shifted`; not in encoder-decoders."""
         return not self.config.get_text_config().is_encoder_decoder
 
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """Encode questions with their answers, padded on the right.
 
-        `SparsightError` names the first sample that cannot be taken; with `skip_bad`, only when none is left.
+        **Raises** `SparsightError` for the first sample that the model cannot take; with `skip_bad`, only if none is left.
         """
         batch = self.attempt(samples)
         if batch is None:
@@ -119,7 +127,7 @@ class Encoder:
         return batch
 
     def attempt(self, samples: Sequence[Sample]) -> Batch | None:
-        """Encode as `encode` does, but give nothing when every sample is skipped."""
+        """Encode like `encode`, but return None where every sample is skipped."""
         rows = list(samples)
         if not self.style.turns:
             rows = [Sample(s.id, s.images, (turn,), s.kind) for s in rows for turn in s.turns]
@@ -136,6 +144,8 @@ class Encoder:
         """Encode the last questions, after the dialogues so far, for `generate`: one row per sample.
 
         Decoder-only models are padded on the left, encoder-decoders on the right.
+
+        **Raises** `SparsightError` for the first sample that the model cannot take.
         """
         for sample in samples:
             if reason := self.refusal(sample):
@@ -145,10 +155,10 @@ class Encoder:
         return self._call(self.style.prompts, samples)
 
     def usable(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Give the samples that the model can take, before any is encoded.
+        """Return the samples that the model can take, without encoding any.
 
-        `SparsightError` names the first that it cannot; with `skip_bad` those are left out and listed in `skipped`, and
-        it is an error only if none is left.
+        **Raises** `SparsightError` for the first that it cannot take; with `skip_bad` those are left out and listed in
+        `skipped`, and it is an error only if none is left.
         """
         kept = self._without(samples, [self.refusal(sample) for sample in samples])
         if not kept:
@@ -167,7 +177,7 @@ class Encoder:
         return {key: t.to(self.dtype) if t.is_floating_point() and self.dtype else t for key, t in inputs.items()}
 
     def refusal(self, sample: Sample) -> str | None:
-        """Why the model cannot take a sample; None if it can."""
+        """Return why the model cannot take a sample, or None."""
         if not sample.turns or any(not turn.answers for turn in sample.turns):
             return "it has no turn, or a turn without an answer"
         return self.style.refuse(sample)
@@ -195,7 +205,7 @@ class Encoder:
 
 
 def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """The masks of real tokens of one encoded batch; see `Batch`."""
+    """Return the masks of real tokens of an encoded batch, as in `Batch.padding`."""
     masks = {"text": inputs["attention_mask"].bool()}
     image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     if image_token is not None:
@@ -203,16 +213,16 @@ def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     if "decoder_attention_mask" in inputs:
         masks["decoder"] = inputs["decoder_attention_mask"].bool()
     if "qformer_attention_mask" in inputs:
-        told = inputs["qformer_attention_mask"].bool()
-        masks["instruction"] = told
-        masks["queries"] = torch.cat([told.new_ones(len(told), config.num_query_tokens), told], dim=1)
+        question = inputs["qformer_attention_mask"].bool()
+        masks["instruction"] = question
+        masks["queries"] = torch.cat([question.new_ones(len(question), config.num_query_tokens), question], dim=1)
     if "pixel_attention_mask" in inputs:
         masks["vision"] = _real_patches(inputs, config.vision_config.patch_size)
     return masks
 
 
 def _real_patches(inputs: dict[str, Tensor], size: int) -> Tensor:
-    """Which patches (images, patches) hold pixels: SmolVLM pads images to one size, and samples to one number of images.
+    """Return which patches (images, patches) hold pixels: SmolVLM pads images to one size and samples to one number of them.
 
     Padding images are all zero; the model drops them before its vision tower, so they have no row here.
     """

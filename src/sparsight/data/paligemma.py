@@ -1,4 +1,4 @@
-"""PaliGemma: images, a prefix that sees itself both ways, and the answer as a causal suffix. One question only.
+"""PaliGemma: images, a prefix with attention in both directions, and the answer as a causal suffix. One question only.
 
 `token_type_ids` tells prefix (0) from suffix (1), in `generate` as in training.
 """
@@ -14,7 +14,7 @@ from sparsight.data.sample import PLACEHOLDER, Sample
 
 
 def refuse(sample: Sample) -> str | None:
-    """Say why a sample cannot be taken: it has no image."""
+    """Return why the model cannot take a sample (it has no image), or None."""
     return None if sample.images else "this model needs an image"
 
 
@@ -32,5 +32,5 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
 def _call(processor: Any, samples: Sequence[Sample], **options: Any) -> dict[str, Tensor]:
     texts = [PLACEHOLDER * len(s.images) + s.prompt.replace(PLACEHOLDER, " ").strip() for s in samples]
     images = [sample.load_images() for sample in samples]
-    # tensors only afterwards: the processor makes the labels with numpy, which warns about being given a tensor
+    # tensors only afterwards: the processor makes the labels with numpy, which warns about tensors
     return dict(processor(images=images, text=texts, padding=True, **options).convert_to_tensors("pt"))

@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError
 
 
 def refuse(sample: Sample) -> str | None:
-    """Say why a sample cannot be taken: it has not exactly one image."""
+    """Return why the model cannot take a sample (it has not exactly one image), or None."""
     return None if len(sample.images) == 1 else f"this model takes exactly one image, got {len(sample.images)}"
 
 
@@ -32,9 +32,11 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
     """Encode questions and answers, padded on the right.
 
     An encoder-decoder gets the answers as its decoder's labels, a decoder-only model behind the questions.
+
+    **Raises** `SparsightError` if the tokenizer joins a question with its answer.
     """
     tokenizer = processor.tokenizer
-    inputs = _apart(_questions(processor, samples), config)
+    inputs = separate_lengths(_questions(processor, samples), config)
     end = _end(processor, config)
     answers = [sample.turns[-1].answer.strip() for sample in samples]
     if config.text_config.is_encoder_decoder:
@@ -44,8 +46,8 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
     questions = _rows(inputs)
     rows = []
     for sample, question, answer in zip(samples, questions, answers, strict=True):
-        asked = _prompt(sample)
-        before, whole = tokenizer(asked)["input_ids"], tokenizer(f"{asked} {answer}")["input_ids"]
+        prompt = _prompt(sample)
+        before, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {answer}")["input_ids"]
         if whole[: len(before)] != before or question[len(question) - len(before) :] != before:
             raise SparsightError(
                 f"sample {sample.id!r}: the tokenizer does not begin prompt and answer as it does the prompt alone, so "
@@ -68,8 +70,8 @@ def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     return dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
 
 
-def _apart(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Make the Q-Former's text longer until its masks, alone and behind the queries, fit no other input by their length.
+def separate_lengths(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Pad the Q-Former's text until its masks, alone and behind the queries, have the length of no other input.
 
     Such inputs are the queries and the image's P features, which the queries attend to.
     """
@@ -87,7 +89,7 @@ def _apart(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def _features(vision: Any) -> int:
-    """The number P of an image's features: one per patch, and one of the whole."""
+    """Return the number P of an image's features: one per patch, and one for the whole image."""
     return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
@@ -96,7 +98,7 @@ def _prompt(sample: Sample) -> str:
 
 
 def _end(processor: Any, config: Any) -> int:
-    """Give the token that the language model stops at: for BLIP-2's OPT a line end, not the tokenizer's end token."""
+    """Return the token that the language model stops at: for BLIP-2's OPT a line end, not the tokenizer's end token."""
     end = config.text_config.eos_token_id
     end = end[0] if isinstance(end, list) else end
     return processor.tokenizer.eos_token_id if end is None else end
@@ -108,7 +110,7 @@ def _pad_id(processor: Any) -> int:
 
 
 def _rows(inputs: dict[str, Tensor]) -> list[list[int]]:
-    """Give the tokens of each row without its padding."""
+    """Return the tokens of each row without its padding."""
     masks = inputs["attention_mask"].bool()
     return [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
 

@@ -1,4 +1,4 @@
-"""From one record of a data source to a `Sample`, with everything that may be wrong said in a few words.
+"""From one record of a data source to a `Sample`, or to one line about what is wrong with it.
 
 A record has one of three forms (keys in brackets may be missing):
 
@@ -40,7 +40,7 @@ class BadRecord(ValueError):
 def parse(record: Any, number: int, find: Find) -> tuple[Sample, tuple[str, ...]]:
     """Make the sample of one record, and the content hashes of its images. `number` names a record without an id.
 
-    `BadRecord` for anything missing, unknown, empty or of a wrong type, and for images that `find` refuses.
+    **Raises** `BadRecord` for anything missing, unknown, empty or of a wrong type, and for images that `find` refuses.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"expected an object, got {_type(record)}")
@@ -53,7 +53,7 @@ def parse(record: Any, number: int, find: Find) -> tuple[Sample, tuple[str, ...]
     else:
         turns = [Turn(_text(record, "prompt"), _answers(record))]
     turns = _place(turns, len(entries))
-    found = [find(entry) for entry in entries]
+    images = [find(entry) for entry in entries]
     identity = record.get("id", str(number))
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
@@ -62,17 +62,17 @@ def parse(record: Any, number: int, find: Find) -> tuple[Sample, tuple[str, ...]
     kind = record.get("kind", "")
     if not isinstance(kind, str):
         raise BadRecord(f"'kind' must be a string, got {_type(kind)}")
-    sample = Sample(identity, tuple(image for image, _ in found), tuple(turns), kind)
-    return sample, tuple(digest for _, digest in found)
+    sample = Sample(identity, tuple(image for image, _ in images), tuple(turns), kind)
+    return sample, tuple(digest for _, digest in images)
 
 
 def finder(folder: Path) -> Find:
-    """Look images up by their path relative to `folder`; nothing outside of it is ever read.
+    """Return a function that opens images by their path relative to `folder`; it reads nothing outside the folder.
 
-    Absolute paths, `..`, addresses and links that lead out are refused, and so is what Pillow cannot decode whole.
+    It raises `BadRecord` for absolute paths, `..`, addresses, links that lead out, and what Pillow cannot decode whole.
     """
     root = folder.resolve()
-    seen: set[str] = set()  # what was decoded
+    decoded: set[str] = set()  # hashes of whole images
 
     def find(entry: Any) -> tuple[Path, str]:
         if not isinstance(entry, str) or not entry or "\0" in entry:
@@ -91,7 +91,7 @@ def finder(folder: Path) -> Find:
         except (OSError, RuntimeError) as error:  # a loop of links, a name too long, no permission
             raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
         digest = hashlib.sha256(content).hexdigest()
-        if digest in seen:  # several questions about one image
+        if digest in decoded:  # several questions about one image
             return path, digest
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -102,14 +102,14 @@ def finder(folder: Path) -> Find:
             raise BadRecord(f"image {entry!r} cannot be read: not an image that Pillow knows") from error
         except Exception as error:  # Pillow raises nearly everything on a broken file
             raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
-        seen.add(digest)
+        decoded.add(digest)
         return path, digest
 
     return find
 
 
 def in_memory(entry: Any) -> tuple[Image.Image, str]:
-    """Take an image that a dataset has already decoded."""
+    """Return an image that a dataset has already decoded, and the hash of its pixels; **raises** `BadRecord` for others."""
     if not isinstance(entry, Image.Image):
         raise BadRecord(f"the image column must hold images, got {_type(entry)}")
     try:
@@ -123,40 +123,40 @@ def in_memory(entry: Any) -> tuple[Image.Image, str]:
 
 
 def _check_keys(record: dict[str, Any]) -> None:
-    given = [key for key in ("messages", "conversations", "prompt") if key in record]
-    if len(given) > 1:
-        raise BadRecord(f"{given[0]!r} and {given[1]!r} cannot stand together")
+    forms = [key for key in ("messages", "conversations", "prompt") if key in record]
+    if len(forms) > 1:
+        raise BadRecord(f"{forms[0]!r} and {forms[1]!r} cannot stand together")
     extra = ("model",) if "conversations" in record else ()  # LLaVA's files name the model that wrote the text
-    allowed = [key for key in (*_KEYS, *extra) if given[:1] != ["messages"] or key not in _FLAT]
+    allowed = [key for key in (*_KEYS, *extra) if forms[:1] != ["messages"] or key not in _FLAT]
     for key in record:
         if key not in allowed:
             close = difflib.get_close_matches(str(key), allowed, 1)
             hint = f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(allowed)
             raise BadRecord(f"unknown key {key!r}; {hint}")
-    if given and given[0] != "prompt" and (clash := [key for key in ("answer", "answers") if key in record]):
-        raise BadRecord(f"{given[0]!r} and {clash[0]!r} cannot stand together")
-    if not given:
+    if forms and forms[0] != "prompt" and (clash := [key for key in ("answer", "answers") if key in record]):
+        raise BadRecord(f"{forms[0]!r} and {clash[0]!r} cannot stand together")
+    if not forms:
         raise BadRecord("missing 'prompt' (or 'messages', or 'conversations')")
 
 
 def _entries(record: dict[str, Any]) -> list[Any]:
-    given = [key for key in _IMAGES if record.get(key) is not None]
-    if len(given) > 1:
-        raise BadRecord(f"{given[0]!r} and {given[1]!r} cannot stand together")
-    if not given:
+    keys = [key for key in _IMAGES if record.get(key) is not None]
+    if len(keys) > 1:
+        raise BadRecord(f"{keys[0]!r} and {keys[1]!r} cannot stand together")
+    if not keys:
         return []
-    value = record[given[0]]
-    if given[0] == "images" and not isinstance(value, list):
+    value = record[keys[0]]
+    if keys[0] == "images" and not isinstance(value, list):
         raise BadRecord(f"'images' must be a list, got {_type(value)}")
     return list(value) if isinstance(value, list) else [value]
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
-    given = [key for key in ("answer", "answers") if key in record]
-    if len(given) != 1:
-        raise BadRecord("'answer' and 'answers' cannot stand together" if given else "missing 'answer' (or 'answers')")
-    values = record[given[0]]
-    if given[0] == "answer":
+    keys = [key for key in ("answer", "answers") if key in record]
+    if len(keys) != 1:
+        raise BadRecord("'answer' and 'answers' cannot stand together" if keys else "missing 'answer' (or 'answers')")
+    values = record[keys[0]]
+    if keys[0] == "answer":
         values = [values]
     if not isinstance(values, list) or not values:
         raise BadRecord(f"'answers' must be a non-empty list of strings, got {_type(values)}")
@@ -189,8 +189,8 @@ def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[li
     messages = record[form]
     if not isinstance(messages, list) or not messages:
         raise BadRecord(f"{form!r} must be a non-empty list, got {_type(messages)}")
-    spoken: list[str] = []
-    placed: list[Any] = []
+    texts: list[str] = []
+    paths: list[Any] = []  # of image parts; None for one without a path
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRecord(f"{form}[{i}] must be an object, got {_type(message)}")
@@ -198,21 +198,22 @@ def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[li
         if message.get(who) != expected:
             raise BadRecord(f"{form}[{i}]: {who!r} must be {expected!r}, got {message.get(who)!r}")
         content = message.get("content" if form == "messages" else "value")
-        spoken.append(_content(content, f"{form}[{i}]", placed if form == "messages" else None))
-    if len(spoken) % 2:
+        texts.append(_content(content, f"{form}[{i}]", paths if form == "messages" else None))
+    if len(texts) % 2:
         raise BadRecord(f"{form!r} must end with an answer of {answers!r}")
-    own = [entry for entry in placed if entry is not None]
+    own = [path for path in paths if path is not None]
     if own and entries:
         raise BadRecord("give image paths either in 'images' or in the messages, not in both")
-    turns = [Turn(spoken[i], (_answer(spoken[i + 1]),)) for i in range(0, len(spoken), 2)]
+    turns = [Turn(texts[i], (_answer(texts[i + 1]),)) for i in range(0, len(texts), 2)]
     return turns, own or entries
 
 
-def _content(content: Any, where: str, placed: list[Any] | None) -> str:
+def _content(content: Any, where: str, paths: list[Any] | None) -> str:
+    """Return the text of one message, and add the paths of its images to `paths`, in place; None allows no parts."""
     if isinstance(content, str):
         return content
-    if placed is None or not isinstance(content, list):
-        allowed = "a string" if placed is None else "a string or a list of parts"
+    if paths is None or not isinstance(content, list):
+        allowed = "a string" if paths is None else "a string or a list of parts"
         raise BadRecord(f"{where}: the text must be {allowed}, got {_type(content)}")
     pieces = []
     for part in content:
@@ -220,7 +221,7 @@ def _content(content: Any, where: str, placed: list[Any] | None) -> str:
         if kind == "text" and isinstance(part.get("text"), str):
             pieces.append(part["text"])
         elif kind == "image":
-            placed.append(next((part[key] for key in ("image", "path", "url") if key in part), None))
+            paths.append(next((part[key] for key in ("image", "path", "url") if key in part), None))
             pieces.append(PLACEHOLDER)
         else:
             raise BadRecord(f"{where}: a part must be a text or an image, got {part!r}"[:200])
@@ -228,7 +229,7 @@ def _content(content: Any, where: str, placed: list[Any] | None) -> str:
 
 
 def _place(turns: list[Turn], images: int) -> list[Turn]:
-    """Check the placeholders against the images, and drop them where they only say what is the rule: images first."""
+    """Check the placeholders against the images, and drop them where all stand first, which is the default."""
     count = sum(turn.prompt.count(PLACEHOLDER) for turn in turns)
     if count not in (0, images):
         raise BadRecord(f"{count} {PLACEHOLDER} in the prompts but {images} image{'' if images == 1 else 's'}")

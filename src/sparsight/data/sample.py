@@ -15,7 +15,7 @@ PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and the answers people gave; an answer given by several people stands there several times."""
+    """A question and people's answers to it; the answer of several people is listed several times."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -50,7 +50,7 @@ class Sample:
         return self.turns[-1].answers
 
     def load_images(self) -> list[Image.Image]:
-        """Open the images as RGB, turned upright as their EXIF data says. `SparsightError` if one cannot be decoded."""
+        """Open the images as RGB, turned upright as their EXIF data says; **raises** `SparsightError` if one is damaged."""
         return [self._load(image) for image in self.images]
 
     def _load(self, image: Path | Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from sparsight.errors import SparsightError
 
 _SPACE = re.compile(r"\s*")
 
-Rows = Sequence[tuple[int, Callable[[], Any]]]  # the number a person counts to, and what reads the record
+Rows = Sequence[tuple[int, Callable[[], Any]]]  # a line, or a row of a table, and the function that reads its record
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,39 @@ class Samples(Sequence[Sample]):
         return iter(self.items)
 
 
+class Source:
+    """A data source that is opened once: a record that was read is not read again.
+
+    Works wherever a source does. **Raises** `SparsightError` for what is no source.
+    """
+
+    def __init__(self, source: str | Path, split: str = "train") -> None:
+        self.source = str(source)
+        self.name, self.rows, self._find = _open(source, split)
+        self._records: dict[int, tuple[Sample, tuple[str, ...]] | BadRecord] = {}
+
+    def __fspath__(self) -> str:
+        return self.source
+
+    def __str__(self) -> str:
+        return self.source
+
+    def record(self, position: int) -> tuple[Sample, tuple[str, ...]]:
+        """The sample in a place, and hashes of its images. **Raises** `BadRecord` for what is none."""
+        if position not in self._records:
+            number, load = self.rows[position]
+            try:
+                self._records[position] = parse(load(), number, self._find)
+            except BadRecord as bad:
+                self._records[position] = bad
+        record = self._records[position]
+        if isinstance(record, BadRecord):
+            raise record
+        return record
+
+
 def read(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     limit: int | None = None,
     skip_bad: bool = False,
@@ -60,33 +91,34 @@ def read(
 
     `source` is a `.jsonl` file, a `.json` file with a list, a folder with `metadata.jsonl`, a folder that `datasets`
     has saved or with parquet files, or the name of a dataset on the Hub ("name" or "name:configuration"). For the last
-    two `split` says which part, and columns that mean nothing here are ignored; `question` counts as `prompt`.
+    two `split` selects a part, and unknown columns are ignored; `question` counts as `prompt`. A `Source` is opened already.
 
-    `limit` takes the first good samples; with `seed` it takes a random choice, always the same, in the source's order.
+    `limit` takes the first good samples; with `seed` it takes random ones, the same for a seed, in the source's order.
 
-    Raises `SparsightError` with FILE:LINE and the reason at the first bad record; with `skip_bad` bad records are left
+    **Raises** `SparsightError` with FILE:LINE and the reason at the first bad record; with `skip_bad` bad records are left
     out and listed in `.skipped`. A source without any good sample is an error either way.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SparsightError(f"limit must be a whole number of at least 1, got {limit!r}")
-    name, rows, find = _open(source, split)
+    opened = source if isinstance(source, Source) else Source(source, split)
+    name, rows = opened.name, opened.rows
     good: dict[int, tuple[Sample, tuple[str, ...]]] = {}
     skipped: list[tuple[str, int, str]] = []
     for position in _order(len(rows), seed):
         if limit is not None and len(good) == limit:
             break
-        number, load = rows[position]
+        number = rows[position][0]
         try:
-            good[position] = parse(load(), number, find)
+            good[position] = opened.record(position)
         except BadRecord as bad:
             if not skip_bad:
                 raise SparsightError(f"{name}:{number}: {bad}") from bad
             skipped.append((name, number, str(bad)))
     if not good:
         raise SparsightError(f"{name}: no samples" + (f"; all {len(skipped)} records are bad" if skipped else ""))
-    kept = [good[position] for position in sorted(good)]
+    usable = [good[position] for position in sorted(good)]
     skipped.sort(key=lambda entry: entry[1])
-    return Samples(tuple(sample for sample, _ in kept), str(source), _fingerprint(kept), skipped)
+    return Samples(tuple(sample for sample, _ in usable), str(source), _fingerprint(usable), skipped)
 
 
 def _order(n: int, seed: int | None) -> list[int]:
@@ -109,8 +141,8 @@ def _open(source: str | Path, split: str) -> tuple[str, Rows, Find]:
     if path.is_dir():
         if (path / "metadata.jsonl").is_file():
             return _open(path / "metadata.jsonl", split)
-        saved = [path / "dataset_dict.json", path / "state.json"]
-        if any(mark.is_file() for mark in saved):
+        marks = [path / "dataset_dict.json", path / "state.json"]
+        if any(mark.is_file() for mark in marks):
             return str(source), _dataset_rows(str(path), split, saved=True), in_memory
         if next(path.rglob("*.parquet"), None):
             return str(source), _dataset_rows(str(path), split), in_memory
@@ -207,8 +239,8 @@ def _dataset_record(table: Any, i: int) -> dict[str, Any]:
         row["prompt"] = row["question"]
     forms = ("messages", "conversations", "prompt")
     form = next((key for key in forms if row.get(key) is not None), "prompt")
-    known = ("image", "images", "id", "kind", form, *(("answer", "answers") if form == "prompt" else ()))
-    record = {key: row[key] for key in known if row.get(key) is not None}
+    columns = ("image", "images", "id", "kind", form, *(("answer", "answers") if form == "prompt" else ()))
+    record = {key: row[key] for key in columns if row.get(key) is not None}
     if "answer" in record:
         record.pop("answers", None)
     return record

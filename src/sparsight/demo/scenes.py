@@ -1,8 +1,8 @@
 """Digit scenes: small pictures of real handwritten digits, with captions and questions that cannot be answered blind.
 
 A scene is 48 x 48 pixels: one to four digits (the 8 x 8 scans of scikit-learn's `load_digits`) in six colours, each
-somewhere in its cell of a 2 x 2 grid, on a noisy ground. The scans are divided once, by index: 400 of them are drawn
-in test scenes only, so a model that does well on test scenes has learnt to read digits it never saw.
+somewhere in its cell of a 2 x 2 grid, on a noisy ground. The scans are divided once, by index: 400 of them appear in
+test scenes only, so a model with good scores on test scenes reads digits that were not in its training data.
 
 Every question has one correct answer by construction, and captions have one form (reading order), so that exact match
 is a fair score for both. Everything is drawn from an explicit generator: same split, seed and n, same bytes.
@@ -82,22 +82,22 @@ class Drawing(NamedTuple):
     colors: np.ndarray  # (n, 4) index into NAMES
 
     def digits(self, i: int) -> tuple[Digit, ...]:
-        """The digits of scene i in reading order."""
+        """Return the digits of scene i in reading order."""
         cells = zip(self.values[i].tolist(), self.colors[i].tolist(), strict=True)
         return tuple(Digit(value, NAMES[color], cell) for cell, (value, color) in enumerate(cells) if value >= 0)
 
 
 @cache
 def scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Ink in [0, 1] (n, 8, 8) and values (n,) of the scans that belong to a split."""
+    """Return ink in [0, 1] (n, 8, 8) and values (n,) of the scans of a split. Needs scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("Digit scenes need scikit-learn: pip install 'sparsight[demo]'") from error
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
-    chosen = {"train": order[HELD_OUT:], "test": order[:HELD_OUT]}[split]
-    return (data.images[chosen] / 16).astype(np.float32), data.target[chosen].astype(np.int64)
+    part = {"train": order[HELD_OUT:], "test": order[:HELD_OUT]}[split]
+    return (data.images[part] / 16).astype(np.float32), data.target[part].astype(np.int64)
 
 
 def glyphs(ink: np.ndarray, rng: np.random.Generator, augment: bool) -> np.ndarray:
@@ -127,7 +127,7 @@ def glyphs(ink: np.ndarray, rng: np.random.Generator, augment: bool) -> np.ndarr
 
 
 def draw(split: Split, n: int, rng: np.random.Generator, augment: bool, crowd: bool = False) -> Drawing:
-    """Draw n scenes of one to four digits as arrays; `crowd` fills most cells, for training that wants many digits."""
+    """Draw n scenes of one to four digits as arrays; `crowd` fills three or four of the cells."""
     ink, targets = scans(split)
     count = rng.integers(3, 5, n) if crowd else rng.integers(1, 5, n)
     filled = rng.permuted(np.arange(4) < count[:, None], axis=1)
@@ -143,12 +143,12 @@ def draw(split: Split, n: int, rng: np.random.Generator, augment: bool, crowd: b
 
 
 def caption(digits: tuple[Digit, ...]) -> str:
-    """Say what is where, in reading order."""
+    """Describe the digits and their places, in reading order."""
     return " and ".join(f"a {d.color} {d.value} at the {d.place}" for d in digits)
 
 
 def _alone(digits: tuple[Digit, ...], field: Literal["value", "color"]) -> list[Digit]:
-    """The digits that their value (or colour) tells from all others."""
+    """Return the digits whose value (or colour) no other digit has."""
     counts = Counter(getattr(d, field) for d in digits)
     return [d for d in digits if counts[getattr(d, field)] == 1]
 
@@ -163,37 +163,37 @@ def _count(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, st
 def _color(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, str] | None:
     if not (alone := _alone(digits, "value")):
         return None
-    chosen = _pick(alone, rng)
-    return f"what color is the {chosen.value}?", chosen.color
+    digit = _pick(alone, rng)
+    return f"what color is the {digit.value}?", digit.color
 
 
 def _digit(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, str] | None:
     if not (alone := _alone(digits, "color")):
         return None
-    chosen = _pick(alone, rng)
-    return f"which digit is {chosen.color}?", str(chosen.value)
+    digit = _pick(alone, rng)
+    return f"which digit is {digit.color}?", str(digit.value)
 
 
 def _place(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, str]:
-    chosen = _pick(digits, rng)
-    return f"which digit is at the {chosen.place}?", str(chosen.value)
+    digit = _pick(digits, rng)
+    return f"which digit is at the {digit.place}?", str(digit.value)
 
 
 def _where(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, str] | None:
     if not (alone := _alone(digits, "value")):
         return None
-    chosen = _pick(alone, rng)
-    return f"where is the {chosen.value}?", chosen.place
+    digit = _pick(alone, rng)
+    return f"where is the {digit.value}?", digit.place
 
 
 def _beside(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, str] | None:
     cells = {divmod(d.cell, 2): d for d in digits}
     options = []
-    for known in _alone(digits, "color"):
-        row, column = divmod(known.cell, 2)
+    for digit in _alone(digits, "color"):
+        row, column = divmod(digit.cell, 2)
         for word, (down, right) in BESIDE.items():
             if other := cells.get((row + down, column + right)):
-                options.append((f"which digit is {word} the {known.color} digit?", str(other.value)))
+                options.append((f"which digit is {word} the {digit.color} digit?", str(other.value)))
     return _pick(options, rng) if options else None
 
 
@@ -207,9 +207,9 @@ def _compare(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, 
 
 
 def _exists(digits: tuple[Digit, ...], rng: np.random.Generator) -> tuple[str, str]:
-    """Yes and no equally often; a no shares its digit or its colour with something in the picture."""
-    chosen = _pick(digits, rng)
-    value, color = chosen.value, chosen.color
+    """Ask with yes and no equally often; a no shares its digit or its colour with a digit of the scene."""
+    digit = _pick(digits, rng)
+    value, color = digit.value, digit.color
     if rng.random() < 0.5:
         present = {(d.value, d.color) for d in digits}
         same_value = [(value, other) for other in NAMES if (value, other) not in present]
@@ -236,41 +236,41 @@ KINDS: dict[str, Callable[[tuple[Digit, ...], np.random.Generator], tuple[str, s
 
 
 def ask(digits: tuple[Digit, ...], kind: str, rng: np.random.Generator) -> Question | None:
-    """Ask a question of one kind, or None where a scene allows none with one correct answer."""
-    found = KINDS[kind](digits, rng)
-    return Question(kind, *found) if found else None
+    """Return a question of one kind, or None where the scene allows none with one correct answer."""
+    pair = KINDS[kind](digits, rng)
+    return Question(kind, *pair) if pair else None
 
 
 def scenes(split: Split, n: int, seed: int, augment: bool | None = None) -> list[Scene]:
-    """Draw n scenes; digits are varied (`augment`) in training scenes and left as they were written in test scenes."""
+    """Draw n scenes; digits are varied (`augment`) in training scenes, not in test scenes."""
     rng = np.random.default_rng([("train", "test").index(split), seed])
     drawing = draw(split, n, rng, augment=split == "train" if augment is None else augment)
     result = []
     for i, pixels in enumerate(drawing.pixels):
         digits = drawing.digits(i)
-        asked = (ask(digits, kind, rng) for kind in KINDS)
-        questions = tuple(question for question in asked if question)
+        answerable = (ask(digits, kind, rng) for kind in KINDS)
+        questions = tuple(question for question in answerable if question)
         result.append(Scene(Image.fromarray(pixels), digits, caption(digits), questions))
     return result
 
 
-def select(scene: Scene, k: int, asked: Counter[str]) -> list[Question]:
-    """Choose up to k of a scene's questions, of the kinds `asked` least so far; counts them in place."""
-    chosen = sorted(scene.questions, key=lambda question: asked[question.kind])[:k]
-    asked.update(question.kind for question in chosen)
-    return chosen
+def select(scene: Scene, k: int, counts: Counter[str]) -> list[Question]:
+    """Select up to k of a scene's questions, of the kinds with the lowest `counts`; adds to `counts` in place."""
+    questions = sorted(scene.questions, key=lambda question: counts[question.kind])[:k]
+    counts.update(question.kind for question in questions)
+    return questions
 
 
 def write(folder: Path, split: Split, n: int, seed: int, questions_per_scene: int = 2, captions: bool = True) -> Path:
     """Write n scenes as PNG files and `metadata.jsonl` (image, prompt, answer, kind), with balanced kinds."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    asked: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for i, scene in enumerate(scenes(split, n, seed)):
             name = f"images/{i:05d}.png"
             scene.image.save(folder / name)
-            questions = select(scene, questions_per_scene, asked)
+            questions = select(scene, questions_per_scene, counts)
             if captions:
                 questions.append(Question("caption", CAPTION_PROMPT, scene.caption))
             for kind, prompt, answer in questions:
@@ -279,8 +279,11 @@ def write(folder: Path, split: Split, n: int, seed: int, questions_per_scene: in
     return folder
 
 
-def kept(name: str) -> Path:
-    """The folder of a set of scenes, written once into the user's cache; always the same bytes."""
+def scene_folder(name: str) -> Path:
+    """Return the folder of a set of `SETS`, written at first use into the user's cache; always the same bytes.
+
+    **Raises** `SparsightError` if the cache cannot be written to.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsight"
     split, count, questions = SETS[name]
     target = cache / f"scenes-{name}-{count}-{questions}"
@@ -289,8 +292,8 @@ def kept(name: str) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as beside:
-            made = write(Path(beside) / name, split, count, seed=0, questions_per_scene=questions)
-            made.rename(target)
+            folder = write(Path(beside) / name, split, count, seed=0, questions_per_scene=questions)
+            folder.rename(target)
     except OSError as error:
         if not target.is_dir():  # else another process was first
             raise SparsightError(

@@ -1,9 +1,9 @@
 """Inner loops in C++ for the CPU, compiled at first use, about three seconds once per machine, and a few in Triton for CUDA;
 without a compiler plain torch does the same.
 
-Every function here says no (False or None) where it cannot help: no compiler, a device or a shape it was not written for,
-`SPARSIGHT_KERNELS=0`. The caller's torch code is then the one that runs. Masks are the same either way; swept
-weights are equal up to rounding.
+Every function returns False or None where it has no kernel: no compiler, another device, dtype or shape,
+`SPARSIGHT_KERNELS=0`. The caller then runs its torch code. Masks are the same either way; swept weights are equal up to
+rounding.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def sweep(
     n: int,
     m: int,
 ) -> bool:
-    """Prune columns `start` to `stop` of W (out, in) and update those behind them, in place; False where nothing was done.
+    """Prune columns `start` to `stop` of W (out, in) and update those behind them, in place; False without a kernel.
 
-    U (in, in) is the inverse factor, `scale` (in,) what errors are measured in: 1 / its diagonal. `keep`
-    (out, stop - start) is the block's mask; without it the n of every m to keep are chosen on the way.
+    U (in, in) is the inverse factor, `scale` (in,) 1 / its diagonal. `keep` (out, stop - start) is the block's mask;
+    without it the n of every m to keep are chosen during the sweep.
     """
-    known = keep is not None or m in GROUPS
-    if stop - start > WIDTH or not known or (library := library_for(W)) is None:
+    compiled = keep is not None or m in GROUPS
+    if stop - start > WIDTH or not compiled or (library := library_for(W)) is None:
         return False
     U, scale = U.contiguous(), scale.contiguous()
     mask = None if keep is None else keep.contiguous()
@@ -62,7 +62,7 @@ def sweep(
 
 
 def keep_largest(score: torch.Tensor, count: int) -> torch.Tensor | None:
-    """Mark exactly `count` largest entries of every row of `score` (rows, columns); 0 < count < columns."""
+    """Mark exactly the `count` largest entries of every row of `score` (rows, columns); 0 < count < columns."""
     if (library := library_for(score)) is None:
         return None
     score = score.float().contiguous()
@@ -72,7 +72,7 @@ def keep_largest(score: torch.Tensor, count: int) -> torch.Tensor | None:
 
 
 def keep_of_group(score: torch.Tensor, n: int) -> torch.Tensor | None:
-    """Mark the `n` largest of the last dimension."""
+    """Mark the `n` largest of the last dimension of `score`, which is one of `GROUPS`."""
     m = score.shape[-1]
     if m not in GROUPS or (library := library_for(score)) is None:
         return None
@@ -101,9 +101,8 @@ def swap_rows(
 def add_gram(X: torch.Tensor, upper: torch.Tensor) -> bool:
     """Add X^T X of bfloat16 inputs X (tokens, in) to the upper triangle of `upper` (in, in) float32, in place.
 
-    False where nothing was done: other dtypes, CPUs without bfloat16 products. The lower triangle is left undefined.
+    False without a kernel: other dtypes, CPUs without bfloat16 products. The lower triangle is undefined.
     """
     if X.dtype != torch.bfloat16 or X.stride(1) != 1 or (library := library_for(X)) is None:
         return False
-    done = library.sparsight_gram(X.data_ptr(), *X.shape, X.stride(0), upper.data_ptr(), torch.get_num_threads())
-    return bool(done)
+    return bool(library.sparsight_gram(X.data_ptr(), *X.shape, X.stride(0), upper.data_ptr(), torch.get_num_threads()))

@@ -1,7 +1,7 @@
 """The masked low-rank products of SparseLoRA, the masks in bits: C++ on the CPU (`adapt.cpp`), Triton on a GPU.
 
-Computed in float32 and rounded once, to the nearest and of two to the even one; exactly +0 where the mask is 0, whatever
-stood there. The same inputs give the same bits, on the CPU for a given number of threads. None where there is no kernel.
+Computed in float32 and rounded once, to nearest even; exactly +0 where the mask is 0, whatever the input there. The same
+inputs give the same bits, on the CPU for a given number of threads. Every function returns None where it has no kernel.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def merge(
     if (library := library_for(W)) is None:
         return None
     E = torch.empty(W.shape, dtype=W.dtype)
-    done = library.sparsight_merge(
+    success = library.sparsight_merge(
         W.data_ptr(), DTYPES[W.dtype], *W.shape, W.stride(0), A.data_ptr(), B.data_ptr(), len(A), scaling, *_bits(packed),
         times, E.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return E if done else None
+    return E if success else None
 
 
 def project(
@@ -53,7 +53,7 @@ def project(
     *,
     W: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Compute dA (r, in) = s B^T D and dB (out, r) = s D A^T in float32, where D = dE * M, times W where it is given.
+    """Compute dA (r, in) = s B^T D and dB (out, r) = s D A^T in float32, where D = dE * M, times W if there is a W.
 
     dE (out, in) is the gradient of what `merge` returns; W, of dE's dtype, goes with `times`.
     """
@@ -67,11 +67,11 @@ def project(
         return None
     dA, dB = torch.empty(A.shape), torch.empty(B.shape)
     factor = (None, 0) if W is None else (W.data_ptr(), W.stride(0))
-    done = library.sparsight_project(
+    success = library.sparsight_project(
         dE.data_ptr(), DTYPES[dE.dtype], *dE.shape, dE.stride(0), *factor, A.data_ptr(), B.data_ptr(), len(A), scaling,
         *_bits(packed), dA.data_ptr(), dB.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return (dA, dB) if done else None
+    return (dA, dB) if success else None
 
 
 def expand(
@@ -86,14 +86,14 @@ def expand(
         return triton.expand(values, packed, out)
     if (library := library_for(out)) is None:
         return None
-    done = library.sparsight_expand(
+    success = library.sparsight_expand(
         values.data_ptr(), len(values), *_bits(packed), out.numel(), DTYPES[dtype], out.data_ptr(), torch.get_num_threads()
     )
-    return out if done else None
+    return out if success else None
 
 
 def compress(dE: torch.Tensor, packed: torch.Tensor) -> torch.Tensor | None:
-    """Take the entries of dE where the mask is 1, in order, as float32 (nnz,): the gradient of `expand`."""
+    """Return the entries of dE where the mask is 1, in order, as float32 (nnz,): the gradient of `expand`."""
     if not _covers(packed, dE):
         return None
     dE, packed = dE.contiguous(), packed.contiguous()
@@ -104,14 +104,14 @@ def compress(dE: torch.Tensor, packed: torch.Tensor) -> torch.Tensor | None:
     count = torch.empty((), dtype=torch.int64)
     library.sparsight_count(*_bits(packed), count.data_ptr())
     values = torch.empty(int(count))
-    done = library.sparsight_compress(
+    success = library.sparsight_compress(
         dE.data_ptr(), DTYPES[dE.dtype], *_bits(packed), dE.numel(), values.data_ptr(), torch.get_num_threads()
     )
-    return values if done else None
+    return values if success else None
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor | None:
-    """Pack a boolean mask into bits, as `model/masks.py` says; on the CPU only."""
+    """Pack a boolean mask into bits, in the layout of `masks/bits.py`; on the CPU only."""
     if (library := library_for(mask, torch.bool)) is None:
         return None
     mask, packed = mask.contiguous(), torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8)
@@ -159,7 +159,7 @@ def _triton(tensor: torch.Tensor) -> ModuleType | None:
 
 @functools.cache
 def _load_triton(device: torch.device) -> ModuleType | None:
-    """Import the kernels and try one: they want Triton, a C compiler, and a GPU that knows bfloat16."""
+    """Import the kernels and try one: they need Triton, a C compiler, and a GPU with bfloat16."""
     try:
         from sparsight.kernels import adapt_triton
 

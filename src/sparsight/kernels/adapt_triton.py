@@ -1,7 +1,7 @@
 """The masked low-rank products of SparseLoRA as Triton kernels: one program per tile, the mask read in bits.
 
-All sums are exact float32: "ieee" keeps the tensor cores' tf32 out. Ranks are met `RANK` at a time, padded with zeros. A
-program of `project` writes the parts of dA and dB that its tile gives, and torch adds the parts: no atomics, so the same
+All sums are exact float32: "ieee" turns the tensor cores' tf32 off. Ranks are read `RANK` at a time, padded with zeros.
+A program of `project` writes the parts of dA and dB from its tile, and torch adds the parts: no atomics, so the same
 inputs give the same bits. `TRITON_INTERPRET=1`, set before the import, runs all of it on the CPU.
 """
 
@@ -100,6 +100,7 @@ def _compress(dE, bits, starts, out, size, FLAT: tl.constexpr):
 def merge(
     W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, packed: torch.Tensor | None, times: bool
 ) -> torch.Tensor:
+    """Compute `adapt.merge` on a GPU; the rows of W must be contiguous."""
     E = torch.empty(W.shape, dtype=W.dtype, device=W.device)
     with _on(W):
         _merge[_tiles(W)](
@@ -117,6 +118,7 @@ def project(
     packed: torch.Tensor | None,
     W: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `adapt.project` on a GPU. Memory: a part of dA per `HIGH` rows and of dB per `WIDE` columns."""
     high, wide = _tiles(dE)
     dA, dB = A.new_empty(high, *A.shape), B.new_empty(wide, *B.shape)
     with _on(dE):
@@ -129,6 +131,7 @@ def project(
 
 
 def expand(values: torch.Tensor, packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Compute `adapt.expand` on a GPU, into `out`."""
     starts = _ends(packed, out.numel())[:-1]
     with _on(out):
         _expand[(len(starts),)](values, packed, starts, out, out.numel(), FLAT=FLAT)
@@ -136,6 +139,7 @@ def expand(values: torch.Tensor, packed: torch.Tensor, out: torch.Tensor) -> tor
 
 
 def compress(dE: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Compute `adapt.compress` on a GPU; waits for the GPU to count the mask."""
     ends = _ends(packed, dE.numel())
     values = torch.empty(int(ends[-1]), device=dE.device)
     with _on(dE):
@@ -144,7 +148,7 @@ def compress(dE: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(packed: torch.Tensor, size: int) -> torch.Tensor:
-    """How many bits are set before each program's part, and before the end."""
+    """Count the bits that are set before each program's part, and before the end."""
     programs = triton.cdiv(size, FLAT)
     counts = torch.zeros(programs + 1, dtype=torch.int64, device=packed.device)
     with _on(packed):
@@ -157,5 +161,5 @@ def _tiles(W: torch.Tensor) -> tuple[int, int]:
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""How the kernels in C++ are compiled at first use, kept, and found again."""
+"""Compile the kernels in C++ at first use, and keep the library in the user's cache."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 def library_for(tensor: torch.Tensor, *dtypes: torch.dtype) -> ctypes.CDLL | None:
-    """Return the kernels if they may run on `tensor`, of one of `dtypes` (float32, bfloat16 or float16)."""
+    """Return the kernels if `tensor` is on the CPU and of one of `dtypes` (by default those of `DTYPES`), else None."""
     fits = tensor.device.type == "cpu" and tensor.dtype in (dtypes or DTYPES)
     return load() if fits and os.environ.get("SPARSIGHT_KERNELS") != "0" else None
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None, and one line in the log, where they cannot be had."""
+    """Return the compiled kernels, or None with one line in the log; compiles them at most once per machine."""
     try:
         library = _open()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -59,8 +59,8 @@ def load() -> ctypes.CDLL | None:
 def _open() -> ctypes.CDLL:
     """Load the kernels from the user's cache, and put them there first if need be.
 
-    The name says which source, compiler and CPU they are of. They are built beside their place and moved into it whole,
-    so that no other process ever sees half of them; without a cache to write to they are built for this process alone.
+    The file name is a hash of sources, compiler and CPU. The library is built beside its place and then moved, so that no
+    other process reads half of it; if the cache cannot be written to, it is built for this process alone.
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
     if compiler is None:
@@ -89,14 +89,14 @@ def _open() -> ctypes.CDLL:
 def _compile(compiler: str, sources: list[Path], built: Path) -> None:
     for flags in (FLAGS, FLAGS[:-1]):  # some compilers know no -march=native
         command = [compiler, *flags, "-o", str(built), *map(str, sources)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode == 0:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if process.returncode == 0:
             return
-    raise RuntimeError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    raise RuntimeError(f"{compiler} failed: {(process.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def _cpu() -> str:
-    """Say what the machine can run: code for one CPU may not run on another that shares the folder."""
+    """Return the CPU's features: code for one CPU may not run on another that shares the folder."""
     flags = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What a model is made of: components, blocks in forward order, prunable layers, and what is left alone and why."""
+"""The parts of a model: components, blocks in forward order, prunable layers, and what is never pruned and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsight.model.families import COMPONENTS, FAMILIES, Family
 
 SPARSE_FROM = 0.01
 FUSED = ("gate_up_proj", "down_proj")  # (experts, out, in) each
-ROUTERS = ("router", "gate")  # what mixture-of-experts models call the layer that chooses experts
+ROUTERS = ("router", "gate")  # names of the layer that chooses experts in mixture-of-experts models
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Layer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Where the weights are kept: (out, in), or (experts, out, in)."""
+        """The parameter that holds the weights: (out, in), or (experts, out, in)."""
         return cast(nn.Parameter, getattr(self.module, self.expert[0] if self.expert else "weight"))
 
     @property
@@ -43,17 +43,18 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         rows, columns = self.weight.shape
         return rows, columns
 
     @property
     def sparse(self) -> bool:
-        """Whether the layer was pruned, by its zeros; trained weights hold a stray zero now and then."""
+        """Whether at least 1 % of the weights are zero; a dense layer may hold a few zeros, too."""
         size = self.weight.numel()
         return size - int(torch.count_nonzero(self.weight)) >= SPARSE_FROM * size  # a sum of booleans makes a copy in int64
 
     def write(self, weight: torch.Tensor) -> None:
-        """Put `weight` (out, in) in place of the layer's values, in the layer's own dtype and storage."""
+        """Copy `weight` (out, in) into the layer, in place, in the layer's own dtype and storage."""
         self.weight.copy_(weight)
 
 
@@ -87,46 +88,47 @@ class Anatomy:
     parameters: int
 
     def __getitem__(self, name: str) -> Layer:
-        """The layer of that name; `KeyError` if there is none."""
+        """Return the layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
     def component(self, name: str) -> tuple[Layer, ...]:
+        """Return the layers of one component, in forward order of their blocks."""
         return tuple(layer for layer in self.layers if layer.component == name)
 
     def blocks_with(self, names: set[str]) -> tuple[Block, ...]:
-        """The blocks that hold any of the named layers, in forward order."""
-        wanted = {layer.block for layer in self.layers if layer.name in names}
-        return tuple(block for block in self.blocks if block.name in wanted)
+        """Return the blocks that hold any of the layers with these names, in forward order."""
+        holders = {layer.block for layer in self.layers if layer.name in names}
+        return tuple(block for block in self.blocks if block.name in holders)
 
 
 def anatomy(model: Any, family: Family | None = None) -> Anatomy:
-    """Take `model` apart.
+    """List the blocks and layers of `model`; changes nothing and copies no weight.
 
-    **Raises** `SparsightError` for a model type that the table does not know (naming the block lists found, ready for
-    `--family`), and for a path of `family` that the model does not have.
+    **Raises** `SparsightError` for a model type that is not in the table (with the model's block lists, ready for
+    `family`), and for a path of `family` that the model does not have.
     """
-    known = family or FAMILIES.get(model.config.model_type)
-    if known is None:
+    paths = family or FAMILIES.get(model.config.model_type)
+    if paths is None:
         raise SparsightError(_unknown(model))
-    blocks = tuple(_blocks(model, known, strict=family is not None))
+    blocks = tuple(_blocks(model, paths, strict=family is not None))
     for component in ("vision", "language"):
         if not any(block.component == component for block in blocks):
             raise SparsightError(
-                f"no {component} blocks found at {', '.join(known.paths(component)) or 'any path'}; {_suggestion(model)}"
+                f"no {component} blocks found at {', '.join(paths.paths(component)) or 'any path'}; {_suggestion(model)}"
             )
     tied = _tied(model)
     component_of = {id(m): block for block in blocks for m in block.module.modules()}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers: list[Layer] = []
     skipped: list[Skipped] = []
-    seen: set[int] = set()
+    ids: set[int] = set()
     vectors = 0
     for name, module in model.named_modules():
         block = component_of.get(id(module))
         for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
+            if parameter is None or id(parameter) in ids:
                 continue
-            seen.add(id(parameter))
+            ids.add(id(parameter))
             if parameter.dim() < 2:
                 vectors += parameter.numel()
                 continue
@@ -143,7 +145,7 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
     order = {block.name: i for i, block in enumerate(blocks)}
     layers.sort(key=lambda layer: order[layer.block])
     size = sum(p.numel() for p in model.parameters())
-    return Anatomy(_present(known, blocks), blocks, tuple(layers), tuple(skipped), size)
+    return Anatomy(_present(paths, blocks), blocks, tuple(layers), tuple(skipped), size)
 
 
 def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
@@ -153,7 +155,7 @@ def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
                 module = model.get_submodule(path)
             except AttributeError:
                 if strict:
-                    raise SparsightError(f"--family: the model has no module {path!r}; {_suggestion(model)}") from None
+                    raise SparsightError(f"`family`: the model has no module {path!r}; {_suggestion(model)}") from None
                 continue
             if isinstance(module, nn.ModuleList):
                 for index, child in enumerate(module):
@@ -163,13 +165,13 @@ def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
 
 
 def _present(family: Family, blocks: tuple[Block, ...]) -> Family:
-    """The family with only those paths that the model has."""
+    """Return the family with only those paths that the model has."""
     names = {block.name for block in blocks} | {block.name.rpartition(".")[0] for block in blocks}
     return replace(family, **{c: tuple(path for path in family.paths(c) if path in names) for c in COMPONENTS})
 
 
 def _tied(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module owns."""
+    """Return the ids of the parameters that more than one module owns."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -186,7 +188,7 @@ def _reason(
     tied: set[int],
     output: nn.Module | None,
 ) -> str | None:
-    """Why a matrix is not pruned; None if it is."""
+    """Return why a matrix is never pruned, or None."""
     shared = id(parameter) in tied
     if output is not None and parameter is output._parameters.get("weight"):
         return "output head" + (", tied to the embeddings" if shared else "")
@@ -208,25 +210,25 @@ def _reason(
 
 
 def block_lists(model: nn.Module) -> dict[str, list[str]]:
-    """Every list of alike blocks with linear layers, sorted into components by the words in its path."""
-    found: dict[str, list[str]] = {"vision": [], "language": []}
+    """Return the paths of all lists of equal blocks with linear layers, per component, guessed from words in the path."""
+    lists: dict[str, list[str]] = {"vision": [], "language": []}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if any(name.startswith(outer + ".") for group in found.values() for outer in group):
+        if any(name.startswith(outer + ".") for group in lists.values() for outer in group):
             continue
         alike = all(type(child) is type(module[0]) for child in module)
         if alike and any(isinstance(m, nn.Linear) for m in module[0].modules()):
             words = name.lower()
             vision = any(word in words for word in ("vis", "image", "patch", "pixel"))
-            found["vision" if vision else "language"].append(name)
-    return found
+            lists["vision" if vision else "language"].append(name)
+    return lists
 
 
 def _suggestion(model: nn.Module) -> str:
     lists = block_lists(model)
     ready = ",".join(f"{component}={'+'.join(paths)}" for component, paths in lists.items() if paths)
-    return f"block lists found: --family {ready}" if ready else "no list of blocks with linear layers was found in it"
+    return f"block lists found: `family={ready}`" if ready else "no list of blocks with linear layers was found in it"
 
 
 def _unknown(model: Any) -> str:

@@ -1,7 +1,7 @@
 """Where each model type keeps its blocks: one entry per `config.model_type`, in forward order.
 
 An entry names either a list of blocks (every child is one block) or a single module (which is then one block). Paths
-that a variant does not have (T5 against LLaMA inside InstructBLIP) are passed over.
+that a variant does not have (T5 and LLaMA inside InstructBLIP) are skipped.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ class Family:
     language: tuple[str, ...]
 
     def paths(self, component: str) -> tuple[str, ...]:
+        """Return the module paths of one component."""
         return getattr(self, component)
 
     @classmethod
     def parse(cls, text: str) -> Family:
-        """Read `vision=path,language=path+path`; `+` joins several paths of one component."""
+        """Read `vision=path,language=path+path`; `+` joins several paths. **Raises** `SparsightError` for other forms."""
         paths: dict[str, tuple[str, ...]] = dict.fromkeys(COMPONENTS, ())
         for part in text.split(","):
             component, _, value = part.partition("=")
             component = component.strip()
             if component not in COMPONENTS or not value.strip():
                 raise SparsightError(
-                    f"--family: {part.strip()!r} is not COMPONENT=PATH with a component of {', '.join(COMPONENTS)}; "
+                    f"`family`: {part.strip()!r} is not COMPONENT=PATH with a component of {', '.join(COMPONENTS)}; "
                     "write for example vision=model.vision.layers,language=model.text.layers"
                 )
             paths[component] += tuple(p.strip() for p in value.split("+") if p.strip())

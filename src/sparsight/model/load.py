@@ -35,16 +35,16 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "
 
 
 def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Any:
-    """Load the model alone, as `load` does, from a folder that may hold no processor."""
+    """Load the model alone; the folder need not hold a processor. **Raises** `SparsightError` as `load` does."""
     where = str(path)
-    wanted = parse_dtype(dtype)
+    torch_dtype = parse_dtype(dtype)
     check_device(device)
     _config(where)
     with quiet():
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 where,
-                dtype=wanted,
+                dtype=torch_dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -60,9 +60,9 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
             f"{where}: weights of another shape than config.json asks for: {key} is {list(stored)} and should be "
             f"{list(expected)}{more}; give the config.json that was saved with the weights"
         )
-    if lost := sorted(info["missing_keys"]):
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise SparsightError(f"{where}: weights missing from the files: {', '.join(lost[:3])}{more}; save the model again")
+    if absent := sorted(info["missing_keys"]):
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise SparsightError(f"{where}: weights missing from the files: {', '.join(absent[:3])}{more}; save the model again")
     try:
         return model.eval().to(device)
     except RuntimeError as error:
@@ -70,17 +70,17 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
 
 
 def load_processor(path: str | Path) -> Any:
-    """Load the model's own processor; a missing torchvision becomes one line that says what to install."""
+    """Load the model's own processor. **Raises** `SparsightError`, which names a package that is missing."""
     try:
         with quiet():
             return AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # files can be wrong in any way, and packages missing
-        said = str(error).replace(str(path), "").lower()
-        if not is_torchvision_available() and ("torchvision" in said or "video" in said):
+        message = str(error).replace(str(path), "").lower()
+        if not is_torchvision_available() and ("torchvision" in message or "video" in message):
             raise SparsightError(
                 f"{path}: this model's processor needs torchvision for its video part: pip install torchvision"
             ) from error
-        if "num2words" in said:
+        if "num2words" in message:
             raise SparsightError(f"{path}: this model's processor needs num2words: pip install num2words") from error
         raise SparsightError(
             f"{path}: no processor could be loaded: {_reason(error)}; save the model's processor beside it"
@@ -88,31 +88,33 @@ def load_processor(path: str | Path) -> Any:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> Any:
+    """Return a torch dtype, or "auto". **Raises** `SparsightError` for a name that is not in `DTYPES`."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise SparsightError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise SparsightError(f"`dtype`: {dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
 def check_device(device: str, one_gpu: bool = False) -> None:
-    """Refuse a device that is not there; with `one_gpu`, one chosen by number."""
+    """Refuse a device that torch does not have, and with `one_gpu` any GPU but the first; **raises** `SparsightError`."""
     try:
         kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
         kind, index = "", None
     if kind not in ("cpu", "cuda"):
-        raise SparsightError(f"--device: {device!r} is not a device that Sparsight runs on; use cpu, cuda or cuda:N")
+        raise SparsightError(f"`device`: {device!r} is not a device that Sparsight runs on; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise SparsightError(f"--device: {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+        raise SparsightError(f"`device`: {device!r} was asked for, but torch sees no CUDA device; use `device=cpu`")
     if kind == "cuda" and (index or 0) >= (count := torch.cuda.device_count()):
-        known = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise SparsightError(f"--device: {device!r} was asked for, but torch sees {known} only; use --device cuda:0")
+        names = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise SparsightError(f"`device`: {device!r} was asked for, but torch sees {names} only; use `device=cuda:0`")
     if one_gpu and index:
-        raise SparsightError(f"--device: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and --device cuda")
+        raise SparsightError(f"`device`: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and `device=cuda`")
 
 
 def check_folder(where: str) -> None:
+    """Refuse what is neither a folder with config.json and safetensors nor a hub name; **raises** `SparsightError`."""
     folder = Path(where)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -126,7 +128,7 @@ def check_folder(where: str) -> None:
 
 
 def _config(where: str) -> None:
-    """Refuse a folder, or a hub name, without a configuration that can be read."""
+    """Refuse a folder or a hub name without a readable configuration."""
     try:
         check_folder(where)
     except OSError as error:  # a name too long, no permission
@@ -135,19 +137,19 @@ def _config(where: str) -> None:
     try:
         with quiet():
             AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:  # what stands in the file can be wrong in any way
+    except Exception as error:  # the file can be wrong in any way
         raise SparsightError(f"{where}: no model configuration could be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says, and the next where the first only announces it."""
+    """Return the first line of an error's message, and the second where the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own reports and progress bars; what matters in a loading report is raised as an error."""
+    """Silence transformers' own reports and progress bars inside the block."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

@@ -1,0 +1,403 @@
+"""The verbs: a model or a folder in, the model or a folder out.
+
+A verb takes a folder or hub name and writes a folder, or takes a model in memory and changes it in place. Its settings are
+the fields of its record in `specs.py`, as keywords or as a record, `spec=`. The command line is made from these functions:
+a parameter with a help text beside its type is an argument or an option. Every check that needs no model runs before a
+model is loaded, and nothing is written before the work is done.
+"""
+
+from __future__ import annotations
+
+import inspect as _inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sparsight.checks import name_of
+from sparsight.options import Argument, options
+from sparsight.progress import Progress
+from sparsight.specs import SPECS, EvaluateSpec, FamilySpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
+
+if TYPE_CHECKING:
+    from sparsight.allocation.plan import PlannedModel
+    from sparsight.checkpoint.folder import Record
+    from sparsight.estimation.estimate import Estimate
+    from sparsight.evaluation import Result
+    from sparsight.model.anatomy import Anatomy
+    from sparsight.pruning.record import PruneRecord
+    from sparsight.sweeps.search import SearchResult
+
+Model = Annotated[Any, Argument("Folder of a model, or a hub name.")]
+Out = Annotated[Any, Argument("Folder to write; it appears once the work is done.", required=True)]
+Data = Annotated[Any, "JSONL file, folder with metadata.jsonl, or a `datasets` name."]
+CalibrationData = Annotated[Any, "Calibration data; see README."]
+HeldOut = Annotated[Any, "Samples to score on, which are not those of `data`."]
+Overwrite = Annotated[bool, "Replace OUT if it holds a model."]
+Resume = Annotated[bool, "Continue the interrupted work of the same command."]
+Recipe = Annotated[str | Path, Argument("YAML file: model, data, held_out, and the verbs' settings; see recipes/.")]
+RunOut = Annotated[str | Path, Argument("Folder for the results; an interrupted run in it is continued.")]
+Changes = Annotated[Sequence[str], Argument("KEY=VALUE; replaces a value of the file.")]
+
+
+def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> Anatomy:
+    """Show components, blocks and layers, what is never pruned and why, and the sparsity now."""
+    from sparsight.model.anatomy import anatomy
+
+    spec = _spec(FamilySpec, spec, settings)
+    return anatomy(_loaded(model), _family(model, spec))
+
+
+def plan(
+    model: Model,
+    spec: PlanSpec | None = None,
+    *,
+    data: CalibrationData = None,
+    processor: Any = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> PlannedModel:
+    """Show where the zeros will be; nothing is changed.
+
+    Some policies measure the model first, on `samples` of `data`, or on batches of your own for a model in memory.
+    `policy` may be a function `(layers, budget)` or `(layers, budget, probe)` that gives a sparsity by layer name.
+
+    **Raises** `SparsightError` for invalid settings, an invalid model or invalid data.
+    """
+    from sparsight.allocation.plan import PlannedModel, find_policy, make_plan, planned_budget
+    from sparsight.calibration.probe import Probe
+    from sparsight.data.own_batches import check_labels
+    from sparsight.model.anatomy import anatomy
+    from sparsight.pruning.verb import with_batches
+
+    spec = _spec(PlanSpec, spec, settings)
+    policy = "uniform" if spec.policy is None else spec.policy
+    rule = find_policy(policy, data=data is not None)
+    planned_budget(spec.pattern, spec.sparsity, policy)
+    family = _family(model, spec)
+    loaded, _, batches, _ = with_batches(model, data, spec, processor)
+    if rule.labels:
+        check_labels(batches, "policy", name_of(policy))
+    body = anatomy(loaded, family)
+    probe = Probe(loaded, body, batches, spec.seed, progress) if batches else None
+    made = make_plan(
+        body, sparsity=spec.sparsity, pattern=spec.pattern, policy=policy, ignore=spec.ignore, probe=probe
+    )  # fmt: skip
+    return PlannedModel(body, made)
+
+
+def prune(
+    model: Model,
+    out: Out = None,
+    spec: PruneSpec | None = None,
+    *,
+    data: CalibrationData = None,
+    processor: Any = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Record | PruneRecord:
+    """Prune MODEL with a few calibration samples and write the sparse model to OUT.
+
+    A model in memory is pruned in place instead: `prune(model, batches, sparsity=0.5)` with a list of dicts or a DataLoader,
+    or `prune(model, data="mine.jsonl", processor=processor)`; the record of layer errors is returned.
+
+    `data` is a source for `sparsight.data.read`; `samples` of it are drawn with `seed`. Methods that use the weights alone
+    (random, magnitude) need no `data`; without it no errors are measured. A field that takes a name also takes a function.
+    Earlier prunings stay in the record, and so does their dense model. An interrupted run leaves `OUT.unfinished`;
+    `resume` continues after its last finished block. Several processes of `torchrun` share the work and write the weights
+    of one process, bit for bit.
+
+    **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data. Nothing is left
+    behind but `OUT.unfinished`, once a block is finished.
+    """
+    from sparsight.pruning.verb import prune_folder, prune_model
+
+    spec = _spec(PruneSpec, spec, settings)
+    if not _is_folder(model):
+        return prune_model(model, out if data is None else data, spec, processor=processor, progress=progress)
+    return prune_folder(model, out, spec, data=data, overwrite=overwrite, resume=resume, progress=progress)
+
+
+def restore(
+    sparse: Annotated[Any, Argument("Folder of a sparse model.")],
+    out: Out = None,
+    spec: RestoreSpec | None = None,
+    *,
+    data: Data = None,
+    teacher: Annotated[Any, "The dense original. [default: the recorded one]"] = None,
+    processor: Any = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Record | dict[str, Any]:
+    """Restore a SPARSE model with SparseLoRA and distillation; every zero is kept.
+
+    A model in memory is restored in place instead: `restore(model, batches, teacher=dense)`, or with `data` and `processor`;
+    the measurements are returned. `teacher` is the dense original, by default the one in `sparsity.json`; `kl=0` needs
+    none. `held_out` (a number of samples to take out of the data, or other data) is scored at every checkpoint. The best
+    checkpoint is written; training stops after `patience` checkpoints without a better one.
+
+    **Raises** `SparsightError`, one line, for anything wrong with the settings, the models or the data.
+    """
+    from sparsight.restoring.verb import restore_folder, restore_model
+
+    spec = _spec(RestoreSpec, spec, settings)
+    if not _is_folder(sparse):
+        from sparsight.data.own_batches import as_samples_or_batches
+
+        ready = as_samples_or_batches(sparse, out if data is None else data, spec)
+        return restore_model(sparse, ready, spec, processor=processor, teacher=teacher, progress=progress)
+    _need(data, "data", "training samples")
+    _need(out, "out", "a folder to write")
+    return restore_folder(
+        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress
+    )[0]  # fmt: skip
+
+
+def evaluate(
+    model: Model,
+    spec: EvaluateSpec | None = None,
+    *,
+    data: Data = None,
+    processor: Any = None,
+    record: Annotated[bool | str | Path, "Keep scores and answers beside the weights, for report."] = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Score MODEL's answers to held-out samples, per kind, with 95 % intervals.
+
+    `record` keeps scores, answers and small pictures beside the weights, where `report` finds them, and puts the scores on
+    the model card; for a dense model it may name another folder. Batches of your own have no questions to answer: their
+    answer tokens are scored, by accuracy and perplexity.
+
+    **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
+    """
+    from sparsight.evaluation.verb import evaluate_folder, evaluate_model
+
+    spec = _spec(EvaluateSpec, spec, settings)
+    _need(data, "data", "held-out samples")
+    if not _is_folder(model):
+        return evaluate_model(model, data, spec, processor=processor, progress=progress)
+    return evaluate_folder(model, data, spec, record=record, progress=progress)
+
+
+def verify(
+    model: Model, against: Annotated[Any, "A sparse folder whose every zero must be here too."] = None
+) -> dict[str, Any]:
+    """Recount every zero; exit code 1 and the layers by name on any difference.
+
+    A model in memory is compared with `against`: another model, a folder, a plan, or the record that `prune` returned.
+    Returns `{"layers", "zeros", "sparsity", "differences": {layer: [what differs]}}`.
+
+    **Raises** `SparsightError` if there is nothing to compare with.
+    """
+    from sparsight.checkpoint.verify import verify
+
+    return verify(model, against)
+
+
+def save(
+    model: Any,
+    out: str | Path,
+    processor: Any = None,
+    *,
+    record: Any = None,
+    base_model: str | Path = "",
+    method: str = "unknown",
+    family: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a sparse model in memory as a `from_pretrained` folder, with `sparsity.json` and a card beside the weights.
+
+    `record` is what `prune` returned, or a plan; without it the zeros themselves are recorded. `base_model` names the dense
+    original, the default teacher of `restore`. Returns the content of `sparsity.json`.
+
+    **Raises** `SparsightError` for a model without zeros, and for an output folder that may not be replaced.
+    """
+    from sparsight.checkpoint.save import save
+
+    return save(
+        model, out, processor, record=record, base_model=base_model, method=method, family=family, overwrite=overwrite
+    )  # fmt: skip
+
+
+def sparse_lora(model: Any, *, spec: RestoreSpec | None = None, **settings: Any) -> Any:
+    """Put SparseLoRA on a model with zeros, in place, for a training loop of your own; returns the PEFT model.
+
+    Its pruned layers, and the connector's, train factors under the mask of their zeros; everything else is frozen. Of
+    the settings of `restore` it uses `adapter`, `rank`, `alpha`, `tune`, `seed` and `family`. Train it with plain torch,
+    Trainer, TRL or accelerate; then `merge` gives a plain model.
+
+    **Raises** `SparsightError` for a model without zeros, and for invalid settings.
+    """
+    from sparsight.restoring.wrap import wrap_model
+
+    return wrap_model(model, _spec(RestoreSpec, spec, settings))
+
+
+def merge(wrapped: Any) -> Any:
+    """Merge the adapters of `sparse_lora` into the weights, every zero kept; returns the plain model, the same object.
+
+    **Raises** `SparsightError` for a model without such adapters.
+    """
+    from sparsight.restoring.wrap import merge_model
+
+    return merge_model(wrapped)
+
+
+def estimate(
+    model: Any,
+    *,
+    data: Any = None,
+    prune: PruneSpec | Mapping[str, Any] | None = None,
+    restore: RestoreSpec | Mapping[str, Any] | None = None,
+    evaluate: EvaluateSpec | Mapping[str, Any] | None = None,
+    timed: bool = True,
+) -> Estimate:
+    """Estimate FLOPs, bytes and peak memory of load, prune, restore and evaluate, on a CPU, before anything runs.
+
+    No weight is read or allocated: `model` may be a folder with a configuration and a processor only. Token counts are
+    those of the first samples of `data`, else of a picture of 640 × 480 with a question of 16 words and an answer of 4;
+    without data, restoration takes 100 steps. `timed` measures this CPU's rate of matrix products, for rough times.
+
+    **Raises** `SparsightError` for a method, policy or adapter of unknown cost, and where the stages themselves would.
+    """
+    from sparsight.estimation.estimate import estimate
+
+    return estimate(
+        model, _spec(PruneSpec, prune, {}), _spec(RestoreSpec, restore, {}), _spec(EvaluateSpec, evaluate, {}),
+        data=data, timed=timed,
+    )  # fmt: skip
+
+
+def run(
+    recipe: Recipe, out: RunOut, changes: Changes = (), *, progress: Progress | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Run a RECIPE: prune, restore, evaluate, verify, report; started again after a kill, it continues.
+
+    `changes`, as `key.sub=value`, replace values of the file. `out` gets the models `pruned` and `restored`, the scores of
+    the dense one and `report.html`. The `recipe.yaml` beside the weights of a model is a recipe: it makes the same bytes.
+
+    **Raises** `SparsightError` before anything is computed for a recipe that cannot be run, and for a folder that holds
+    something else, or a run with other settings.
+    """
+    from sparsight.road import run
+
+    return run(recipe, out, changes=changes, progress=progress)
+
+
+def sweep(
+    recipe: Recipe,
+    out: RunOut,
+    changes: Changes = (),
+    *,
+    jobs: Annotated[int, "Processes that work in parallel."] = 1,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Prune, restore and score a model in every way of a grid; started again after a kill, it continues.
+
+    `changes`, as `key.sub=value`, replace values of the file. A cell that `out` holds is not run again. `jobs` processes
+    work in parallel, each with a model of its own and its share of the threads, or a GPU of its own. `out` gets a record
+    and the answers of every cell, `results.csv`, figures and a page; the records are returned.
+
+    The number of threads changes the order of sums: last bits, and rarely an answer, may depend on `jobs`.
+
+    **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, and for a folder
+    that holds something else, or a sweep of another model.
+    """
+    from sparsight.sweeps.sweep import sweep
+
+    return sweep(recipe, out, changes=changes, jobs=jobs, progress=progress)
+
+
+def search(
+    model: Model,
+    out: Out,
+    spec: SearchSpec | None = None,
+    *,
+    data: Data,
+    held_out: HeldOut,
+    overwrite: Overwrite = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> SearchResult:
+    """Find the split of a budget that harms the answers least, and write the model pruned by it to OUT.
+
+    `sparsity` is the split to start from and to compare with; its zeros are the budget. The search moves zeros between
+    components, and with `over="blocks"` between their blocks, too. Plans are compared by their divergence from the dense
+    model on calibration samples; the best and the first one are then scored on `held_out`. With `within` the search finds
+    the sparsest plan of that shape whose score is at most `within` below the dense model's.
+
+    **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
+    """
+    from sparsight.sweeps.search import search
+
+    return search(
+        model, out, _spec(SearchSpec, spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
+    )  # fmt: skip
+
+
+def report(
+    runs: Annotated[Sequence[str | Path], Argument("Folders of models evaluated with `record`, or of sweeps.")],
+    *,
+    out: Annotated[str | Path, "The page to write."] = "report.html",
+    metric: Annotated[str | None, "Compare by this metric. [default: exact match]"] = None,
+    figures: Annotated[str | Path | None, "Folder for every figure as SVG and PNG, too."] = None,
+    overwrite: Annotated[bool, "Replace an earlier page."] = False,
+) -> Path:
+    """Compare runs with the first one, on one HTML page: scores, figures, answers side by side.
+
+    **Raises** `SparsightError` for a folder without scores, and for a page that may not be replaced.
+    """
+    from sparsight.reporting.report import report
+
+    return report(runs, out=out, metric=metric, figures=figures, overwrite=overwrite)
+
+
+def _spec(kind: type[Any], spec: Any, settings: Mapping[str, Any]) -> Any:
+    """The record of a verb's settings: `spec`, with keywords in place of its fields."""
+    if spec is None or isinstance(spec, Mapping):
+        return kind.of({**(spec or {}), **settings})
+    fields = {name: getattr(spec, name) for name in options(kind) if hasattr(spec, name)}
+    return kind.of({**fields, **settings}) if settings or type(spec) is not kind else spec
+
+
+def _is_folder(model: Any) -> bool:
+    return isinstance(model, str | Path)
+
+
+def _loaded(model: Any, **options: Any) -> Any:
+    from sparsight.model.load import load_model
+
+    return load_model(model, **options) if _is_folder(model) else model
+
+
+def _family(model: Any, spec: FamilySpec) -> Any:
+    from sparsight.checkpoint.folder import family_of
+
+    return family_of(model if _is_folder(model) else None, spec.family)
+
+
+def _need(value: Any, field: str, noun: str) -> None:
+    from sparsight.errors import SparsightError
+
+    if value is None:
+        raise SparsightError(f"`{field}`: is missing; give {noun}")
+
+
+def _show_fields() -> None:
+    """Let `help` and notebooks show the fields of a verb's record as its keywords."""
+    for name, kind in SPECS.items():
+        function = globals()[name]
+        signature = _inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = [
+            _inspect.Parameter(field, _inspect.Parameter.KEYWORD_ONLY, default=getattr(kind, field), annotation=hint)
+            for field, (hint, _) in options(kind).items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *fields])
+
+
+_show_fields()

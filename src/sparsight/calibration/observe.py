@@ -1,0 +1,134 @@
+"""Gather moments while a model runs: hooks on the layers of one block, for one or several processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparsight import distributed
+from sparsight.calibration.moments import ERROR_ROWS, Moments, Weigh, alike, real_tokens
+from sparsight.calibration.sums import Contribution
+from sparsight.model.anatomy import Layer
+
+
+class Watch:
+    """Open accumulators on the layers of one block; `during(batch)` says whose tokens run, `moments` holds the sums.
+
+    `shared`: every process runs batches of its own, in turns. Each calls `exchange` at the end of a turn, whether it had
+    a batch or not, and all add what all have brought in the order of the batches, as one process does. A Gram matrix
+    costs more than the rest: it has one process for its home, but those of experts, which may be pooled, are everywhere.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], batches: int, *, gram: bool = False, weigh: Weigh = alike, shared: bool = False
+    ) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.gram, self.weigh = gram, weigh
+        self._layers = layers
+        self._experts = {layer.name for layer in layers if layer.expert is not None}
+        self._rows_each = max(1, -(-ERROR_ROWS // max(1, batches)))
+        self._padding: Mapping[str, torch.Tensor] = {}
+        self._drop: torch.Tensor | None = None
+        self._component = layers[0].component if layers else ""
+        self._seen: list[tuple[torch.Tensor, str]] = []
+        self._homes = 0
+        self._shared = shared and distributed.world_size() > 1
+        self._outbox: list[tuple[str, Contribution | str]] = []
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Watch]:
+        experts: dict[int, list[Layer]] = {}
+        hooks = []
+        for layer in self._layers:
+            if layer.expert is None:
+                hooks.append(layer.module.register_forward_pre_hook(self._hook(layer)))
+            else:
+                experts.setdefault(id(layer.module), []).append(layer)
+        for group in experts.values():
+            hooks.append(group[0].module.register_forward_pre_hook(self._hook_experts(group)))
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def during(self, padding: Mapping[str, torch.Tensor], drop: torch.Tensor | None = None) -> Iterator[None]:
+        """Run one batch with these masks of real tokens; `drop` marks language tokens (B, T) that a rule leaves out."""
+        self._padding, self._drop, self._seen = padding, drop, []
+        try:
+            yield
+        finally:
+            self._padding, self._drop, self._seen = {}, None, []
+
+    def see(self, layer: Layer, X: torch.Tensor) -> None:
+        """Add the inputs X (..., in) of one layer; those of a tensor seen before in this batch are there already."""
+        for tensor, name in self._seen:
+            if tensor is X:
+                return self._bring(layer.name, name)
+        self._seen.append((X, layer.name))
+        flat, image = real_tokens(X, self._padding, self._component, self._drop)
+        return self._bring(layer.name, self._contribution(flat, image, self._sequences(X)))
+
+    def exchange(self) -> None:
+        """Add what this turn's batches brought in any process; nothing to do where they are not shared."""
+        if self._shared:
+            mine, self._outbox = self._outbox, []
+            for theirs in distributed.all_gather(mine):
+                for name, brought in theirs:
+                    self._take(name, brought)
+
+    def _bring(self, name: str, brought: Contribution | str) -> None:
+        """Add a contribution to a layer, or the layer's name to another layer fed the same, now or at the exchange."""
+        if not self._shared:
+            self._take(name, brought)
+        else:
+            self._outbox.append((name, brought if isinstance(brought, str) else brought.copied()))
+
+    def _take(self, name: str, brought: Contribution | str) -> None:
+        if isinstance(brought, str):
+            self.moments[name] = self.moments[brought]
+            return
+        if name not in self.moments:
+            home = None
+            if self._shared and self.gram and name not in self._experts:
+                home, self._homes = self._homes % distributed.world_size(), self._homes + 1
+            gram = self.gram and home in (None, distributed.rank())
+            self.moments[name] = Moments(brought.rows.shape[1], brought.rows.device, gram, self.weigh, home)
+        self.moments[name].take(brought)
+
+    def _contribution(self, X: torch.Tensor, image: torch.Tensor | None, sequences: int) -> Contribution:
+        return Contribution.of(X, gram=self.gram, rows=self._rows_each, image=image, sequences=sequences)
+
+    def _sequences(self, X: torch.Tensor) -> int:
+        """How many samples X holds: its rows, or the batch's where they are packed into one row of tokens."""
+        text = self._padding.get("text")
+        return X.shape[0] if X.dim() > 2 or text is None else text.shape[0]
+
+    def _hook(self, layer: Layer):
+        def gather(module: Any, args: tuple) -> None:
+            self.see(layer, args[0])
+
+        return gather
+
+    def _hook_experts(self, layers: Sequence[Layer]):
+        """Fused experts get (tokens, in) and which experts each token goes to; every expert sees its own tokens only."""
+
+        def gather(module: Any, args: tuple) -> None:
+            X, chosen = args[0], args[1]  # (tokens, in), (tokens, k)
+            places = torch.arange(X.shape[0], device=X.device).unsqueeze(1)
+            real, image = real_tokens(places, self._padding, self._component, self._drop)
+            for layer in layers:
+                key, index = layer.expert  # type: ignore[misc]
+                here = (chosen[real[:, 0]] == index).any(1)
+                inputs = X[real[here, 0]]
+                if key == "down_proj":
+                    inputs = module._apply_gate(torch.nn.functional.linear(inputs, module.gate_up_proj[index]))
+                if len(inputs):
+                    there = None if image is None else image[here]
+                    self._bring(layer.name, self._contribution(inputs, there, self._sequences(X)))
+
+        return gather

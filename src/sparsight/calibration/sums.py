@@ -1,0 +1,122 @@
+"""Sums over the tokens of a layer's inputs, and the contribution of one batch to them.
+
+Sums of floats depend on their order. A batch's contribution is therefore a value of its own: it is added in its own
+process, or sent to others, and added batch by batch in the same order everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsight import kernels
+
+PANEL = 256  # columns of the Gram matrix per product
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one kind: their sums; for a Gram matrix, which is larger than the inputs, the inputs themselves."""
+
+    kind: str  # "text", "image"
+    count: int
+    sums: torch.Tensor  # (in,) float32, sum of x_j
+    squares: torch.Tensor | None  # (in,) float32, sum of x_j^2; None where there is X
+    X: torch.Tensor | None  # (tokens, in)
+
+    @classmethod
+    def of(cls, kind: str, X: torch.Tensor, gram: bool) -> Part:
+        """Sum inputs X (tokens, in) of one kind; with `gram` keep X, not a copy where it is contiguous."""
+        sums = X.sum(0, dtype=torch.float32)
+        return cls(kind, X.shape[0], sums, None if gram else X.float().square().sum(0), X.contiguous() if gram else None)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The contribution of one batch to the moments of one layer."""
+
+    parts: Iterable[Part]  # may be a generator: iterate once
+    rows: torch.Tensor  # (k, in) a few of the inputs, from all over the batch
+    sequences: int
+
+    @classmethod
+    def of(
+        cls, X: torch.Tensor, *, gram: bool, rows: int = 0, image: torch.Tensor | None = None, sequences: int = 1
+    ) -> Contribution:
+        """Make the contribution of inputs X (tokens, in), `image` (tokens,) True at image tokens; `rows` of X are kept."""
+        every = max(1, -(-X.shape[0] // rows)) if rows else 1
+        return cls(_parts(X, image, gram), X[::every].clone() if rows else X[:0], sequences)
+
+    def copied(self) -> Contribution:
+        """Return the same with its own tensors, so that it stays valid after the model's forward goes on."""
+        parts = [part if part.X is None else replace(part, X=part.X.clone()) for part in self.parts]
+        return replace(self, parts=parts)
+
+
+def _parts(X: torch.Tensor, image: torch.Tensor | None, gram: bool) -> Iterator[Part]:
+    text = torch.ones(len(X), dtype=torch.bool, device=X.device) if image is None else ~image
+    for kind, mask in (("text", text), ("image", ~text)):
+        if bool(mask.any()):
+            yield Part.of(kind, X if bool(mask.all()) else X[mask], gram)
+
+
+class Sums:
+    """Float32 sums over the tokens of one kind: x_j, and x_j^2 or the upper triangle of X^T X (no lower one)."""
+
+    def __init__(self, columns: int, device: torch.device, gram: bool) -> None:
+        self.count = 0
+        self.sums = torch.zeros(columns, dtype=torch.float32, device=device)  # (in,) sum of x_j
+        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
+        self._squares = torch.zeros_like(self.sums)  # (in,) sum of x_j^2, where there is no `upper`
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """(in,) sum of x_j^2; the diagonal of the Gram matrix where there is one."""
+        return self._squares if self.upper is None else self.upper.diagonal()
+
+    def add(self, part: Part) -> None:
+        """Add the tokens of one batch, in place."""
+        self.count += part.count
+        self.sums += part.sums
+        if self.upper is not None and part.X is not None:
+            self._add_gram(part.X, self.upper)
+        elif part.squares is not None:
+            self._squares += part.squares
+
+    def merge(self, other: Sums) -> None:
+        """Add the sums over other tokens, in place."""
+        self.count += other.count
+        self.sums += other.sums
+        if self.upper is None or other.upper is None:
+            self._squares += other.squares
+        else:
+            self.upper += other.upper
+
+    def permuted(self, order: torch.Tensor) -> Sums:
+        """Return the sums of the same inputs with their columns in another `order` (in,)."""
+        other = Sums(len(order), self.sums.device, False)
+        other.count, other.sums, other._squares = self.count, self.sums[order], self.squares[order]
+        if self.upper is not None:
+            whole = self.upper.triu() + self.upper.triu(1).T
+            other.upper = whole[order][:, order]
+        return other
+
+    def state(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return all sums as plain values for a file; `of_state` reads them. Tensors are not copied."""
+        return self.count, self.sums, self._squares, self.upper
+
+    @classmethod
+    def of_state(cls, state: tuple, columns: int, device: torch.device) -> Sums:
+        """Return sums from what `state` returned."""
+        sums = cls(columns, device, False)
+        sums.count, sums.sums, sums._squares, sums.upper = state
+        return sums
+
+    def _add_gram(self, X: torch.Tensor, upper: torch.Tensor) -> None:
+        if kernels.add_gram(X, upper):
+            return
+        X = X.float()
+        for start in range(0, X.shape[1], PANEL):
+            upper[start : start + PANEL, start:].addmm_(X[:, start : start + PANEL].T, X[:, start:])

@@ -1,0 +1,97 @@
+"""Intermediate results of long work until its output is complete: the folder `OUT.unfinished` beside `OUT`.
+
+It holds the settings of the work, so that `resume` continues the same work and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparsight.errors import Interrupted, NotWritten, SparsightError
+from sparsight.files import write_json
+
+SETTINGS = "settings.json"
+
+
+@contextlib.contextmanager
+def parents(path: Path) -> Iterator[None]:
+    """Make the folders that lead to `path`; on an error inside the block the new ones are deleted if they are empty."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the folder for intermediate results; it is deleted once the block ends without an error.
+
+    Any error keeps the folder if it holds results, and says so; Ctrl-C always keeps it.
+
+    **Raises** `SparsightError` if `resume` finds no such folder or one of other work, and if there is one without `resume`
+    or `overwrite`; `Interrupted` for Ctrl-C; `NotWritten` for a full disk.
+    """
+    folder = out.with_name(out.name + ".unfinished")
+    plain = json.loads(json.dumps(settings, default=str))
+    if resume:
+        _check(folder, plain)
+    elif folder.exists() and not overwrite:
+        raise SparsightError(f"{folder}: holds interrupted work; go on with `resume`, or start over with `overwrite`")
+    goes_on = f"what was done is in {folder}: the same command with `resume` goes on from there"
+    try:
+        with parents(folder):
+            try:
+                if not resume:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    write_json(folder / SETTINGS, plain)
+                yield folder
+            except BaseException as error:
+                if not resume and not isinstance(error, KeyboardInterrupt) and not _anything_done(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted; {goes_on}") from stop
+    except (OSError, SafetensorError, NotWritten) as error:  # safetensors wraps a full disk into an error of its own
+        reason = str(error) if isinstance(error, NotWritten) else f"{folder}: could not be written ({error})"
+        raise NotWritten(f"{reason}; {goes_on if _anything_done(folder) else 'nothing was left behind'}") from error
+    except SparsightError as error:
+        raise type(error)(f"{error}; {goes_on}" if _anything_done(folder) else str(error)) from error
+    except Exception as error:
+        if _anything_done(folder):
+            error.add_note(goes_on)
+        raise
+
+
+def _anything_done(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != SETTINGS for path in folder.iterdir())
+
+
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder without settings, or with others than these."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise SparsightError(f"`resume`: there is no interrupted work in {folder}; leave `resume` out to start")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SparsightError(f"`resume`: {path} is damaged; leave `resume` out to start over") from error
+    for key in {**stored, **settings}:
+        if stored.get(key) != settings.get(key):
+            raise SparsightError(
+                f"`resume`: the interrupted work had {key}={stored.get(key)!r}, this command has {settings.get(key)!r}; "
+                "use the same settings, or leave `resume` out to start over"
+            )

@@ -1,0 +1,132 @@
+"""Check the zeros of a saved model against its record: recount, compare hashes, list the differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsight.checkpoint.folder import read_anatomy, read_plan, read_record
+from sparsight.errors import SparsightError
+from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
+from sparsight.masks.pattern import Pattern
+from sparsight.model.anatomy import Anatomy, Layer
+from sparsight.model.load import load_model
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Where the weights of a model are zero: packed masks and shapes of its sparse layers, one bit per weight."""
+
+    name: str
+    masks: dict[str, tuple[torch.Tensor, tuple[int, int]]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, name: str = "") -> Zeros:
+        """Read the zeros of a folder, or of a model in memory. **Raises** `SparsightError` for a model without any."""
+        named = isinstance(model, str | Path)
+        record = read_record(model) if named else None
+        body = read_anatomy(load_model(model) if named else model, record)
+        layers = [layer for layer in body.layers if layer.sparse or (record and layer.name in record["layers"])]
+        masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in layers if (layer.weight == 0).any()}
+        if not masks:
+            raise SparsightError(f"{_name(model)}: holds no zeros to compare with; give a pruned folder to `against`")
+        return cls(name or _name(model), masks)
+
+
+@torch.no_grad()
+def verify(model: Any, against: Any = None, loaded: Any = None) -> dict[str, Any]:
+    """Recount the zeros of every layer of a model, in a folder or in memory, and compare them.
+
+    A folder is compared with its `sparsity.json`; `loaded` is its model where it was loaded before. Every weight that is
+    zero in `against`, a folder, a model or its `Zeros`, must be zero here too; a plan, or what `prune` returned, must hold.
+    Returns `{"layers", "zeros", "sparsity", "differences": {layer: [what differs]}}`, without differences if the check
+    succeeds. Writes nothing. Memory: one model and, with `against`, one bit per weight of the other.
+
+    **Raises** `SparsightError` if there is nothing to compare with.
+    """
+    record = read_record(model) if isinstance(model, str | Path) else None
+    if record is None and against is None:
+        raise SparsightError(
+            f"{_name(model)}: has no sparsity.json to verify; name a sparse folder to compare with `against`"
+        )  # fmt: skip
+    plan = against if isinstance(against, Mapping) else getattr(against, "plan", None)
+    zeros = against if isinstance(against, Zeros) else Zeros.of(against) if against is not None and plan is None else None
+    masks = zeros.masks if zeros else {}
+    if loaded is None:
+        loaded = load_model(model) if isinstance(model, str | Path) else model
+    body = read_anatomy(loaded, record)
+    differences = _against_record(body, record) if record is not None else {}
+    layers = {layer.name: layer for layer in body.layers}
+    for name, problem in [
+        *((name, _lost(layers.get(name), *mask)) for name, mask in masks.items()),
+        *((name, _broken(layers.get(name), pattern)) for name, pattern in (plan or {}).items()),
+    ]:
+        if problem:
+            differences.setdefault(name, []).append(problem)
+    checked = [layers[n] for n in (record["layers"] if record else plan or masks) if n in layers]
+    count = sum(int((layer.weight == 0).sum()) for layer in checked)
+    total = sum(layer.weight.numel() for layer in checked)
+    return {
+        "folder": _name(model),
+        "against": zeros.name if zeros else None if against is None else "the plan",
+        "layers": len(checked),
+        "zeros": count,
+        "sparsity": count / total if total else 0.0,
+        "differences": differences,
+    }
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__
+
+
+def _broken(layer: Layer | None, pattern: Pattern) -> str | None:
+    if layer is None:
+        return "the model has no such layer"
+    return None if pattern.holds(layer.weight) else f"does not hold the pattern {pattern}"
+
+
+def _against_record(body: Anatomy, record: dict[str, Any]) -> dict[str, list[str]]:
+    layers = {layer.name: layer for layer in body.layers}
+    plan = read_plan(record)
+    differences = {}
+    for name, entry in record["layers"].items():
+        layer = layers.get(name)
+        if layer is None:
+            differences[name] = ["the model has no such layer"]
+            continue
+        W = layer.weight
+        problems = []
+        dtype = str(W.dtype).removeprefix("torch.")
+        if list(layer.shape) != entry["shape"]:
+            problems.append(f"shape is {list(layer.shape)}, recorded {entry['shape']}")
+        else:
+            zeros = int((W == 0).sum())
+            if zeros != entry["zeros"]:
+                problems.append(f"{zeros} zeros, recorded {entry['zeros']}")
+            if not plan[name].holds(W):
+                problems.append(f"does not hold the pattern {plan[name]}")
+        if dtype != entry["dtype"]:
+            problems.append(f"dtype is {dtype}, recorded {entry['dtype']}")
+        elif not problems:
+            if mask_hash(W) != entry["mask"]:
+                problems.append("the zeros are in other places (mask hash differs)")
+            if weight_hash(W) != entry["weight"]:
+                problems.append("the weights are not those that were written (weight hash differs)")
+        if problems:
+            differences[name] = problems
+    return differences
+
+
+def _lost(layer: Layer | None, packed: torch.Tensor, shape: tuple[int, int]) -> str | None:
+    if layer is None:
+        return "the model has no such layer"
+    if layer.shape != tuple(shape):
+        return f"shape is {list(layer.shape)}, the other's is {list(shape)}"
+    lost = int((unpack(packed, shape) & (layer.weight != 0)).sum())
+    return f"{lost} zeros lost" if lost else None

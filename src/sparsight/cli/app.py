@@ -1,0 +1,109 @@
+"""The verbs on the command line: parse, one call, print, exit.
+
+Exit codes: 0 done, 1 `verify` found a difference, 2 invalid input (one line on standard error, nothing written), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+import sparsight
+from sparsight.cli.commands import COMMANDS, LazyHelp, make
+from sparsight.cli.flags import with_flags
+from sparsight.cli.output import launched_rank, show
+from sparsight.cli.progress import progress_display
+from sparsight.errors import Interrupted, SparsightError
+from sparsight.options import options
+from sparsight.specs import PruneSpec
+
+PATIENCE = 5.0  # seconds before another process than the main one prints its own error
+
+app = typer.Typer(
+    name="sparsight",
+    help="Sparse vision-language models that still work: plan, prune, restore, evaluate, verify, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# typer has carried its own copy of click since 0.27, so click's own class need not be the one that is raised
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(sparsight.__version__)
+        raise typer.Exit
+
+
+for name, command in COMMANDS.items():
+    app.command(name, cls=LazyHelp)(make(name, command))
+
+
+@app.command(cls=LazyHelp)
+def demo(
+    out: Annotated[str, typer.Argument(help="Folder for the models and the report.")] = "demo-out",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier demo.")] = False,
+    seed: Annotated[int, typer.Option(help=options(PruneSpec)["seed"][1].help)] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Prune the embedded model at 2:4, restore it, verify it and write a report; no network."""
+    from sparsight.cli import tables
+    from sparsight.demo.tour import tour
+
+    with progress_display("demo", quiet) as progress:
+        facts = tour(out, overwrite=overwrite, seed=seed, progress=progress)
+    show(facts, False, *tables.demo_tables(facts))
+
+
+def main() -> None:
+    """Run the command line; every foreseen error is one line on standard error.
+
+    Of several processes the main one prints the error. The launcher then ends the others; another process prints its own
+    error only if it is still running after `PATIENCE`.
+    """
+    code = 0
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    try:
+        code = app(standalone_mode=False) or 0
+    except SparsightError as error:
+        code = _fail(str(error), 2)
+    except Interrupted as stop:
+        code = _fail(str(stop), 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; nothing was written", 130)
+    except _USAGE as error:
+        code = _fail(error.format_message(), 2)
+    except Exception:
+        if launched_rank():
+            time.sleep(PATIENCE)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(otherwise: Callable, message: Any, category: Any, *where: Any, **more: Any) -> None:
+    """Print the warning about a renamed field as one line, any other warning as usual."""
+    if issubclass(category, FutureWarning) and "is the old name of" in str(message):
+        print(f"sparsight: {with_flags(str(message))}", file=sys.stderr)
+    else:
+        otherwise(message, category, *where, **more)
+
+
+def _fail(line: str, code: int) -> int:
+    where = launched_rank()
+    if where and code == 130:  # all were interrupted
+        return code
+    if where:
+        time.sleep(PATIENCE)
+    print(f"sparsight: {f'process {where}: ' if where else ''}{with_flags(' '.join(line.split()))}", file=sys.stderr)
+    return code

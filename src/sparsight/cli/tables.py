@@ -1,0 +1,303 @@
+"""What the verbs print: rich tables from plain records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from sparsight.allocation.plan import PlanRow
+from sparsight.checkpoint.card import component_totals
+from sparsight.evaluation.evaluate import headline
+from sparsight.evaluation.metrics import title_of
+from sparsight.masks.pattern import Pattern
+from sparsight.model.anatomy import Anatomy
+from sparsight.model.families import COMPONENTS
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: int = 1) -> Table:
+    """A table whose first `text_columns` columns are text and whose others are figures."""
+    made = Table(
+        title=title,
+        min_width=len(title) + 2,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+    )
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def anatomy_facts(body: Anatomy) -> dict[str, Any]:
+    """What `inspect` prints, as plain values."""
+    components = {}
+    for component in COMPONENTS:
+        layers = body.component(component)
+        size = sum(layer.weight.numel() for layer in layers)
+        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+        components[component] = {
+            "blocks": sum(block.component == component for block in body.blocks),
+            "layers": len(layers),
+            "parameters": size,
+            "zeros": zeros,
+            "sparsity": zeros / size if size else 0.0,
+        }
+    skipped = [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in body.skipped]
+    return {
+        "family": str(body.family),
+        "parameters": body.parameters,
+        "components": components,
+        "skipped": skipped,
+        "layers": [{"name": x.name, "component": x.component, "shape": list(x.shape)} for x in body.layers],
+    }
+
+
+def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Table]:
+    """What can be pruned, what is never pruned, and with `layers` every layer."""
+    rows = [
+        (name, c["blocks"], c["layers"], f"{c['parameters']:,}", f"{c['sparsity']:.2%}")
+        for name, c in facts["components"].items()
+    ]
+    tables = [
+        table("What can be pruned", ("component", "blocks", "layers", "parameters", "sparsity now"), rows),
+        table(
+            f"What is never pruned (of {facts['parameters']:,} parameters)",
+            ("name", "why", "parameters"),
+            [(s["name"], s["reason"], f"{s['parameters']:,}") for s in facts["skipped"] if s["parameters"]],
+            text_columns=2,
+        ),
+    ]
+    if layers:
+        named = [(x["name"], x["component"], "×".join(map(str, x["shape"]))) for x in facts["layers"]]
+        tables.append(table("Layers", ("name", "component", "out×in"), named, text_columns=2))
+    return tables
+
+
+def plan_table(rows: Sequence[PlanRow]) -> Table:
+    """Layers and zeros of a plan, per component."""
+    cells = [(r.component, r.layers, r.pruned, f"{r.parameters:,}", f"{r.zeros:,}", f"{r.sparsity:.2%}") for r in rows]
+    return table("The plan", ("component", "layers", "pruned", "parameters", "zeros", "sparsity"), cells)
+
+
+def planned_layers(anatomy: Anatomy, plan: Mapping[str, Pattern]) -> Table:
+    """Pattern and sparsity of every layer, dense layers too."""
+    rows = []
+    for layer in anatomy.layers:
+        pattern, (out, columns) = plan.get(layer.name), layer.shape
+        share = pattern.zeros(layer.shape) / (out * columns) if pattern else 0.0
+        rows.append((layer.name, layer.component, f"{out}×{columns}", pattern.kind if pattern else "dense", f"{share:.2%}"))
+    return table("Layers", ("name", "component", "out×in", "pattern", "sparsity"), rows, text_columns=2)
+
+
+def pruned_table(sparsity: Mapping[str, Any], title: str) -> Table:
+    """Layers and zeros of a pruned model, per component."""
+    rows = [
+        (component, count, f"{zeros:,}", f"{zeros / size:.2%}")
+        for component, (count, zeros, size) in component_totals(sparsity).items()
+    ]
+    return table(title, ("component", "layers", "zeros", "sparsity"), rows)
+
+
+def scores_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Scores with 95 % intervals, per kind and metric."""
+    cells = []
+    for r in rows:
+        interval = f"{r['low']:.4f} to {r['high']:.4f}" if r["low"] is not None else "–"
+        cells.append((r["kind"], r["metric"].replace("_", " "), f"{r['value']:.4f}", interval, r["n"]))
+    return table(title, ("kind", "metric", "score", "95 % interval", "samples"), cells, text_columns=2)
+
+
+def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
+    """Lines on a pruning: errors, exceptions, seconds."""
+    facts = metrics["prune"]
+    lines = []
+    if facts["block_errors"]:
+        worst = max(facts["block_errors"], key=lambda name: facts["block_errors"][name])
+        lines.append(f"Largest relative output error of a block: {facts['block_errors'][worst]:.3f} at {worst}")
+    if fitted := list(facts["reconstructed"].values()):
+        before, after = (sum(pair[i] for pair in fitted) / len(fitted) for i in (0, 1))
+        lines.append(f"Reconstruction: mean relative output error of a part {before:.3f} -> {after:.3f}")
+    if facts["permuted"]:
+        lines.append(f"Channels regrouped in front of {len(facts['permuted'])} layers")
+    if facts["damping"]:
+        worst = max(facts["damping"].values())
+        lines.append(f"{len(facts['damping'])} Gram matrices needed more damping than 0.01, at most {worst:g}")
+    if facts["ungraded"]:
+        names = ", ".join(facts["ungraded"][:3]) + (" ..." if len(facts["ungraded"]) > 3 else "")
+        lines.append(f"The loss does not depend on {len(facts['ungraded'])} layers, scored as Wanda does: {names}")
+    if facts["pooled"]:
+        names = ", ".join(facts["pooled"][:3]) + (" ..." if len(facts["pooled"]) > 3 else "")
+        lines.append(f"{len(facts['pooled'])} experts saw too few tokens and took the moments of all: {names}")
+    return [*lines, *skipped_line(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def skipped_line(count: int) -> list[str]:
+    """What `--skip-bad` did."""
+    return [f"Left out {count} broken samples"] if count else []
+
+
+def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
+    """Lines on a restoration: losses, best step, teacher, seconds."""
+    facts = metrics["restore"]
+    last = facts["curve"][-1] if facts["curve"] else None
+    loss = f"ce {last['ce']:.3f} · kl {last['kl']:.3f} at the end · " if last else ""
+    lines = [f"{loss}{facts['trained_parameters']:,} trained parameters"]
+    if "best_step" in facts:
+        best = min(row["eval_loss"] for row in facts["held_out"])
+        lines.append(f"Held-out loss {best:.4f} at step {facts['best_step']}, the best, which is kept")
+    if facts["teacher_modes"]:
+        modes = (f"{mode} {_sizes(needs)}" for mode, needs in facts["teacher_modes"].items())
+        lines.append(f"Teacher {facts['teacher']}; weights of both would take: {' · '.join(modes)}")
+    return [*lines, *skipped_line(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def cost_tables(facts: Mapping[str, Any]) -> list[Any]:
+    """The cost of every stage, and the terms of its peak memory."""
+    rows, terms, times = [], [], facts.get("times", {})
+    for stage in facts["stages"]:
+        work, disk = sum(stage["flops"].values()), stage["disk"]
+        least = f"{stage['seconds']:,.0f}" if stage["seconds"] is not None and work else "–"
+        bytes_ = " · ".join(f"{name} {size / 1e6:,.1f}" for name, size in disk.items()) or "–"
+        often = (times.get(stage["name"], "–"),) if times else ()
+        rows.append(
+            (stage["name"], *often, f"{work / 1e9:,.0f}" if work else "–", least, f"{stage['peak'] / 1e6:,.0f}", bytes_)
+        )
+        terms += [(stage["name"], stage["moment"], name, f"{size / 1e6:,.1f}") for name, size in stage["memory"].items()]
+    tokens = ", ".join(f"{count:g} {kind}" for kind, count in facts["tokens_per_sample"].items())
+    guess = " (no --data: a picture of 640 × 480, 16 words asked, 4 answered)" if facts["assumed"] else ""
+    lines = [
+        table(
+            "Estimated cost",
+            ("stage", *(("times",) if times else ()), "GFLOPs", "s, roughly at least", "peak MB", "MB on disk"),
+            rows,
+        ),
+        table("Memory at the worst moment", ("stage", "at", "what", "MB"), terms, text_columns=3),
+        f"Tokens per sample: {tokens}{guess}",
+    ]
+    if facts["rate"]:
+        lines.append(f"Seconds are FLOPs by {facts['rate'] / 1e9:,.0f} GFLOPs a second, a square product measured here")
+    if times:
+        work = sum(facts["total"].values())
+        least = f", roughly at least {work / facts['rate'] / 60:,.0f} min" if facts["rate"] else ""
+        lines.append(f"In all {work / 1e12:,.1f} TFLOPs{least}")
+        lines += [f"Not counted: {', '.join(facts['without'])}"] if facts["without"] else []
+    return [*lines, "Nothing was run; base is interpreter and libraries, measured here"]
+
+
+def _sizes(needs: Mapping[str, int]) -> str:
+    disk = f" + {needs['disk'] / 1e6:,.1f} MB of disk" if "disk" in needs else ""
+    return f"{needs['memory'] / 1e6:,.1f} MB{disk}"
+
+
+def run_tables(facts: Mapping[str, Any]) -> list[Any]:
+    """The models of a run: zeros, score, bytes; the proof; the page."""
+    from sparsight.reporting.runs import read_runs
+
+    rows, metric = [], "score"
+    for run in read_runs(facts["runs"]) if facts["runs"] else ():
+        amounts = [f"{x['zeros'] / x['parameters']:.2%}" if x["parameters"] else "–" for x in run.components.values()]
+        score = headline(run.scores)
+        metric = title_of(score["metric"])[0]
+        rows.append((run.label, " ".join(amounts), _interval(score), f"{(run.packed_bytes or 0) / 1e6:.1f}"))
+    columns = ("model", "zeros per component", f"{metric}, 95 % interval", "packed MB")
+    scores = [table("The road", columns, rows)] if rows else []
+    page = [f"Report: {facts['report']}"] if facts["report"] else []
+    return [*scores, *verify_lines(facts["verify"]), *page]
+
+
+def sweep_tables(records: Sequence[Mapping[str, Any]], out: str) -> list[Any]:
+    """The cells, those of several seeds in one row: mean, and the lowest and the highest."""
+    from sparsight.reporting.groups import distinct_labels
+
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        key = json.dumps({k: v for k, v in record["cell"].items() if k != "seed"}, sort_keys=True)
+        groups.setdefault(key, []).append(record)
+    rows = []
+    labels = distinct_labels([(cells[0]["label"], cells[0]["cell"]) for cells in groups.values()])
+    for label, cells in zip(labels, groups.values(), strict=True):
+        first = cells[0]
+        rows_of = [headline(c["scores"]) for c in cells]
+        scores = [score["value"] for score in rows_of]
+        metric = title_of(rows_of[0]["metric"])[0]
+        amounts = [f"{x['zeros'] / x['parameters']:.1%}" if x["parameters"] else "–" for x in first["components"].values()]
+        spread = f"{min(scores):.4f} to {max(scores):.4f}" if len(scores) > 1 else "–"
+        rows.append((label, *amounts, f"{sum(scores) / len(scores):.4f}", spread, f"{first['packed_bytes'] / 1e6:.1f}"))
+    columns = ("cell", *records[0]["components"], metric, "seeds", "packed MB")
+    seconds = sum(sum(record["seconds"].values()) for record in records)
+    wrong = [f"{r['label']}, seed {r['cell']['seed']}" for r in records if not r["verified"]]
+    lost = [f"NOT every zero is where the plan says: {name}" for name in wrong]
+    return [table(f"{len(records)} cells", columns, rows), *lost, f"{seconds:.0f} s of work · results in {out}"]
+
+
+def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
+    """The measured plans, the best one, and its gain over the starting split."""
+
+    def amounts(candidate: Mapping[str, Any]) -> list[str]:
+        return [f"{amount:.2%}" for amount in candidate["components"].values()]
+
+    metric = title_of(facts["dense_score"]["metric"])[0]
+    components = tuple(facts["chosen"]["components"])
+    tried = [(x["name"], *amounts(x), f"{x['divergence']:.4f}") for x in facts["tried"]]
+    scored = [("dense", *("0.00%" for _ in components), "–", _interval(facts["dense_score"]))]
+    for name in ("given", "chosen"):
+        scored.append((name, *amounts(facts[name]), f"{facts[name]['divergence']:.4f}", _interval(facts[f"{name}_score"])))
+    lines: list[Any] = [table("Tried", ("plan", *components, "nats"), tried)]
+    if facts["steps"]:
+        steps = [
+            (f"{x['budget']:.2%}", *amounts(x), f"{x['score']:.4f}", "kept" if x["fits"] else "lost") for x in facts["steps"]
+        ]
+        lines.append(table("Budgets", ("sparsity", *components, metric, "score"), steps))
+    lines.append(table(f"At {facts['budget']:.2%} zeros", ("plan", *components, "nats", f"{metric}, 95 % interval"), scored))
+    better = facts["chosen_score"]["value"] - facts["given_score"]["value"]
+    note = f"the chosen plan is {100 * better:+.1f} points from the given split" if better else "both score the same"
+    cost = f"{facts['measurements']} divergences, {facts['evaluations']} evaluations, {facts['seconds']:.0f} s"
+    return [*lines, f"{note} · {cost} · wrote {out}"]
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+
+
+def verify_lines(proof: Mapping[str, Any]) -> list[Any]:
+    """Totals of a verification, after a table of the layers that differ, if any do."""
+    total = f"{proof['layers']} layers, {proof['zeros']:,} zeros, sparsity {proof['sparsity']:.2%}"
+    against = f", and no zero of {proof['against']} was lost" if proof["against"] else ""
+    if not proof["differences"]:
+        return [f"verified {proof['folder']}: {total}{against}"]
+    rows = [(name, "; ".join(what)) for name, what in proof["differences"].items()]
+    return [table(f"{len(rows)} layers of {proof['folder']} differ", ("layer", "what"), rows, text_columns=2), total]
+
+
+def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
+    """Scores, sparsity and sizes of the demo's models, and the report's path."""
+    def score(run: Mapping[str, Any], key: str) -> str:
+        value, low, high = (100 * run[key][k] for k in ("value", "low", "high"))
+        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+    rows = [
+        (
+            run["label"],
+            score(run, "questions"),
+            score(run, "captions"),
+            *(f"{run['sparsity'][component]:.2%}" for component in ("vision", "language")),
+            f"{run['bytes'] / 1e6:.1f}",
+            f"{run['packed_bytes'] / 1e6:.1f}",
+            f"{run['seconds']:.0f}" if run["seconds"] else "–",
+        )
+        for run in facts["runs"].values()
+    ]
+    columns = ("model", "questions %", "captions %", "vision", "language", "MB", "packed", "s")
+    return [
+        table(f"Digit scenes, InstructBLIP, Wanda {facts['pattern']}", columns, rows),
+        "Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out",
+        *verify_lines(facts["verify"]),
+        f"Report: {facts['report']}",
+    ]

@@ -1,0 +1,160 @@
+"""Batches that a user made: dicts of model inputs, or a DataLoader of them, with the masks of real tokens read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsight.data.encoding import Batch, padding_masks
+from sparsight.data.qformer import separate_lengths
+from sparsight.data.sources import Samples, Source, read
+from sparsight.errors import SparsightError
+
+
+def as_batches(model: nn.Module, batches: Any, *, limit: int | None = None) -> list[Batch]:
+    """Take a user's batches: dicts of tensors that `model(**batch)` takes, on the model's device, floats in its dtype.
+
+    A list is taken whole, any other iterable (a DataLoader) until `limit` samples are there. Batches of
+    `sparsight.data.batches` stay as they are. What padding is, the batch's own masks say: `attention_mask`, and for an
+    encoder-decoder `decoder_attention_mask` or the labels that are not -100.
+
+    **Raises** `SparsightError` for what is no batch, and for a batch whose padding cannot be told.
+    """
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise SparsightError(
+            f"`data`: {type(batches).__name__} is not a sequence of batches; give a list of dicts, a DataLoader, or a data "
+            "source and `processor`"
+        )
+    own: list[Batch] = []
+    rows = 0
+    for number, batch in enumerate(batches):
+        own.append(_as_batch(model, number, batch))
+        rows += own[-1].rows
+        if limit is not None and rows >= limit and not isinstance(batches, list | tuple):
+            break
+    if not own:
+        raise SparsightError("`data`: there is no batch to calibrate on; give at least one")
+    return own
+
+
+def as_samples_or_batches(model: nn.Module, data: Any, spec: Any) -> Any:
+    """Samples of a source, or a user's own batches in their place; `spec` says how many samples to draw.
+
+    **Raises** `SparsightError` for no data, for what is neither, and for batches without labels.
+    """
+    if data is None:
+        raise SparsightError("`data`: is missing; give training samples, or batches of your own")
+    if isinstance(data, str | Path | Source):
+        return read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
+    if isinstance(data, Samples):
+        return data
+    own = OwnBatches(as_batches(model, data, limit=spec.samples))
+    check_labels(own, "data", "training")
+    return own
+
+
+def check_labels(batches: Sequence[Batch], field: str, name: str) -> None:
+    """Refuse batches without labels, which `name` needs: **raises** `SparsightError`, naming `field`."""
+    for number, batch in enumerate(batches):
+        if "labels" not in batch.inputs:
+            raise SparsightError(
+                f"`{field}`: {name} needs labels, and batch {number} has none; add `labels`, -100 off answers"
+            )
+
+
+class OwnBatches(Sequence[Batch]):
+    """A user's batches in the place of samples and their encoder: each batch counts as one sample."""
+
+    shifted: bool
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = list(batches)
+        self.shifted = self.batches[0].shifted
+        self.skipped: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def usable(self, batches: Sequence[Batch]) -> list[Batch]:
+        """All of them."""
+        return list(batches)
+
+    def encode(self, batches: Sequence[Batch]) -> Batch:
+        """The one batch that is given. **Raises** `SparsightError` for several, which cannot be joined."""
+        if len(batches) != 1:
+            raise SparsightError("`batch_size`: batches of your own are trained on one by one; leave it out")
+        return batches[0]
+
+
+def _as_batch(model: nn.Module, number: int, batch: Any) -> Batch:
+    if isinstance(batch, Batch):
+        return batch
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise SparsightError(
+            f"`data`: batch {number} is {type(batch).__name__} and no dict of model inputs with `input_ids`"
+        )
+    parameter = next(model.parameters())
+    inputs: dict[str, Tensor] = {}
+    for key, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise SparsightError(f"`data`: batch {number}: {key} is {type(value).__name__} and not a tensor; leave it out")
+        inputs[key] = value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+    config: Any = model.config
+    if "qformer_input_ids" in inputs:
+        inputs["qformer_attention_mask"] = _mask(inputs, "qformer_input_ids", "qformer_attention_mask", number, config)
+    inputs = _with_own_widths(inputs, config)
+    masks = dict(inputs)
+    masks["attention_mask"] = _mask(inputs, "input_ids", "attention_mask", number, config)
+    if config.get_text_config().is_encoder_decoder:
+        masks["decoder_attention_mask"] = _decoder_mask(inputs, number, config)
+    return Batch(inputs, padding_masks(masks, config), ())
+
+
+def _mask(inputs: Mapping[str, Tensor], ids: str, key: str, number: int, config: Any) -> Tensor:
+    """The mask of real tokens of `ids` (B, T): the batch's own, or all of them where no row can hold padding."""
+    if key in inputs:
+        return inputs[key]
+    tokens = inputs[ids]
+    pad = config.get_text_config().pad_token_id if ids != "qformer_input_ids" else None
+    alone = len(tokens) == 1
+    unpadded = pad is not None and not bool(((tokens[:, 0] == pad) | (tokens[:, -1] == pad)).any())
+    if not alone and not unpadded:
+        raise SparsightError(
+            f"`data`: batch {number} has no {key}, so padding cannot be told from tokens; "
+            f"add {key}, or give samples one by one"
+        )
+    return torch.ones_like(tokens)
+
+
+def _decoder_mask(inputs: Mapping[str, Tensor], number: int, config: Any) -> Tensor:
+    if "decoder_attention_mask" in inputs:
+        return inputs["decoder_attention_mask"]
+    if "labels" in inputs:
+        return (inputs["labels"] != -100).long()
+    if "decoder_input_ids" not in inputs:
+        raise SparsightError(f"`data`: batch {number} has neither labels nor decoder_input_ids, which the decoder needs")
+    tokens = inputs["decoder_input_ids"]
+    if len(tokens) > 1 and bool((tokens[:, -1] == config.get_text_config().pad_token_id).any()):
+        raise SparsightError(f"`data`: batch {number} has no decoder_attention_mask; add it, so that padding is known")
+    return torch.ones_like(tokens)
+
+
+def _with_own_widths(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Pad the decoder's tokens, or the Q-Former's, by one where their number is that of other inputs: masks go by number."""
+    if config.get_text_config().is_encoder_decoder:
+        width = inputs["input_ids"].shape[1]
+        fill = {"labels": -100, "decoder_input_ids": config.get_text_config().pad_token_id, "decoder_attention_mask": 0}
+        for key, value in fill.items():
+            if key in inputs and inputs[key].shape[1] == width:
+                inputs[key] = nn.functional.pad(inputs[key], (0, 1), value=value)
+    return separate_lengths(inputs, config)

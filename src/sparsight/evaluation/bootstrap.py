@@ -1,0 +1,25 @@
+"""The interval of a mean over samples: the bootstrap's percentile interval (Efron, 1979)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsight.errors import SparsightError
+
+
+def bootstrap(values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval that holds the means of a share `level` of `n` resamples, drawn with replacement from `values`.
+
+    **Raises** `SparsightError` without values, for a level outside (0, 1), and for n below 1.
+    """
+    if len(values) == 0:
+        raise SparsightError("an interval needs at least one value")
+    if not 0 < level < 1 or n < 1:
+        raise SparsightError(f"an interval needs a level between 0 and 1 and n of at least 1, got {level} and {n}")
+    array = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(n)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

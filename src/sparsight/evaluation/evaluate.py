@@ -1,0 +1,165 @@
+"""From a model and samples to a table of metrics with intervals, and every prediction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight.checks import check_name, name_of
+from sparsight.data.batching import batches
+from sparsight.data.encoding import Batch, Encoder
+from sparsight.data.sample import Sample
+from sparsight.errors import SparsightError
+from sparsight.evaluation.answer_tokens import answer_token_metrics
+from sparsight.evaluation.bootstrap import bootstrap
+from sparsight.evaluation.generate import predict
+from sparsight.evaluation.metrics import CAPTION, METRICS, QUESTION, Metric
+from sparsight.evaluation.metrics.exact import exact_match
+from sparsight.progress import Progress
+
+ALL = "all"
+COLUMNS = ("kind", "metric", "value", "low", "high", "n")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    `rows` has one {kind, metric, value, low, high, n} per metric, first over "all" samples that the metric is for, then
+    per kind where there are several; low and high are a 95 % bootstrap interval over samples, None for the measures of
+    tokens. `predictions` has one {id, kind, prompt, prediction, answers, correct, scores} per sample, in order.
+    `skipped` counts the broken samples that were left out.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    predictions: tuple[dict[str, Any], ...]
+    skipped: int = 0
+
+    def value(self, metric: str, kind: str = ALL) -> float:
+        """Look one value up."""
+        for row in self.rows:
+            if (row["metric"], row["kind"]) == (metric, kind):
+                return row["value"]
+        have = ", ".join(f"{row['metric']} ({row['kind']})" for row in self.rows)
+        raise SparsightError(f"no metric {metric!r} of kind {kind!r}; there are {have}")
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+        """Give the columns' names and the rows' values."""
+        return COLUMNS, [tuple(row[column] for column in COLUMNS) for row in self.rows]
+
+    def to_json(self) -> str:
+        """Write the rows as JSON text; the same result gives the same bytes."""
+        facts = {"metrics": list(self.rows), "skipped": self.skipped}
+        return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+    def write_predictions(self, path: str | Path) -> None:
+        """Write the predictions as JSONL, one sample a line."""
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
+        Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    metrics: Mapping[str, Sequence[str | Callable]] | Sequence[str | Callable] | None = None,
+    batch_size: int = 32,
+    beams: int = 1,
+    max_new_tokens: int = 32,
+    answers: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Ask the model every sample's last question and score what it writes.
+
+    `metrics` are names in `METRICS` or functions (prediction, answers) -> score, for all samples or by kind. By default
+    samples of kind "caption" get CIDEr-D and exact match, all others exact match and VQA accuracy. With `answers` the
+    right answers are measured token by token, too. `seed` is the bootstrap's.
+
+    **Raises** `SparsightError` for an unknown metric, and for no samples.
+    """
+    if not samples:
+        raise SparsightError("nothing to evaluate: no samples")
+    kinds = list(dict.fromkeys(sample.kind for sample in samples))
+    if ALL in kinds:
+        raise SparsightError(f"no sample can be of kind {ALL!r}: that row is of all samples together")
+    by_kind = {kind: find_metrics(metrics, kind) for kind in kinds}
+    texts = predict(
+        model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens, progress=progress
+    )
+    scores: list[dict[str, float]] = [{} for _ in samples]
+    for kind in kinds:
+        members = [i for i, sample in enumerate(samples) if sample.kind == kind]
+        for name, metric in by_kind[kind].items():
+            values = metric.scores([texts[i] for i in members], [samples[i].answers for i in members])
+            for i, value in zip(members, values, strict=True):
+                scores[i][name] = value
+    rows = _rows([sample.kind for sample in samples], scores, seed)
+    if answers:
+        rows += token_rows(model, batches(samples, Encoder(processor, model), batch_size))
+    predictions = [
+        {
+            "id": sample.id, "kind": sample.kind, "prompt": sample.prompt, "prediction": text,
+            "answers": list(sample.answers), "correct": bool(exact_match(text, sample.answers)), "scores": score,
+        }
+        for sample, text, score in zip(samples, texts, scores, strict=True)
+    ]  # fmt: skip
+    return Result(tuple(rows), tuple(predictions))
+
+
+def token_rows(model: Any, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+    """Rows of a result for the tokens of the right answers: accuracy and perplexity."""
+    values = answer_token_metrics(model, batches)
+    n = int(values.pop("tokens"))
+    return [_row(ALL, name, value, None, n) for name, value in values.items()]
+
+
+def find_metrics(
+    metrics: Mapping[str, Sequence[str | Callable]] | Sequence[str | Callable] | None, kind: str
+) -> dict[str, Metric]:
+    """The metrics of one kind of samples by name; those of the table that are its default where none are named.
+
+    **Raises** `SparsightError` for a name that is none.
+    """
+    sort = CAPTION if kind == CAPTION else QUESTION
+    names: Sequence[str | Callable] = [name for name, metric in METRICS.items() if sort in metric.default]
+    if isinstance(metrics, Mapping):
+        names = metrics.get(kind, names)
+    elif metrics:
+        names = metrics
+    chosen: dict[str, Metric] = {}
+    for metric in names:
+        if callable(metric):
+            name = name_of(metric)
+            chosen[name] = Metric(metric, name, percent=False)
+        else:
+            check_name("metrics", metric, tuple(METRICS))
+            chosen[metric] = METRICS[metric]
+    return chosen
+
+
+def headline(rows: Sequence[Mapping[str, Any]], metric: str | None = None) -> Mapping[str, Any]:
+    """The row over all samples that stands for a result: of `metric`, else of exact match, else of the first metric."""
+    over_all = {row["metric"]: row for row in rows if row["kind"] == ALL}
+    return over_all[metric] if metric else over_all.get("exact_match") or next(iter(over_all.values()))
+
+
+def _rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int) -> list[dict[str, Any]]:
+    rows = []
+    groups = list(dict.fromkeys(kinds))
+    for group in (ALL, *(groups if len(groups) > 1 else ())):
+        members = [score for kind, score in zip(kinds, scores, strict=True) if group in (ALL, kind)]
+        for name in dict.fromkeys(name for score in members for name in score):
+            values = [score[name] for score in members if name in score]
+            interval = bootstrap(values, seed=seed)
+            rows.append(_row(group or "other", name, sum(values) / len(values), interval, len(values)))
+    return rows
+
+
+def _row(kind: str, metric: str, value: float, interval: tuple[float, float] | None, n: int) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {"kind": kind, "metric": metric, "value": value, "low": low, "high": high, "n": n}

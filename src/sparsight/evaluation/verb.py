@@ -1,0 +1,75 @@
+"""The verb `evaluate`: from its settings to scores, of a folder or of a model in memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sparsight.data import Encoder, Samples, Source, read
+from sparsight.data.own_batches import as_batches, check_labels
+from sparsight.errors import SparsightError
+from sparsight.evaluation.evaluate import Result, evaluate, token_rows
+from sparsight.evaluation.record import check_recordable, keep_evaluation
+from sparsight.model.load import check_device, load
+from sparsight.progress import Progress
+from sparsight.specs import EvaluateSpec
+
+
+def read_samples(data: Any, spec: EvaluateSpec) -> Samples:
+    """The held-out samples of a source, as many as the settings ask for."""
+    return read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
+
+
+def evaluate_samples(
+    model: Any, processor: Any, samples: Samples, spec: EvaluateSpec, progress: Progress | None = None
+) -> tuple[Result, list[Any]]:
+    """Score a loaded model's answers; the samples that it could take, too."""
+    encoder = Encoder(processor, model, skip_bad=spec.skip_bad)
+    usable = encoder.usable(samples)
+    result = evaluate(
+        model, processor, usable, metrics=spec.metrics, beams=spec.beams, max_new_tokens=spec.max_new_tokens,
+        batch_size=spec.batch_size, seed=spec.seed, progress=progress,
+    )  # fmt: skip
+    return replace(result, skipped=len(samples.skipped) + len(encoder.skipped)), usable
+
+
+def evaluate_model(
+    model: Any, data: Any, spec: EvaluateSpec, *, processor: Any = None, progress: Progress | None = None
+) -> Result:
+    """Score a model in memory on samples, which need its processor, or on batches of the user's own.
+
+    **Raises** `SparsightError` for samples without a processor and batches without labels.
+    """
+    if isinstance(data, str | Path | Source | Samples):
+        if processor is None:
+            raise SparsightError("`processor`: samples are encoded by the model's own processor; give it")
+        samples = data if isinstance(data, Samples) else read_samples(data, spec)
+        return evaluate_samples(model, processor, samples, spec, progress)[0]
+    ready = as_batches(model, data, limit=spec.samples)
+    check_labels(ready, "data", "the score of answer tokens")
+    return Result(tuple(token_rows(model, ready)), ())
+
+
+def evaluate_folder(
+    model: str | Path,
+    data: Any,
+    spec: EvaluateSpec,
+    *,
+    record: bool | str | Path = False,
+    progress: Progress | None = None,
+    loaded: tuple[Any, Any] | None = None,
+) -> Result:
+    """Score the model of a folder; `loaded` has model and processor already. `record` says where scores are kept."""
+    check_device(spec.device)
+    target = check_recordable(model, None if record is True else record) if record else None
+    began = time.perf_counter()
+    samples = read_samples(data, spec)
+    network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
+    result, usable = evaluate_samples(network, processor, samples, spec, progress)
+    if target is not None:
+        keep_evaluation(
+            target, result, usable, name=model, model=network, samples=samples, spec=spec, seconds=time.perf_counter() - began
+        )  # fmt: skip
+    return result

@@ -1,0 +1,123 @@
+"""The loop: walk the calibration batches through the blocks, gather moments, prune, measure what it cost.
+
+`propagate="block"` stops in front of every block, as the papers do: one run of the block to gather moments, one to walk
+on, so two forwards in all. `"dense"` does the same and changes no weight before the walk is over. `"layer"` stops in
+front of every layer, in the order in which the model calls them: a layer's inputs are in its stop's arguments, and later
+layers of the same block see what the pruned earlier ones put out; nothing runs twice, so one forward in all, at the price
+of holding the activations inside a block for all batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsight import distributed
+from sparsight.allocation.plan import Plan
+from sparsight.calibration.gradients import evaluating, gradients
+from sparsight.calibration.lockstep import lockstep
+from sparsight.calibration.moment_cache import MomentCache
+from sparsight.errors import SparsightError
+from sparsight.masks.pattern import Pattern
+from sparsight.memory import peak_memory
+from sparsight.model.anatomy import Anatomy
+from sparsight.progress import Progress
+from sparsight.pruning.compose import Composition, check_processes, compose
+from sparsight.pruning.journal import Journal
+from sparsight.pruning.record import PruneRecord
+from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, prune_from_cache
+
+
+def can_reuse(composition: Composition) -> bool:
+    """Whether this way of pruning can be done from the dense model's moments alone."""
+    again = composition.reconstruct or composition.permute or "gradient" in composition.needs
+    return composition.propagate == "dense" and not again
+
+
+def prune(
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    method: str | Composition | Callable | Any = "wanda",
+    seed: int = 0,
+    journal: Journal | None = None,
+    cache: MomentCache | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneRecord:
+    """Prune `model` in place as `plan` says.
+
+    `batches` are those of `sparsight.data`. `method` is a name, a function, a `Method` or a `Composition`; `options` are
+    those of `compose`. Blocks that the `journal` holds are taken from there. With a `cache`, which `collect_moments` has
+    filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
+    blocks are measured. `progress(stop, done, all)` is called per stop.
+
+    On several processes every one is given the same model and all batches, walks its share of them and prunes its share
+    of the layers; all end with the weights of one process alone, bit for bit (given as many threads).
+
+    **Raises** `SparsightError` before anything is changed for an unknown name or a combination that makes no sense, and,
+    naming the layer, for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
+    """
+    composition = method if isinstance(method, Composition) else compose(method, **options)
+    check_processes(composition, distributed.world_size())
+    if cache and not can_reuse(composition):
+        raise SparsightError("cached moments serve `propagate=dense`, without `reconstruct`, `permute` and gradients")
+    began = time.perf_counter()
+    work = Work(anatomy, plan, batches, composition, seed, journal, progress)
+    for layer in work.layers:
+        if not torch.isfinite(layer.weight).all():
+            raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
+    if cache:
+        prune_from_cache(work, cache)
+    elif batches:
+        walk = LayerWalk(work) if composition.propagate == "layer" else BlockWalk(work)
+        with evaluating(model):
+            if "gradient" in composition.needs:
+                work.sensitivity = gradients(model, work.layers, batches)
+            lockstep(model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all)
+        walk.finish()
+    elif composition.needs:
+        raise SparsightError(
+            "`data`: this way of pruning needs calibration samples; give `data`, or magnitude without further steps"
+        )
+    else:
+        for layer in work.layers:
+            work.prune_without_data(layer)
+    work.record.seconds = time.perf_counter() - began
+    work.record.memory = peak_memory(next(model.parameters()).device)
+    return work.record
+
+
+def collect_moments(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Any],
+    cache: MomentCache,
+    *,
+    method: str | Composition | Callable | Any = "wanda",
+    progress: Progress | None = None,
+    **options: Any,
+) -> None:
+    """Fill `cache` with what `method` needs to know of every layer of the dense model: one walk, nothing is changed."""
+    composition = method if isinstance(method, Composition) else compose(method, **options)
+    plan = {layer.name: Pattern.row(0.5) for layer in anatomy.layers}  # every layer; no zeros are made
+    walk = CollectWalk(Work(anatomy, plan, batches, composition, progress=progress), cache)
+    with evaluating(model):
+        lockstep(model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all)
+    cache.finish()
+
+
+def own_inputs(batches: Sequence[Any]) -> dict[int, Any]:
+    """This process's share of the batches, by their places: batch i is walked by process i % world size."""
+    return {i: batches[i].inputs for i in range(distributed.rank(), len(batches), distributed.world_size())}
+
+
+def earliest_of_all(place: int) -> int:
+    """The earliest place of a stop in any process."""
+    return min(distributed.all_gather(place))

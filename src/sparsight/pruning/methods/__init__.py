@@ -1,0 +1,145 @@
+"""Methods: weights and moments and a pattern in, pruned weights out; pure, with no model in sight.
+
+They compose: a method makes zeros, a refinement moves them, an update changes the kept weights. One file per entry, and
+one line here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparsight.checks import check_name, nearest
+from sparsight.cost import Cost
+from sparsight.errors import SparsightError
+from sparsight.pruning.methods.alps import alps
+from sparsight.pruning.methods.dsnot import dsnot
+from sparsight.pruning.methods.gradient import fisher, snip
+from sparsight.pruning.methods.magnitude import magnitude
+from sparsight.pruning.methods.pcg import pcg
+from sparsight.pruning.methods.random import random
+from sparsight.pruning.methods.ria import ria
+from sparsight.pruning.methods.sparsegpt import sparsegpt
+from sparsight.pruning.methods.swaps import swaps
+from sparsight.pruning.methods.wanda import wanda
+
+NEEDS = ("norm", "gram", "gradient")
+GRAM = frozenset({"gram"})
+
+
+@dataclass(frozen=True)
+class Method:
+    """`prune(W, moments, pattern, generator) -> W'`.
+
+    `needs` says what must be known: of the inputs "norm" (sums and column norms) or "gram", of the loss "gradient", for
+    which batches must have labels; nothing for methods that look at the weights alone. `mask_only` promises that kept
+    weights stay as they were. `cost` is for the estimate; None: not known.
+
+    **Raises** `SparsightError` for a need that is none of these.
+    """
+
+    prune: Callable
+    needs: frozenset[str] = frozenset({"norm"})
+    mask_only: bool = True
+    cost: Cost | None = None
+
+    def __post_init__(self) -> None:
+        needs = {self.needs} if isinstance(self.needs, str) else set(self.needs or ())
+        if unknown := sorted(needs - set(NEEDS)):
+            raise SparsightError(f"a method cannot need {unknown[0]!r}; {nearest(unknown[0], NEEDS)}")
+        object.__setattr__(self, "needs", frozenset(needs))
+
+
+@dataclass(frozen=True)
+class Refine:
+    """`refine(W, keep, moments, pattern) -> keep`: another mask with the same counts."""
+
+    refine: Callable
+    needs: frozenset[str] = GRAM
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """`update(W, keep, moments) -> W'`: other values for the kept weights."""
+
+    update: Callable
+    needs: frozenset[str] = GRAM
+    cost: Cost | None = None
+
+
+_SPARSEGPT = Cost(lambda out, n: out * n * n, lambda out, n: 16 * n * n, factor=True)  # scratch: a copy, L, its inverse, U
+_SWAPS = Cost(lambda out, n: 2 * out * n * n, lambda out, n: 13 * out * n + 4 * n * n)  # the exchanges are no products
+_PCG = Cost(lambda out, n: 64 * 2 * out * n * n, lambda out, n: 33 * out * n + 4 * n * n)  # 64 iterations, the demo's mean
+
+METHODS: dict[str, Method] = {
+    "random": Method(random, needs=frozenset(), cost=Cost()),
+    "magnitude": Method(magnitude, needs=frozenset(), cost=Cost()),
+    "wanda": Method(wanda, cost=Cost()),
+    "ria": Method(ria, cost=Cost()),
+    "snip": Method(snip, needs=frozenset({"gradient"})),
+    "fisher": Method(fisher, needs=frozenset({"gradient"})),
+    "sparsegpt": Method(sparsegpt, needs=GRAM, mask_only=False, cost=_SPARSEGPT),
+    "alps": Method(alps, needs=GRAM, mask_only=False),
+}
+REFINES: dict[str, Refine] = {
+    "dsnot": Refine(dsnot, needs=frozenset({"norm"}), cost=Cost()),
+    "swaps": Refine(swaps, cost=_SWAPS),
+}
+UPDATES: dict[str, Update] = {"pcg": Update(pcg, cost=_PCG)}
+PRESETS: dict[str, dict[str, str]] = {  # papers that are a composition
+    "dsnot": {"method": "wanda", "refine": "dsnot"},
+    "sparseswaps": {"method": "wanda", "refine": "swaps"},
+    "ecoflap": {"method": "wanda", "policy": "ecoflap"},
+    "owl": {"method": "wanda", "policy": "owl"},
+}
+
+
+def find_method(method: str | Method | Callable) -> Method:
+    """Look a method up by name; a function with a method's signature works wherever a name does, and may change weights.
+
+    **Raises** `SparsightError` for an unknown name and a function of another signature.
+    """
+    return _find("method", method, METHODS, Method, lambda f: Method(f, mask_only=False))
+
+
+def find_refine(refine: str | Refine | Callable | None) -> Refine | None:
+    """Look a refinement up by name, as `find_method` does."""
+    return None if refine is None else _find("refine", refine, REFINES, Refine, Refine)
+
+
+def find_update(update: str | Update | Callable | None) -> Update | None:
+    """Look an update up by name, as `find_method` does."""
+    return None if update is None else _find("update", update, UPDATES, Update, Update)
+
+
+_ARGUMENTS = {
+    "method": "(W, moments, pattern, generator)",
+    "refine": "(W, keep, moments, pattern)",
+    "update": "(W, keep, moments)",
+}
+
+
+def _find(field: str, entry: Any, table: dict[str, Any], kind: type, wrap: Callable) -> Any:
+    if isinstance(entry, kind):
+        return entry
+    if callable(entry) and not isinstance(entry, type):
+        _check_signature(field, entry)
+        return wrap(entry)
+    check_name(field, entry, tuple(table))
+    return table[entry]
+
+
+def _check_signature(field: str, function: Callable) -> None:
+    arguments = _ARGUMENTS[field]
+    count = arguments.count(",") + 1
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin may have none
+        return
+    try:
+        signature.bind(*range(count - 1), generator=0) if field == "method" else signature.bind(*range(count))
+    except TypeError:
+        raise SparsightError(f"`{field}`: {function} must be callable as {arguments}") from None

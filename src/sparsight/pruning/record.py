@@ -1,0 +1,54 @@
+"""The measurements of pruning, collected stop by stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsight.masks.pattern import Pattern
+
+
+@dataclass
+class PruneRecord:
+    """The measurements of pruning: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block.
+
+    `tokens` counts the calibration tokens of each block (of each layer with `propagate=layer`) per kind, without padding.
+    `pooled` lists experts with too few tokens, pruned with the moments of all; `ungraded` layers on which the loss does
+    not depend, which `snip` and `fisher` score as Wanda does; `permuted` layers whose input channels were reordered.
+    `damping` has the damping of Gram matrices that needed more than 1 % of their mean diagonal; `reconstructed` the errors
+    before and after, per part of a block; `memory` the process's peak in bytes. `plan`, `method` and `mask_only`
+    describe the pruning of a model in memory, for `save` and `verify`.
+    """
+
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    block_errors: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)
+    pooled: list[str] = field(default_factory=list)
+    ungraded: list[str] = field(default_factory=list)
+    damping: dict[str, float] = field(default_factory=dict)
+    reconstructed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    permuted: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: int | None = None
+    skipped_samples: int = 0
+    plan: dict[str, Pattern] = field(default_factory=dict)
+    method: str = "unknown"
+    mask_only: bool = True
+
+    def measured(self) -> dict[str, Any]:
+        """What was measured, as plain values."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("plan", "method", "mask_only")}
+
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Add the measurements of one stop, in place."""
+        add_to(self.__dict__, facts)
+
+
+def add_to(record: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Extend the lists and update the mappings of `record` by those of `facts`, in place."""
+    for key, value in facts.items():
+        if isinstance(value, list):
+            record.setdefault(key, []).extend(value)
+        else:
+            record.setdefault(key, {}).update(value)

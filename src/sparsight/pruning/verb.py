@@ -1,0 +1,197 @@
+"""The verb `prune`: from its settings to a pruned model, in memory or in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sparsight import distributed
+from sparsight.allocation.plan import Plan, find_policy, make_plan, planned_budget
+from sparsight.calibration.probe import Probe
+from sparsight.checkpoint.folder import (
+    Record,
+    atomic_folder,
+    check_output,
+    family_of,
+    identity,
+    plan_of_zeros,
+    read_plan,
+    read_recipe,
+    read_record,
+    sparsity_record,
+    write_model,
+)
+from sparsight.checkpoint.stages import add_stage
+from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checks import name_of, whole_name
+from sparsight.data import Batch, Encoder, Samples, Source, batches, read
+from sparsight.data.own_batches import as_batches, check_labels
+from sparsight.errors import SparsightError
+from sparsight.model.anatomy import Anatomy, anatomy
+from sparsight.model.load import check_device, load, load_model
+from sparsight.progress import Progress
+from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
+from sparsight.pruning.journal import Journal
+from sparsight.pruning.loop import prune
+from sparsight.pruning.record import PruneRecord
+from sparsight.specs import PlanSpec, PruneSpec
+
+
+def check_prune(spec: PruneSpec, data: Any = True) -> tuple[Composition, Any]:
+    """The way of pruning and the policy that settings ask for.
+
+    **Raises** `SparsightError` for what makes no sense together, and for what needs `data` where there is none.
+    """
+    composition, policy = compose_spec(spec), policy_of(spec)
+    find_policy(policy, data=data is not None)
+    planned_budget(spec.pattern, spec.sparsity, policy)
+    check_device(spec.device)
+    if data is None and composition.needs:
+        raise SparsightError(
+            f"`data`: method {describe(spec)} needs calibration samples; give a JSONL file or a folder of them"
+        )
+    return composition, policy
+
+
+def prune_model(
+    model: Any, data: Any, spec: PruneSpec, *, processor: Any = None, progress: Progress | None = None
+) -> PruneRecord:
+    """Prune a model in memory, in place; what was measured, and the plan.
+
+    `data` holds batches of the user's own, or samples for the model's `processor`.
+    """
+    composition, policy = check_prune(spec, data)
+    family = family_of(None, spec.family)
+    _, _, ready, skipped = with_batches(model, data, spec, processor)
+    check_labels_of(composition, policy, ready, spec)
+    body = anatomy(model, family)
+    plan = plan_by(spec, policy, model, body, ready, progress)
+    record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
+    record.plan, record.method, record.mask_only = plan, describe(spec), composition.mask_only
+    record.skipped_samples = skipped
+    return record
+
+
+def prune_folder(
+    model: str | Path,
+    out: str | Path | None,
+    spec: PruneSpec,
+    *,
+    data: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    loaded: tuple[Any, Any] | None = None,
+) -> Record:
+    """Prune the model of a folder or hub name and write it to another folder; `loaded` has model and processor already."""
+    composition, policy = check_prune(spec, data)
+    if out is None:
+        raise SparsightError("`out`: is missing; give a folder to write")
+    earlier = read_record(model)
+    family = family_of(model, spec.family)
+    target = check_output(out, overwrite, inputs=(model, data))
+    distributed.init(spec.device)
+    check_processes(composition, distributed.world_size())
+    progress = progress if distributed.is_main() else None
+    samples = None if data is None else read(data, limit=spec.samples, seed=spec.seed, skip_bad=spec.skip_bad)
+    network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
+    body = anatomy(network, family)
+    ready: list[Batch] = []
+    skipped = 0
+    settings = {**spec.facts(), "policy": name_of(policy), "data": None if data is None else str(data)}
+    if samples is not None:
+        ready, skipped = encode(samples, processor, network, spec)
+        settings["fingerprint"] = samples.fingerprint
+    plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
+    before = {n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}
+    before = {**plan_of_zeros(body), **before}
+    with ExitStack() as stack:
+        ours = unfinished(target, {**settings, "files": identity(model)}, resume=resume, overwrite=overwrite)
+        folder = distributed.on_main(lambda: stack.enter_context(ours))
+        record = prune(
+            network, body, plan, ready, method=composition, seed=spec.seed, journal=Journal(folder, composition.mask_only),
+            progress=progress,
+        )  # fmt: skip
+        record.skipped_samples = skipped
+
+        def write() -> Record:
+            recipe = add_stage(
+                read_recipe(model), "prune", spec, model=model, data=data, policy=name_of(policy),
+                **({"fingerprint": samples.fingerprint} if samples is not None else {}),
+            )  # fmt: skip
+            written = Record(
+                sparsity_record(
+                    body,
+                    {**before, **plan},
+                    base_model=(earlier or {}).get("base_model") or whole_name(model),
+                    method=" + ".join([*([earlier["method"]] if earlier else []), describe(spec)]),
+                    mask_only=composition.mask_only and (earlier or {}).get("mask_only", True),
+                    family=family,
+                ),
+                {"prune": record.measured()},
+                recipe,
+            )
+            with atomic_folder(target, overwrite) as new:
+                write_model(network, processor, written, new)
+            return written
+
+        written = distributed.on_main(write)
+    distributed.barrier()
+    return written
+
+
+def plan_by(
+    spec: PlanSpec, policy: Any, model: Any, body: Anatomy, ready: Sequence[Batch], progress: Progress | None
+) -> Plan:  # fmt: skip
+    """The plan of settings; some policies measure the model on the batches first."""
+    probe = Probe(model, body, ready, spec.seed, progress) if ready else None
+    return make_plan(
+        body, sparsity=spec.sparsity, pattern=spec.pattern, policy=policy, ignore=spec.ignore, probe=probe
+    )  # fmt: skip
+
+
+def with_batches(model: Any, data: Any, spec: PlanSpec, processor: Any = None) -> tuple[Any, Any, list[Batch], int]:
+    """A model, loaded if it is named, its processor, its calibration batches, and how many samples were left out.
+
+    **Raises** `SparsightError` for settings, data or a model that cannot be, and for samples without a processor.
+    """
+    check_device(spec.device)
+    named = isinstance(model, str | Path)
+    if data is None:
+        return (load_model(model, dtype=spec.dtype, device=spec.device) if named else model), processor, [], 0
+    samples = as_samples(data, spec)
+    if named:
+        model, processor = load(model, dtype=spec.dtype, device=spec.device)
+    if samples is None:
+        return model, processor, as_batches(model, data, limit=spec.samples), 0
+    if processor is None:
+        raise SparsightError(
+            "`processor`: samples are encoded by the model's own processor; give it, or batches of your own"
+        )
+    ready, skipped = encode(samples, processor, model, spec)
+    return model, processor, ready, skipped
+
+
+def as_samples(data: Any, spec: Any) -> Samples | None:
+    """The samples of a data source, as many as settings ask for; None for what is no source."""
+    if isinstance(data, str | Path | Source):
+        return read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
+    return data if isinstance(data, Samples) else None
+
+
+def encode(samples: Samples, processor: Any, model: Any, spec: Any) -> tuple[list[Batch], int]:
+    """Samples as batches on the model's device, and how many were left out."""
+    encoder = Encoder(processor, model, skip_bad=spec.skip_bad)
+    device = next(model.parameters()).device
+    ready = [batch.to(device) for batch in batches(encoder.usable(samples), encoder, spec.batch_size)]
+    return ready, len(samples.skipped) + len(encoder.skipped)
+
+
+def check_labels_of(composition: Composition, policy: Any, ready: Sequence[Batch], spec: PruneSpec) -> None:
+    """Refuse batches without labels for a method or a policy that needs them."""
+    if "gradient" in composition.needs:
+        check_labels(ready, "method", describe(spec))
+    if find_policy(policy).labels:
+        check_labels(ready, "policy", name_of(policy))

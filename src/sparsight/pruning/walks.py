@@ -1,0 +1,325 @@
+"""The two ways to walk calibration batches through a model while its layers are pruned.
+
+`BlockWalk` (`block` and `dense`) stops in front of every block and runs it as often as the work on it needs. `LayerWalk`
+(`layer`) stops in front of every layer, in the order in which the model calls them. Both prune a layer by `Work.prune`,
+which holds the method to its promise and measures what it cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsight import distributed
+from sparsight.allocation.plan import Plan
+from sparsight.calibration.lockstep import Call
+from sparsight.calibration.moment_cache import MomentCache
+from sparsight.calibration.moments import Moments, pool, real_tokens
+from sparsight.calibration.observe import Watch
+from sparsight.calibration.tokens import dropped_tokens
+from sparsight.errors import SparsightError
+from sparsight.model.anatomy import Anatomy, Layer
+from sparsight.progress import Progress
+from sparsight.pruning.across_processes import everywhere, prune_all, turns
+from sparsight.pruning.compose import Composition
+from sparsight.pruning.journal import Journal
+from sparsight.pruning.permute import permute_block
+from sparsight.pruning.reconstruct import Reconstruction, first, parent
+from sparsight.pruning.record import PruneRecord, add_to
+
+ERROR_BATCHES = 4  # batches a block's output error is measured on
+
+
+@dataclass
+class Work:
+    """One pruning of one model: what is to be done, and what was measured so far."""
+
+    anatomy: Anatomy
+    plan: Plan
+    batches: Sequence[Any]
+    composition: Composition
+    seed: int = 0
+    journal: Journal | None = None
+    progress: Progress | None = None
+    record: PruneRecord = field(default_factory=PruneRecord)
+    sensitivity: dict[str, Any] = field(default_factory=dict)  # dL/dW by layer, for methods that need it
+    stops: int = 0  # visited so far
+
+    def __post_init__(self) -> None:
+        self.layers: list[Layer] = [layer for layer in self.anatomy.layers if layer.name in self.plan]
+
+    def of_block(self, name: str) -> list[Layer]:
+        """The planned layers of a block."""
+        return [layer for layer in self.layers if layer.block == name]
+
+    def recall(self, name: str, layers: Sequence[Layer]) -> bool:
+        """Prune `layers` in place as the journal says; False where it does not hold this stop."""
+        facts = self.journal.recall(name, layers) if self.journal else None
+        if facts is not None:
+            self.record.add(facts)
+        return facts is not None
+
+    def finish_stop(self, name: str, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:
+        """Keep what was measured at a stop, in the journal too."""
+        if self.journal:
+            self.journal.store(name, layers, dict(facts))
+        self.record.add(facts)
+
+    def report(self, name: str, total: int) -> None:
+        """Count a stop of `total`."""
+        self.stops += 1
+        if self.progress:
+            self.progress(name, self.stops, total)
+
+    def check_reached(self) -> None:
+        """Refuse to end with a layer that no calibration token reached."""
+        unreached = [layer.name for layer in self.layers if layer.name not in self.record.layer_errors]
+        if unreached:
+            raise SparsightError(
+                f"{unreached[0]}: no calibration sample reached this layer"
+                f"{f' nor {len(unreached) - 1} others' if len(unreached) > 1 else ''}; give samples that use it"
+            )
+
+    def watch(self, layers: Sequence[Layer], batches: int) -> Watch:
+        """Accumulators for what the composition needs to know of these layers' inputs."""
+        needs, tokens = self.composition.needs, self.composition.tokens
+        return Watch(layers, batches, gram="gram" in needs, weigh=tokens.weigh, shared=True)
+
+    def prune(self, layer: Layer, moments: Moments) -> dict[str, Any]:
+        """Prune one layer in place; its relative output error on the kept inputs."""
+        if not moments.tokens:
+            raise SparsightError(f"{layer.name}: the token rule left nothing of its inputs; nothing was saved")
+        try:
+            squares = moments.squares
+        except ValueError as error:
+            raise SparsightError(f"`tokens`: {error}") from error
+        if not torch.isfinite(squares).all():
+            raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
+        moments.sensitivity = self.sensitivity.get(layer.name)
+        W = layer.weight  # (out, in)
+        try:
+            pruned = self.composition.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
+        except ValueError as error:  # a score or a factor that cannot be
+            raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
+        self.check_promise(layer, pruned)
+        X = moments.sample().float()  # (k, in)
+        difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
+        reference = torch.linalg.norm(X @ W.float().T)
+        layer.write(pruned)
+        facts: dict[str, Any] = {"layer_errors": {layer.name: ratio(difference, reference)}}
+        if moments.damping > 0.01:
+            facts["damping"] = {layer.name: moments.damping}
+        if moments.sensitivity is not None and not moments.sensitivity.square.any():
+            facts["ungraded"] = [layer.name]
+        return facts
+
+    def prune_without_data(self, layer: Layer) -> None:
+        """Prune one layer in place by its weights alone."""
+        pruned = self.composition.prune(
+            layer.weight, None, self.plan[layer.name], generator=self.generator(layer.name)
+        )  # fmt: skip
+        self.check_promise(layer, pruned)
+        layer.write(pruned)
+
+    def check_promise(self, layer: Layer, pruned: Any) -> None:
+        """Refuse what a method made of a layer's weight (out, in) if it is not what the plan and the method promise."""
+        W, pattern = layer.weight, self.plan[layer.name]
+        fits = isinstance(pruned, torch.Tensor) and (pruned.shape, pruned.dtype) == (W.shape, W.dtype)
+        if not fits or not pattern.holds(pruned) or not pruned.isfinite().all():
+            raise SparsightError(
+                f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
+                f"{pattern}; put zeros where `pattern.keep(score)` is False"
+            )
+        if self.composition.method.mask_only and not self.composition.update and not ((pruned == W) | (pruned == 0)).all():
+            raise SparsightError(f"{layer.name}: the method changed kept weights; declare it with mask_only=False")
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers that depend on the seed and the name only."""
+        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
+
+
+class BlockWalk:
+    """Stops in front of every block: one run to gather moments, one to walk on.
+
+    With `propagate="dense"` the pruned weights are put in place after the last block.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.dense = work, work.composition.propagate == "dense"
+        self.stops = [(block.name, block.module) for block in work.anatomy.blocks_with(set(work.plan))]
+        self.pending: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
+        """Prune the layers of one block in place."""
+        work, composition = self.work, self.work.composition
+        layers = work.of_block(name)
+        before = self._copies(layers)
+        if not work.recall(name, layers):
+            component = layers[0].component
+            fitting = None
+            if composition.reconstruct:
+                fitting = Reconstruction(name, block, layers, calls, lambda i, X: self._real(i, X, component))
+            moments, targets = self._observe(block, layers, calls, fitting)
+            facts = start_facts(name, layers, moments)
+            generator = work.generator(name)
+            if composition.permute:
+                parents = {layer.name: parent(name, block, layer) for layer in layers}
+                facts["permuted"] = permute_block(layers, work.plan, moments, work.sensitivity, parents, calls, generator)
+            add_to(facts, prune_all(layers, moments, work.prune))
+            if fitting:
+                facts["reconstructed"] = fitting.fit(composition.reconstruct, generator)
+            facts["block_errors"] = {name: self._block_error(component, calls, targets)}
+            work.finish_stop(name, layers, facts)
+        for p, value in before:
+            self.pending.append((p, p.data.clone()))
+            p.data.copy_(value)
+        work.report(name, len(self.stops))
+
+    def finish(self) -> None:
+        """Put the pruned weights in place where the walk was to see none of them."""
+        self.work.check_reached()
+        for p, value in self.pending:
+            p.data.copy_(value)
+
+    def _copies(self, layers: Sequence[Layer]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Copies of the parameters that the walk must see as they are; none unless `propagate="dense"`."""
+        own = {id(p): p for layer in layers if self.dense for p in layer.module.parameters(recurse=False)}
+        return [(p, p.data.clone()) for p in own.values()]
+
+    def _observe(
+        self, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call], fitting: Reconstruction | None = None
+    ) -> tuple[dict[str, Moments], dict[int, torch.Tensor]]:
+        """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
+        work = self.work
+        standing = everywhere(calls)
+        watch = work.watch(layers, len(standing))
+        dropped = dropped_tokens(work.composition.tokens, layers[0].component, calls, work.batches)
+        targets: dict[int, torch.Tensor] = {}
+        with watch.open():
+            for i in turns(standing):
+                if i in calls:
+                    keeping = fitting.watch(i) if fitting else contextlib.nullcontext()
+                    with watch.during(work.batches[i].padding, dropped.get(i)), keeping:
+                        output = first(calls[i]())
+                    if i in standing[:ERROR_BATCHES]:
+                        targets[i] = output
+                watch.exchange()
+        return watch.moments, targets
+
+    def _real(self, i: int, X: torch.Tensor, component: str) -> torch.Tensor:
+        return real_tokens(X, self.work.batches[i].padding, component)[0]
+
+    def _block_error(self, component: str, calls: Mapping[int, Call], targets: dict[int, torch.Tensor]) -> float:
+        mine = {}
+        for i, target in targets.items():
+            now, then = (self._real(i, X, component).float() for X in (first(calls[i]()), target))
+            mine[i] = (now - then).square().sum().cpu(), then.square().sum().cpu()
+        difference = reference = torch.zeros(())
+        for changed, whole in distributed.gather_dict(mine).values():
+            difference, reference = difference + changed, reference + whole
+        return ratio(difference.sqrt(), reference.sqrt())
+
+
+class CollectWalk(BlockWalk):
+    """Walks as `BlockWalk` does, changes nothing, and stores every block's moments in a cache."""
+
+    def __init__(self, work: Work, cache: MomentCache) -> None:
+        super().__init__(work)
+        self.cache = cache
+
+    def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
+        """Store the moments of one block's layers."""
+        self.cache.store(name, self._observe(block, self.work.of_block(name), calls)[0])
+        self.work.report(name, len(self.stops))
+
+
+class LayerWalk:
+    """Stops in front of every layer, whose inputs are in the stop's arguments: one forward in all."""
+
+    def __init__(self, work: Work) -> None:
+        for layer in work.layers:
+            if layer.expert is not None:
+                raise SparsightError(
+                    f"`propagate`: {layer.name} is one of fused experts, and `propagate=layer` stops at layers; use block"
+                )
+        self.work = work
+        self.stops = [(layer.name, layer.module) for layer in work.layers]
+        self.by_name = {layer.name: layer for layer in work.layers}
+        self.inputs: list[torch.Tensor] = []  # of the last stop: q, k and v are fed the very same tensors
+        self.moments: Moments | None = None
+
+    def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
+        """Prune one layer in place."""
+        work, layer = self.work, self.by_name[name]
+        if not work.recall(name, [layer]):
+            moments = self._moments(layer, calls)
+            facts = prune_all([layer], {name: moments}, work.prune) | {"tokens": {name: token_counts(moments)}}
+            work.finish_stop(name, [layer], facts)
+        work.report(name, len(work.layers))
+
+    def finish(self) -> None:
+        """Refuse to end with a layer that was not reached."""
+        self.work.check_reached()
+
+    def _moments(self, layer: Layer, calls: Mapping[int, Call]) -> Moments:
+        """The moments of a layer's inputs; those of the layer before where both are fed the same tensors."""
+        inputs = [call.args[0] if call.args else call.keywords["input"] for call in calls.values()]
+        same = [*distributed.all_gather(_same(inputs, self.inputs))]
+        if self.moments is None or not all(same):
+            here = dict(zip(calls, inputs, strict=True))
+            standing = everywhere(calls)
+            watch = self.work.watch([layer], len(standing))
+            for i in turns(standing):
+                if i in here:
+                    with watch.during(self.work.batches[i].padding):
+                        watch.see(layer, here[i])
+                watch.exchange()
+            self.inputs, self.moments = inputs, watch.moments[layer.name]
+        return self.moments
+
+
+def prune_from_cache(work: Work, cache: MomentCache) -> None:
+    """Prune every planned layer in place from the moments in a cache; nothing is run."""
+    blocks = work.anatomy.blocks_with(set(work.plan))
+    for block in blocks:
+        layers = work.of_block(block.name)
+        moments = cache.load(block.name, layers, work.composition.tokens.weigh)
+        if not work.recall(block.name, layers):
+            facts = start_facts(block.name, layers, moments)
+            add_to(facts, prune_all(layers, moments, work.prune))
+            work.finish_stop(block.name, layers, facts)
+        work.report(block.name, len(blocks))
+    work.check_reached()
+
+
+def start_facts(name: str, layers: list[Layer], moments: dict[str, Moments]) -> dict[str, Any]:
+    """What is known of a block before its layers are pruned; experts that saw too few tokens share moments from here on.
+
+    **Raises** `SparsightError` for a layer that no token reached.
+    """
+    pooled = pool(layers, moments)
+    most = token_counts(max(moments.values(), key=lambda m: m.tokens)) if moments else {}
+    for layer in layers:
+        if layer.name not in moments:
+            raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
+    return {"tokens": {name: most}, "pooled": pooled, "layer_errors": {}, "damping": {}}
+
+
+def token_counts(moments: Moments) -> dict[str, int]:
+    """Tokens that were summed, by kind."""
+    return {name: kind.count for name, kind in moments.kinds.items()}
+
+
+def ratio(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    """A relative error; 0 where there is nothing to compare with."""
+    return float(difference / reference) if reference > 0 else 0.0
+
+
+def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:
+    return len(these) == len(those) and all(a is b for a, b in zip(these, those, strict=True))

@@ -1,0 +1,104 @@
+"""The output head of a model, apart from its body: hidden states without logits, and logits of chosen positions.
+
+A model computes logits for every position over the whole vocabulary. Restoration needs those of answer positions only,
+in chunks. So a hook keeps the hidden states in front of the head, and passes an empty tensor on to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsight.errors import SparsightError
+from sparsight.masks.bits import weight_hash
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest logit
+
+
+class Head:
+    """The head of `model`, which may be wrapped later. It adds a forward pre-hook to the head, until `remove`."""
+
+    def __init__(self, model: Any) -> None:
+        self.linear: nn.Module = model.get_output_embeddings()
+        text = model.config.get_text_config()
+        self.cap: float | None = getattr(text, "final_logit_softcapping", None)
+        self.encoder_decoder = bool(text.is_encoder_decoder)
+        self.start: Any = getattr(text, "decoder_start_token_id", None)
+        self.pad: Any = text.pad_token_id
+        self._capturing = False
+        self._states: torch.Tensor | None = None
+        self._hook = self.linear.register_forward_pre_hook(self._capture)
+
+    def remove(self) -> None:
+        """Remove the hook from the model; `hidden` and `check` do not work afterwards."""
+        self._hook.remove()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(V, d)."""
+        return self.linear.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(V,), or None."""
+        return getattr(self.linear, "bias", None)
+
+    def hidden(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the hidden states (B, T, d) in front of the head; T is the decoder's in an encoder-decoder.
+
+        `inputs` are `Batch.inputs`; `model` is the model itself or a wrapper of it. Cost: one forward without the head.
+        **Raises** `SparsightError` if the forward does not use the head.
+        """
+        self._capturing, self._states = True, None
+        try:
+            model(**self._without_labels(inputs), use_cache=False)
+        finally:
+            self._capturing = False
+        states, self._states = self._states, None
+        if states is None:
+            raise SparsightError(f"{type(model).__name__}: its forward does not use its output head; it cannot be restored")
+        return states
+
+    def hash(self) -> str:
+        """Return the hashes of weight and bias, joined by a space."""
+        return " ".join(weight_hash(part.data) for part in (self.weight, self.bias) if part is not None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits (n, V) of hidden states (n, d), computed like the model's, in float32."""
+        return self.capped(F.linear(hidden, self.weight, self.bias).float())
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return cap * tanh(logits / cap), or the logits of a model without a cap."""
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    @torch.no_grad()
+    def check(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a model that changes its logits behind the head: **raises** `SparsightError`. Cost: two forwards."""
+        expected = model(**self._without_labels(inputs), use_cache=False).logits.float()
+        actual = self.logits(self.hidden(model, inputs).flatten(0, 1)).view_as(expected)
+        limit = TOLERANCE.get(self.weight.dtype, 1e-4) * float(expected.abs().max())
+        if float((actual - expected).abs().max()) > limit:
+            raise SparsightError(
+                f"{type(model).__name__} changes its logits behind the output head in a way that Sparsight does not know; "
+                "it cannot be restored"
+            )
+
+    def _capture(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self._capturing:
+            return None
+        self._states = args[0]
+        return (args[0][..., :0, :],)
+
+    def _without_labels(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Drop the labels, so that the model computes no loss; shifted by one, they are the inputs of a decoder."""
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        if self.encoder_decoder:
+            labels = inputs["labels"]
+            ids = labels.masked_fill(labels == -100, self.pad)
+            first = ids.new_full((len(ids), 1), self.start)
+            rest["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+        return rest

@@ -1,0 +1,118 @@
+"""The teacher's hidden states at answer positions, computed once, on disk, read by memory map.
+
+One safetensors file per `CHUNK` samples, written beside and renamed, so that an interrupted computation continues at the
+next file and several processes divide the files. The folder is named by a hash of the teacher's weights, the data and the
+processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sparsight import distributed
+from sparsight.data.chat import template
+from sparsight.data.encoding import Encoder, select_answers
+from sparsight.files import replace_file
+from sparsight.masks.bits import weight_hash
+from sparsight.progress import Progress
+from sparsight.restoring.head import Head
+
+CHUNK = 256  # samples per file
+FORMAT = 1
+
+
+def cache_key(model: nn.Module, encoder: Encoder, samples: Sequence[Any], fingerprint: str) -> str:
+    """Hash all that the hidden states depend on: every weight, the samples, how the processor writes them.
+
+    `fingerprint` is that of the data they are taken from, whose images it covers.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {weight_hash(parameter.data)}\n".encode())
+    processor = encoder.processor
+    words = sorted(processor.tokenizer.get_vocab().items())
+    special = [str(token) for token in processor.tokenizer.all_special_tokens]
+    config = encoder.config.to_json_string()
+    facts = [FORMAT, fingerprint, str(processor.to_dict()), template(processor), words, special, config]
+    digest.update(json.dumps(facts, default=str).encode())
+    for sample in samples:
+        turns = [[turn.prompt, list(turn.answers)] for turn in sample.turns]
+        digest.update(json.dumps([sample.id, turns]).encode())
+    return digest.hexdigest()
+
+
+class TeacherCache:
+    """The hidden states of `samples` in `folder`; `cache[i]` are those of sample i, (answer tokens, d)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        self.starts: list[list[int]] = []  # of each file: where the rows of its samples start, and where the last end
+        for file in self.files:
+            counts = file.get_tensor("counts")
+            self.starts.append([0, *counts.cumsum(0).tolist()])
+        self.rows = [file.get_slice("hidden") for file in self.files]
+
+    def __getitem__(self, sample: int) -> torch.Tensor:
+        chunk, place = divmod(sample, CHUNK)
+        start, stop = self.starts[chunk][place : place + 2]
+        return self.rows[chunk][start:stop]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def fill_cache(
+    folder: Path,
+    model: Any,
+    head: Head,
+    samples: Sequence[Any],
+    encoder: Encoder,
+    batch_size: int,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Compute the files missing in `folder`, every process its share of them; return once all exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = range(0, len(samples), CHUNK)
+    for number, start in enumerate(chunks):
+        path = folder / f"{number:05d}.safetensors"
+        if number % distributed.world_size() != distributed.rank() or path.is_file():
+            continue
+        hidden, counts = [], []
+        for first in range(start, min(start + CHUNK, len(samples)), batch_size):
+            part = samples[first : min(first + batch_size, start + CHUNK)]
+            batch = encoder.encode(part).to(device)
+            labels = batch.inputs["labels"]
+            states, _ = select_answers(head.hidden(model, batch.inputs), labels, encoder.shifted)
+            hidden.append(states.cpu())
+            counts += _per_sample(labels, part, encoder)
+            if progress:
+                progress("teacher", min(first + batch_size, len(samples)), len(samples))
+        with replace_file(path) as beside:
+            save_file({"hidden": torch.cat(hidden), "counts": torch.tensor(counts)}, beside)
+    distributed.barrier()
+
+
+def _per_sample(labels: torch.Tensor, samples: Sequence[Any], encoder: Encoder) -> list[int]:
+    """Answer tokens of every sample, whose turns may be rows of their own."""
+    each = (labels[:, int(encoder.shifted) :] != -100).sum(1).tolist()
+    counts = []
+    for sample in samples:
+        rows = 1 if encoder.style.turns else len(sample.turns)
+        counts.append(sum(each[:rows]))
+        del each[:rows]
+    return counts

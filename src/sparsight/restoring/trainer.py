@@ -1,0 +1,311 @@
+"""Train the adapters: a `transformers.Trainer` whose loss is distillation from hidden states at answer positions."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sparsight import distributed
+from sparsight.data.encoding import select_answers
+from sparsight.errors import NotWritten, SparsightError
+from sparsight.progress import Progress
+from sparsight.restoring.callbacks import PatienceCallback, ProgressCallback
+from sparsight.restoring.checkpoints import factor_tensors, go_back, is_whole, load_factors, save_factors, seal
+from sparsight.restoring.losses import Loss, distillation
+from sparsight.restoring.student import Student
+from sparsight.specs import RestoreSpec
+
+
+class Shuffled(Sequence):
+    """The training samples in order: `length` of them, in passes over all, each pass in a random order of its own.
+
+    A step is never cut short by the end of a pass, so it is the same on one process and on several.
+    """
+
+    def __init__(self, numbered: Sequence[tuple[int, Any]], length: int, seed: int) -> None:
+        self.numbered, self.length, self.seed = numbered, length, seed
+        self._pass = -1
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: Any) -> Any:
+        turn, i = divmod(place, len(self.numbered))
+        if turn != self._pass:
+            order = list(range(len(self.numbered)))
+            random.Random(f"{self.seed} {turn}").shuffle(order)
+            self._pass, self._order = turn, order
+        return self.numbered[self._order[i]]
+
+
+class RestoreTrainer(Trainer):
+    """Trains a `Student`. The model stays in eval mode: dropout is off for student and teacher alike."""
+
+    def __init__(self, *, student: Student, spec: RestoreSpec, **kwargs: Any) -> None:
+        super().__init__(model=student.wrapped, data_collator=self.collate, **kwargs)
+        self.student: Student = student
+        self.spec = spec
+        self.paper = spec.reduction == "paper"
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all answer tokens of a step
+        student.wrapped.eval()
+        student.wrapped.train = lambda mode=True: student.wrapped
+        self._samples = 1  # of the step under way, over all processes
+        self._sums = torch.zeros(4, dtype=torch.float64)  # ce, kl, hidden, tokens since the last log
+
+    def collate(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        """Encode samples, and look up the teacher's hidden states."""
+        inputs = dict(self.student.encoder.encode([sample for _, sample in numbered]).inputs)
+        if self.student.cache is not None:
+            inputs["taught"] = torch.cat([self.student.cache[number] for number, _ in numbered])
+        return inputs
+
+    def loss(self, model: Any, inputs: Mapping[str, Any], tokens_per_sample: float | None = None) -> Loss:
+        """The loss of one batch, in sums."""
+        student, shifted = self.student, self.student.encoder.shifted
+        inputs = dict(inputs)
+        taught, labels = inputs.pop("taught", None), inputs["labels"]
+        every = tokens_per_sample is not None
+        if student.teacher is not None:
+            taught, _ = select_answers(student.teacher(model, inputs), labels, shifted, all_positions=every)
+        hidden, targets = select_answers(student.head.hidden(model, inputs), labels, shifted, all_positions=every)
+        spec = self.spec
+        return distillation(
+            hidden, taught, targets, student.head, student.teacher_head, kl=spec.kl, temperature=spec.temperature,
+            divergence=spec.divergence, hidden=spec.hidden, tokens_per_sample=tokens_per_sample,
+        )  # fmt: skip
+
+    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of a batch, divided by the step's answer tokens. **Raises** `SparsightError` if it is not finite."""
+        loss = self.loss(model, inputs, float(num_items_in_batch) / self._samples if self.paper else None)
+        if not torch.isfinite(loss.total):
+            raise SparsightError(
+                f"the loss became NaN or infinite after step {self.state.global_step}; lower `lr` "
+                f"(it is {self.args.learning_rate:g}); no output was written"
+            )
+        self._sums += torch.tensor([float(loss.ce), float(loss.kl), float(loss.hidden), loss.tokens], dtype=torch.float64)
+        # several processes average their gradients, and each has divided by the answer tokens of all
+        total = loss.total * (self.args.world_size / num_items_in_batch)
+        return (total, None) if return_outputs else total
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # which is shuffled already
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Count the answer tokens of a step as the loss does; the base class would shift an encoder-decoder's labels."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = torch.tensor([self._count(batches)], device=self.args.device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts)
+        tokens, self._samples = counts.sum(0).tolist()
+        return batches, torch.tensor(max(tokens, 1), device=self.args.device)
+
+    def _count(self, batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+        """Answer tokens, and samples."""
+        shift = int(self.student.encoder.shifted)
+        tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in batches)
+        return tokens, sum(len(batch["labels"]) for batch in batches)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss per answer token of the held-out samples, exactly once each, over all processes."""
+        held: Any = eval_dataset or self.eval_dataset
+        size, world = self.args.per_device_train_batch_size, self.args.world_size
+        batches = [range(start, min(start + size, len(held))) for start in range(0, len(held), size)]
+        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(batches), world):  # a sharded model needs every process in every forward
+            mine = start + distributed.rank()
+            places = batches[mine] if mine < len(batches) else batches[-1]
+            with self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(self.collate([held[i] for i in places]))
+                tokens, rows = self._count([inputs])
+                loss = self.loss(self.model_wrapped, inputs, tokens / rows if self.paper else None)
+            if mine < len(batches):
+                parts = [float(part) for part in (loss.total, loss.ce, loss.kl, loss.hidden)]
+                sums += torch.tensor([*parts, loss.tokens], dtype=torch.float64, device=sums.device)
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        total, ce, kl, hidden, tokens = sums.tolist()
+        means = {"loss": total / tokens, "ce": ce / tokens, "kl": kl / tokens}
+        if self.spec.hidden:
+            means["hidden"] = hidden / tokens
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the parts of the loss per answer token since the last log."""
+        if self._sums[3] and "loss" in logs:
+            sums = self._sums.to(self.args.device)
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(sums)
+            ce, kl, hidden, tokens = sums.tolist()
+            logs |= {"ce": ce / tokens, "kl": kl / tokens}
+            if self.spec.hidden:
+                logs["hidden"] = hidden / tokens
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        distributed.barrier()
+        if self.args.should_save:
+            seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the factors, which every process has to gather where they are sharded."""
+        tensors = factor_tensors(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_factors(tensors, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_factors(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if not distributed.on_main(lambda: is_whole(best)):
+            raise NotWritten(f"{best}: the best checkpoint is damaged, so that nothing was written")
+        load_factors(self.model, best)
+
+
+def step_size(spec: RestoreSpec) -> int:
+    """Samples of one optimizer step, over all processes."""
+    return spec.batch_size * spec.accumulate * distributed.world_size()
+
+
+def total_steps(spec: RestoreSpec, samples: int) -> int:
+    """The number of optimizer steps on so many training samples."""
+    return spec.steps or max(1, math.ceil(spec.epochs * samples / step_size(spec)))
+
+
+def train(
+    student: Student, spec: RestoreSpec, folder: Path, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train the student's adapters in place; checkpoints go into `folder`.
+
+    With `resume` it continues from the last good checkpoint there. With held-out samples their loss is measured at every
+    checkpoint, and the adapters end with the best one's values. Returns `curve`, a row per logged step with `step`,
+    `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row per evaluation, and `best_step`.
+    """
+    numbered = list(enumerate(student.samples))
+    learned, held = numbered[: len(numbered) - student.held_out], numbered[len(numbered) - student.held_out :]
+    total = total_steps(spec, len(learned))
+    order = Shuffled(learned, total * step_size(spec), spec.seed)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.accumulate,
+        max_steps=total,
+        learning_rate=spec.lr,
+        lr_scheduler_type="constant_with_warmup" if spec.scheduler == "constant" else spec.scheduler,
+        warmup_steps=round(spec.warmup * total),
+        weight_decay=0.0,
+        seed=spec.seed,
+        logging_steps=max(1, total // 100),
+        save_steps=spec.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if held else "no",
+        eval_steps=spec.save_every,
+        load_best_model_at_end=bool(held),
+        metric_for_best_model="eval_loss" if held else None,
+        greater_is_better=False if held else None,
+        report_to=list(spec.report_to) or "none",
+        run_name=folder.name.removesuffix(".unfinished"),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        bf16=spec.mixed_precision == "bf16",
+        fp16=spec.mixed_precision == "fp16",
+        use_cpu=torch.device(spec.device).type == "cpu",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        ddp_broadcast_buffers=False,  # the masks are the same everywhere and never change
+        ddp_find_unused_parameters=True,  # the last blocks of some vision towers do not reach the output
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one GPU; more would silently multiply the batch
+    watching = ProgressCallback(progress)
+    with _sharding(student), watching.listening(), warnings.catch_warnings():
+        # accelerate passes torch's DistributedDataParallel an option by its older name
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        trainer = RestoreTrainer(student=student, spec=spec, args=arguments, train_dataset=order, eval_dataset=held or None)
+        for callback in list(trainer.callback_handler.callbacks):
+            if type(callback).__name__ == "PrinterCallback":
+                trainer.remove_callback(callback)
+        trainer.add_callback(watching)
+        if spec.patience and held:
+            trainer.add_callback(PatienceCallback(spec.patience))
+        checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
+        with checkpointed_blocks(student.wrapped) if spec.gradient_checkpointing else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = trainer.state.log_history
+    facts: dict[str, Any] = {"curve": [row for row in history if "ce" in row]}
+    if held:
+        facts["held_out"] = [row for row in history if "eval_loss" in row]
+        facts["best_step"] = trainer.state.best_global_step
+    return facts
+
+
+@contextlib.contextmanager
+def _sharding(student: Student) -> Iterator[None]:
+    """For FSDP, name the classes of the blocks to accelerate, and refuse data that would make processes wait forever.
+
+    The model's own list of classes, accelerate's default, may name some that the model does not have.
+    """
+    name, before = "FSDP_TRANSFORMER_CLS_TO_WRAP", os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or distributed.world_size() == 1:
+        yield
+        return
+    if len({bool(sample.images) for sample in student.samples}) > 1:
+        raise SparsightError(
+            "`data`: some samples have images and some have none; a sharded model needs every process in every block, so "
+            "leave FSDP out (DDP takes them), or give one kind"
+        )
+    os.environ[name] = before or ",".join(sorted({type(block.module).__name__ for block in student.anatomy.blocks}))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def checkpointed_blocks(wrapped: Any) -> Iterator[None]:
+    """Keep only the inputs of blocks for backward, which runs them again; afterwards the model is as it was.
+
+    transformers checkpoints blocks in training mode only. Only the blocks themselves get that mode, not the modules inside
+    them, and their own dropout rates are set to zero.
+    """
+    base = wrapped.get_base_model()  # the oldest supported transformers has the older name
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
+    before = []
+    for block in wrapped.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            rates = {name: x for name, x in vars(block).items() if "dropout" in name and isinstance(x, float)}
+            before.append((block, {"training": block.training, **rates}))
+            block.training = True
+            vars(block).update(dict.fromkeys(rates, 0.0))
+    try:
+        yield
+    finally:
+        disable()
+        for block, values in before:
+            for name, value in values.items():
+                setattr(block, name, value)

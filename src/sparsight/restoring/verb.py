@@ -1,0 +1,272 @@
+"""Restore a sparse model: train adapters against the teacher, merge them, and write the result."""
+
+from __future__ import annotations
+
+import gc
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight import distributed
+from sparsight.checkpoint.folder import (
+    Record,
+    atomic_folder,
+    check_output,
+    identity,
+    read_metrics,
+    read_plan,
+    read_recipe,
+    read_record,
+    sparsity_record,
+    write_model,
+)
+from sparsight.checkpoint.stages import add_stage
+from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checks import whole_name
+from sparsight.data import read
+from sparsight.data.own_batches import OwnBatches
+from sparsight.errors import SparsightError
+from sparsight.masks.pattern import Pattern
+from sparsight.memory import peak_memory
+from sparsight.model.anatomy import Anatomy
+from sparsight.model.families import Family
+from sparsight.model.load import check_device, check_folder
+from sparsight.model.source import ModelSource
+from sparsight.progress import Progress
+from sparsight.restoring.adapter_files import save_adapter
+from sparsight.restoring.adapters import ADAPTERS
+from sparsight.restoring.checkpoints import gather
+from sparsight.restoring.student import Student, make_student, parse_ranks, remaining_zeros
+from sparsight.restoring.trainer import step_size, train
+from sparsight.specs import RestoreSpec
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A restored model, merged, with its remaining zeros and the measurements."""
+
+    model: Any
+    processor: Any
+    anatomy: Anatomy
+    plan: dict[str, Pattern]
+    family: Family | None
+    metrics: dict[str, Any]
+
+
+def check_restore(spec: RestoreSpec) -> None:
+    """Check settings against the machine and the data, before a model is loaded.
+
+    **Raises** `SparsightError` for an absent device, and for invalid ranks, held-out samples or family.
+    """
+    check_device(spec.device, one_gpu=True)
+    parse_ranks(spec.rank)
+    if spec.family:
+        Family.parse(spec.family)
+    if isinstance(spec.held_out, str | Path) and held_out_count(spec.held_out) is None:
+        read(spec.held_out, limit=1, skip_bad=spec.skip_bad)
+
+
+def restore_model(
+    model: Any,
+    data: Any,
+    spec: RestoreSpec,
+    *,
+    processor: Any = None,
+    teacher: Any = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Restore a sparse `model` in memory, in place; return the measurements.
+
+    `data` holds samples, or batches of the user's own; `teacher` is the dense original, a model or its folder. **Raises**
+    `SparsightError` for invalid settings, and where the loss needs a teacher and there is none.
+    """
+    check_restore(spec)
+    sparse = ModelSource(model=model, processor=processor, device=spec.device)
+    dense = None
+    if teacher is not None:
+        named = isinstance(teacher, str | Path)
+        dense = ModelSource(teacher if named else None, None if named else teacher, device=spec.device)
+    elif spec.needs_teacher or spec.reconstruct:
+        raise SparsightError("`teacher`: name the dense original, a model or its folder; or set `kl=0` to do without")
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    learned, held = divide_samples(spec, data, spec.held_out if isinstance(spec.held_out, Sequence) else None)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sparsight-restore-") as folder:
+            return _restore(spec, sparse, dense, learned, held, folder=Path(folder), progress=progress).metrics
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+def restore_folder(
+    sparse: str | Path,
+    out: str | Path,
+    spec: RestoreSpec,
+    *,
+    data: Any,
+    teacher: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    source: ModelSource | None = None,
+) -> tuple[Record, Any]:
+    """Restore the model of a folder and write it to another; return its record and the merged model.
+
+    `source` has the sparse model in memory already. Several processes of a launcher share the training data, and the main
+    one writes. **Raises** `SparsightError` as `sparsight.restore` does.
+    """
+    check_restore(spec)
+    check_folder(str(sparse))
+    record = read_record(sparse)
+    earlier = (read_metrics(sparse), read_recipe(sparse))
+    original = whole_name(teacher) if teacher is not None else (record or {}).get("base_model")
+    taught = spec.needs_teacher or spec.reconstruct > 0
+    other_data = spec.held_out if spec.held_out is not None and held_out_count(spec.held_out) is None else None
+    target = check_output(out, overwrite, inputs=(sparse, data, original, other_data))
+    if taught and original is None:
+        raise SparsightError(f"`teacher`: {sparse} does not say what it was pruned from; name the dense model, or `kl=0`")
+    distributed.init(spec.device)
+    progress = progress if distributed.is_main() else None
+    samples = read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
+    other = read(other_data, skip_bad=spec.skip_bad) if other_data is not None else None
+    learned, held = divide_samples(spec, samples, other)
+    fingerprint = samples.fingerprint + (other.fingerprint if other else "")
+    teacher_name = original if taught else None
+    if spec.teacher_cache and Path(spec.teacher_cache).resolve().is_relative_to(target.resolve()):
+        raise SparsightError(f"`teacher_cache`: {spec.teacher_cache} lies in OUT, which is written at the end; give another")
+    # work is resumed with the same models and processes only, but it may use less memory
+    same = {key: value for key, value in spec.facts().items() if key != "gradient_checkpointing"}
+    same |= {"sparse": str(sparse), "data": str(data), "teacher": teacher_name, "fingerprint": fingerprint}
+    same |= {"processes": distributed.world_size(), "files": [identity(sparse), identity(teacher_name)]}
+    with ExitStack() as stack:
+        ours = unfinished(target, same, resume=resume, overwrite=overwrite)
+        folder = distributed.on_main(lambda: stack.enter_context(ours))
+        done = _restore(
+            spec,
+            source or ModelSource(sparse, device=spec.device),
+            ModelSource(teacher_name, device=spec.device) if teacher_name else None,
+            learned,
+            held,
+            folder=folder,
+            fingerprint=fingerprint,
+            resume=resume,
+            progress=progress,
+            adapter_folder=folder / "adapter" if spec.save_adapter else None,
+        )
+        skipped = sum(len(part.skipped) for part in (samples, other) if part)
+        metrics = {**done.metrics, "skipped_samples": done.metrics["skipped_samples"] + skipped}
+
+        def write() -> Record:
+            steps = [*([f"reconstruct {spec.reconstruct}"] if spec.reconstruct else []), spec.adapter]
+            plan = {**done.plan, **read_plan(record)} if ADAPTERS[spec.adapter].masked else done.plan
+            facts = sparsity_record(
+                done.anatomy,
+                plan,
+                base_model=original or whole_name(sparse),
+                method=" + ".join([(record or {}).get("method", "unknown"), *steps]),
+                mask_only=False,
+                family=done.family,
+            )
+            recipe = add_stage(
+                earlier[1], "restore", spec, data=data, model=original or sparse, fingerprint=fingerprint, teacher=teacher_name
+            )  # fmt: skip
+            with atomic_folder(target, overwrite) as new:
+                if spec.save_adapter:
+                    (folder / "adapter").rename(new / "adapter")
+                written = Record(facts, {**earlier[0], "restore": metrics}, recipe)
+                write_model(done.model, done.processor, written, new)
+            return written
+
+        return distributed.on_main(write), done.model
+
+
+def _restore(
+    spec: RestoreSpec,
+    sparse: ModelSource,
+    teacher: ModelSource | None,
+    learned: Sequence[Any],
+    held: Sequence[Any],
+    *,
+    folder: Path,
+    fingerprint: str = "",
+    resume: bool = False,
+    progress: Progress | None = None,
+    adapter_folder: Path | None = None,
+) -> Restoration:
+    """Make the student, train it, merge it; checkpoints and a cached teacher go into `folder`."""
+    cache = Path(spec.teacher_cache) if spec.teacher_cache else folder / "teacher"
+    student = make_student(
+        sparse, teacher, learned, held, spec=spec, cache=cache, fingerprint=fingerprint, progress=progress
+    )  # fmt: skip
+    began = time.perf_counter()
+    trained = train(student, spec, folder, resume=resume, progress=progress)
+    gc.collect()  # the trainer and its optimizer refer to each other
+    metrics = {
+        **trained,
+        "seconds": time.perf_counter() - began,
+        "memory": peak_memory(spec.device),
+        **_student_facts(student),
+        "skipped_samples": len(student.encoder.skipped),
+    }
+    gather(student.wrapped)
+    if adapter_folder is not None and distributed.is_main():
+        shutil.rmtree(adapter_folder, ignore_errors=True)  # of an interrupted run
+        save_adapter(student.wrapped, spec.alpha, adapter_folder)
+    student.teacher = None  # the dense weights are no longer needed once they are merged
+    for head in (student.head, student.teacher_head):
+        if head is not None:
+            head.remove()
+    merged = student.wrapped.merge_and_unload()
+    masked = ADAPTERS[spec.adapter].masked
+    plan = student.plan if masked else remaining_zeros(student.anatomy, student.masks)
+    return Restoration(merged, student.processor, student.anatomy, plan, student.family, metrics)
+
+
+def _student_facts(student: Student) -> dict[str, Any]:
+    facts = {
+        "teacher": student.mode,
+        "teacher_modes": student.modes,
+        "weight_bytes": student.weight_bytes,
+        "dense_bytes": student.dense_bytes,
+        "held_out_samples": student.held_out,
+        "trained_parameters": sum(p.numel() for p in student.wrapped.parameters() if p.requires_grad),
+    }
+    if student.cache is not None:
+        facts["cache_bytes"] = student.cache.bytes
+    if student.refit_errors:
+        facts["reconstructed"] = student.refit_errors
+    return facts
+
+
+def divide_samples(spec: RestoreSpec, samples: Sequence[Any], other: Sequence[Any] | None) -> tuple[Any, list[Any]]:
+    """The samples to train on, no more than the steps can use, and those held out.
+
+    **Raises** `SparsightError` for a number of held-out samples that leaves none to train on.
+    """
+    learned, held = list(samples), list(other or ())
+    if (count := held_out_count(spec.held_out)) is not None:
+        if not 0 < count < len(learned):
+            raise SparsightError(
+                f"`held_out`: {count} of {len(learned)} samples; give at least 1, and leave some to learn from"
+            )
+        apart = set(random.Random(spec.seed).sample(range(len(learned)), count))
+        held = [sample for i, sample in enumerate(learned) if i in apart]
+        learned = [sample for i, sample in enumerate(learned) if i not in apart]
+    needed = None if spec.steps is None else spec.steps * step_size(spec)
+    if needed is not None and needed < len(learned):
+        places = sorted(random.Random(spec.seed).sample(range(len(learned)), needed))
+        learned = [learned[i] for i in places]
+    return OwnBatches(learned) if isinstance(samples, OwnBatches) else learned, held
+
+
+def held_out_count(held_out: Any) -> int | None:
+    """The number of held-out samples, from an int or its digits; None for other data."""
+    if isinstance(held_out, int):
+        return held_out
+    return int(held_out) if isinstance(held_out, str) and held_out.lstrip("-").isdigit() else None

@@ -1,0 +1,238 @@
+"""Run one recipe: evaluate the dense model, prune, restore, evaluate both, verify, report.
+
+A folder holds `run.json` (the resolved recipe), `dense/` (scores only), `pruned/`, `restored/` and `report.html`. Started
+again after a kill, it continues: finished stages are skipped, and an interrupted one is resumed. Every set of weights is
+loaded once and every sample read once: the dense model is scored and then pruned in memory, the pruned one is scored as it
+was written, and the restored one is loaded from its files, scored, and compared with the zeros that it had before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsight import recipe as recipes
+from sparsight.allocation.plan import check_plan
+from sparsight.checkpoint.folder import family_of, identity, read_record
+from sparsight.checkpoint.stages import stages_of
+from sparsight.checkpoint.unfinished import parents
+from sparsight.checkpoint.verify import Zeros, verify
+from sparsight.data import Source, read
+from sparsight.errors import Interrupted, NotWritten, SparsightError
+from sparsight.evaluation.record import SCORES
+from sparsight.evaluation.verb import evaluate_folder
+from sparsight.files import write_json
+from sparsight.model.anatomy import anatomy
+from sparsight.model.load import load
+from sparsight.model.source import ModelSource
+from sparsight.progress import Progress, prefix
+from sparsight.pruning.verb import check_prune, prune_folder
+from sparsight.recipe import spec_of
+from sparsight.restoring.adapters import ADAPTERS
+from sparsight.restoring.verb import check_restore, held_out_count, restore_folder
+from sparsight.specs import SearchSpec
+
+FILE, PAGE = "run.json", "report.html"
+DENSE, PRUNED, RESTORED = "dense", "pruned", "restored"
+
+
+def run(
+    recipe: str | Path, out: str | Path, *, changes: Sequence[str] = (), progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a recipe; see `sparsight.run`. **Raises** `SparsightError`, and `NotWritten` where a file cannot be written."""
+    settings = recipes.read(recipe, changes, extra=("search",))
+    scored = settings.get("evaluate", {}) is not None
+    if scored or "search" in settings:
+        recipes.held_out_of(settings, recipe)
+    for section in stages_of(settings, "restore"):
+        check_restore(spec_of(settings, "restore", section))
+    if read_record(settings["model"]):
+        raise SparsightError(
+            f"{settings['model']}: is pruned already; a run begins with the dense model that it was made of"
+        )
+    road = _Road(settings, Path(out), scored, progress)
+    road.check()
+    try:
+        return road.take()
+    except (KeyboardInterrupt, Interrupted) as stop:
+        raise Interrupted(f"interrupted; what is done is in {out}: the same command goes on") from stop
+    except OSError as error:
+        raise NotWritten(f"{out}: could not be written to ({error.strerror or error}); what is done stays there") from error
+
+
+class _Road:
+    """One run: its settings, its folder, its data, and the one model in memory."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path, scored: bool, progress: Progress | None) -> None:
+        self.settings, self.folder, self.scored, self.progress = settings, folder, scored, progress
+        self.spec = spec_of(settings, "evaluate")
+        self.sources: dict[str, Source] = {}
+        self.loaded: tuple[str, Any, Any] | None = None  # the name of the model, the model, its processor
+        self.zeros: Zeros | None = None  # those of the pruned model
+
+    def source(self, data: Any) -> Source | None:
+        """A data source, opened once."""
+        if data is not None and str(data) not in self.sources:
+            self.sources[str(data)] = Source(data)
+        return None if data is None else self.sources[str(data)]
+
+    def model(self, name: str, path: str | Path) -> tuple[Any, Any]:
+        """The model of a stage and its processor, in memory."""
+        if self.loaded is None or self.loaded[0] != name:
+            self.loaded = None  # never two models in memory
+            self.loaded = (name, *load(path, dtype=self.spec.dtype, device=self.spec.device))
+        return self.loaded[1], self.loaded[2]
+
+    def check(self) -> None:
+        """Refuse a folder that holds another run.
+
+        The paths of the data may have changed, and so may the settings of stages that have not begun.
+        """
+        settings, folder = self.settings, self.folder
+        self.facts = {**settings, "files": identity(settings["model"])}
+        for key in ("data", "held_out") if self.scored else ("data",):
+            if (source := self.source(settings.get(key))) is not None:
+                self.facts[f"{key}_fingerprint"] = read(source, skip_bad=bool(settings.get("skip_bad"))).fingerprint
+        facts = json.loads(json.dumps(self.facts, default=str))
+        earlier = recipes.read_state(folder, FILE, "run")
+        begun = {"restore": any(folder.glob(f"{RESTORED}*")), "evaluate": any(folder.glob(f"*/{SCORES}"))}
+        free = {"data", "held_out", *(key for key, done in begun.items() if not done)}
+        for key in {**(earlier or {}), **facts}.keys() - free:
+            if earlier is not None and earlier.get(key) != facts.get(key):
+                raise SparsightError(
+                    f"{folder}: holds a run with {key}={earlier.get(key)!r}, this one has {facts.get(key)!r}; "
+                    "give another folder"
+                )
+
+    def take(self) -> dict[str, Any]:
+        """Run every stage that is not finished."""
+        folder, dense = self.folder, self.settings["model"]
+        pruned, prunings = folder / PRUNED, stages_of(self.settings, "prune") or [{}]
+        restorations = stages_of(self.settings, "restore")
+        with _state(folder, self.facts):
+            if not pruned.is_dir() and "search" not in self.settings:
+                for section in prunings:
+                    self.check_pruning(section)
+            for section in restorations:
+                spec = spec_of(self.settings, "restore", section)
+                self.check_fingerprint(section, spec, spec.seed if spec.samples else None)
+            self.evaluate(DENSE, dense, folder / DENSE)
+            if not pruned.is_dir():
+                self.search(pruned) if "search" in self.settings else self.prune(dense, pruned, prunings)
+        self.evaluate(PRUNED, pruned)
+        last = pruned
+        for number, section in enumerate(restorations, 1):
+            name = RESTORED if number == len(restorations) else f"{RESTORED}-{number}"
+            self.restore(last, folder / name, section)
+            last = folder / name
+        if restorations:
+            self.evaluate(RESTORED, last)
+        return self.finish(last, pruned, restorations)
+
+    def check_pruning(self, section: Mapping[str, Any]) -> None:
+        """Refuse an invalid pruning before anything is computed."""
+        spec = spec_of(self.settings, "prune", section)
+        _, policy = check_prune(spec, section.get("data", self.settings.get("data")))
+        self.check_fingerprint(section, spec, spec.seed)
+        model, _ = self.model(self.settings["model"], self.settings["model"])
+        check_plan(anatomy(model, family_of(None, spec.family)), spec, policy)
+
+    def check_fingerprint(self, section: Mapping[str, Any], spec: Any, seed: int | None) -> None:
+        """Refuse other samples than those that a recipe was written from."""
+        source = self.samples_of(section)
+        if source is None or "fingerprint" not in section:
+            return
+        parts = [read(source, limit=spec.samples, seed=seed, skip_bad=spec.skip_bad)]
+        other = getattr(spec, "held_out", None)
+        if other is not None and held_out_count(other) is None:
+            parts.append(read(other, skip_bad=spec.skip_bad))
+        if "".join(part.fingerprint for part in parts) != section["fingerprint"]:
+            raise SparsightError(
+                f"{source}: holds other samples than those that the recipe was written from; give those, or take "
+                f"{spec.verb}.fingerprint out of the recipe"
+            )
+
+    def search(self, out: Path) -> None:
+        """Write the model that a search finds."""
+        from sparsight.sweeps.search import search
+
+        self.loaded = None
+        settings = self.settings
+        spec = SearchSpec.of({**{k: settings[k] for k in recipes.SHARED if settings.get(k)}, **settings["search"]}, "search")
+        search(
+            settings["model"], out, spec, data=settings["data"], held_out=settings["held_out"],
+            progress=prefix(self.progress, "search"),
+        )  # fmt: skip
+
+    def prune(self, dense: str, out: Path, sections: Sequence[Mapping[str, Any]]) -> None:
+        """Prune the dense model in memory, step by step where there are several, and write every step."""
+        model = dense
+        for number, section in enumerate(sections, 1):
+            target = out if number == len(sections) else out.with_name(f"{out.name}-{number}")
+            if not target.is_dir():
+                begun = target.with_name(f"{target.name}.unfinished").is_dir()
+                loaded = self.model(model, model)
+                self.loaded = None  # it is changed from here on
+                prune_folder(
+                    model, target, spec_of(self.settings, "prune", section), data=self.samples_of(section), resume=begun,
+                    loaded=loaded, progress=prefix(self.progress, "prune"),
+                )  # fmt: skip
+                self.loaded = (str(target), *loaded)
+            model = str(target)
+
+    def restore(self, sparse: Path, out: Path, section: Mapping[str, Any]) -> None:
+        """Restore the pruned model, which is in memory if it was pruned or scored just now."""
+        if out.is_dir():
+            return
+        spec = spec_of(self.settings, "restore", section)
+        source = ModelSource(sparse, device=spec.device)
+        if self.loaded is not None and self.loaded[0] == str(sparse):
+            source = ModelSource(sparse, self.loaded[1], self.loaded[2], spec.device)
+            self.zeros = self.zeros or Zeros.of(self.loaded[1], str(sparse))
+        self.loaded = None
+        restore_folder(
+            sparse, out, spec, data=self.samples_of(section), teacher=section.get("teacher", self.settings["model"]),
+            resume=out.with_name(f"{out.name}.unfinished").is_dir(), progress=prefix(self.progress, "restore"),
+            source=source,
+        )  # fmt: skip
+
+    def samples_of(self, section: Mapping[str, Any]) -> Source | None:
+        """The data of a section: its own, or the recipe's."""
+        return self.source(section.get("data", self.settings.get("data")))
+
+    def evaluate(self, name: str, model: str | Path, record: bool | Path = True) -> None:
+        """Score a model and record the scores, unless they are there."""
+        if self.scored and not (self.folder / name / SCORES).is_file():
+            evaluate_folder(
+                model, self.source(self.settings["held_out"]), self.spec, record=record,
+                loaded=self.model(str(model), model), progress=prefix(self.progress, name),
+            )  # fmt: skip
+
+    def finish(self, last: Path, pruned: Path, restorations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Verify the zeros in the files of the last model, and write the report."""
+        masked = all(ADAPTERS[spec_of(self.settings, "restore", section).adapter].masked for section in restorations)
+        read_back = self.loaded[1] if restorations and self.loaded and self.loaded[0] == str(last) else None
+        proof = verify(last, (self.zeros or pruned) if restorations and masked else None, read_back)
+        shown = [self.folder / DENSE, pruned, *([last] if restorations else [])] if self.scored else []
+        done = {"out": str(self.folder), "runs": [str(path) for path in shown], "verify": proof, "report": None}
+        if self.scored:
+            from sparsight.reporting.report import report
+
+            done["report"] = str(report(shown, out=self.folder / PAGE, overwrite=True))
+        return done
+
+
+@contextlib.contextmanager
+def _state(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
+    """Write run.json; remove it if the first stage raises before anything else is written."""
+    with parents(folder / FILE):
+        write_json(folder / FILE, facts)
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == [FILE]:
+                (folder / FILE).unlink()
+            raise

@@ -1,0 +1,299 @@
+"""The settings of every verb: one frozen record each.
+
+A field's name, type, default and help are declared here and nowhere else. A record holds valid values: an invalid one is
+refused when the record is made, by the name of its field.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from sparsight.checks import SEEDS
+from sparsight.errors import SparsightError
+from sparsight.options import Budget, Name, Option, Ranks, Spec, options
+
+
+def _at_least_one(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _count(help: str, **more: Any) -> Option:
+    return Option(help, fits=_at_least_one, says="a whole number of at least 1", **more)
+
+
+def _above_zero(help: str, **more: Any) -> Option:
+    return Option(help, fits=lambda value: math.isfinite(value) and value > 0, says="a number above 0", **more)
+
+
+def _epochs(help: str) -> Option:
+    says = "a number of epochs, 0 or more"
+    return Option(help, fits=lambda value: isinstance(value, int) and value >= 0, says=says, cost=False)
+
+
+METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
+PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
+ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
+
+Seed = Annotated[
+    int,
+    Option(
+        "Same seed, same command: the same bytes.",
+        fits=lambda value: isinstance(value, int) and 0 <= value < SEEDS,
+        says=f"a whole number from 0 to {SEEDS - 1}",
+    ),
+]
+BatchSize = Annotated[int, _count("Samples per batch.", cost=True)]
+Samples = Annotated[int | None, _count("How many samples to draw from the data. [default: all]", cost=True)]
+NewTokens = Annotated[int, _count("Longest answer, in tokens.", cost=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec(Spec):
+    """Where the blocks of an unknown model are."""
+
+    verb: ClassVar[str] = "inspect"
+
+    family: Annotated[
+        str | None, Option("Where an unknown model type keeps its blocks: vision=PATH,language=PATH.", cost=True)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSpec(FamilySpec):
+    """The settings that a recipe shares between its verbs."""
+
+    dtype: Annotated[
+        str, Option("One of {names}; auto is the dtype that is stored.", ("sparsight.model.load:DTYPES",), cost=True)
+    ] = "auto"
+    device: Annotated[str, Option("cpu, cuda or cuda:N.", work=False)] = "cpu"
+    skip_bad: Annotated[bool, Option("Leave broken samples out, and count them.", cost=True, work=False)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsitySpec(SharedSpec):
+    """A budget of zeros, and the calibration samples to spend it by."""
+
+    sparsity: Annotated[
+        Budget | None,
+        Option(
+            "Fraction of zeros: 0.5 for vision and language, or vision=0.5,language=0.6. "
+            "[default: 0.5, or that of an n:m pattern]",
+            cost=True,
+        ),
+    ] = None
+    pattern: Annotated[Name, Option("row, tensor, or n:m (n kept of every m inputs).", cost=True)] = "row"
+    ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
+    samples: Annotated[int, _count("Calibration samples.", cost=True)] = 128
+    batch_size: BatchSize = 8
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSpec(SparsitySpec):
+    """Settings of `plan`."""
+
+    verb: ClassVar[str] = "plan"
+
+    policy: Annotated[
+        Name | None,
+        Option("How layers share the budget: {names}. [default: uniform, or the method's own]", (POLICIES,), cost=True),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec(Spec):
+    """How zeros are made."""
+
+    method: Annotated[
+        Name, Option("Which weights become zero: {names}.", (f"{METHODS}:METHODS", f"{METHODS}:PRESETS"), cost=True)
+    ] = "wanda"
+    refine: Annotated[Name | None, Option("Move the zeros: {names}.", (f"{METHODS}:REFINES",), cost=True)] = None
+    update: Annotated[Name | None, Option("Solve for the kept weights: {names}.", (f"{METHODS}:UPDATES",), cost=True)] = None
+    reconstruct: Annotated[int, _epochs("Epochs of fitting each block to its dense outputs.")] = 0
+    tokens: Annotated[Name, Option("Which calibration tokens count: {names}.", ("sparsight.calibration.tokens:TOKENS",))] = (
+        "all"
+    )
+    propagate: Annotated[
+        str,
+        Option(
+            "block: later blocks see pruned ones; layer: later layers too, in one forward; dense: none do.",
+            (PROPAGATE,),
+            cost=True,
+        ),
+    ] = "block"  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSpec(MethodSpec, PlanSpec):
+    """Settings of `prune`."""
+
+    verb: ClassVar[str] = "prune"
+
+    permute: Annotated[bool, Option("Regroup channels first, for n:m.", cost=False)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec(MethodSpec, SparsitySpec):
+    """Settings of `search`."""
+
+    verb: ClassVar[str] = "search"
+
+    within: Annotated[
+        float | None,
+        Option(
+            "Find the sparsest plan instead that loses at most this much score, as 0.02.",
+            fits=lambda value: 0 <= value < 1,
+            says="a loss of score; give a fraction, as 0.02 for two points",
+        ),
+    ] = None
+    over: Annotated[str, Option("What shares the budget: {names}.", (("components", "blocks"),))] = "blocks"
+    propagate: Annotated[
+        str, Option("dense: measured once for all plans; block or layer: as in prune, for every plan.", (PROPAGATE,))
+    ] = "dense"
+    metric: Annotated[str, Option("Score held-out answers by: {names}.", (METRICS,))] = "exact_match"
+    max_new_tokens: NewTokens = 32
+    held_out_samples: Annotated[int | None, _count("How many held-out samples to draw. [default: all]")] = None
+
+    def prune(self, **changes: Any) -> PruneSpec:
+        """The settings of pruning, with `changes`."""
+        own = options(PruneSpec)
+        settings = {name: getattr(self, name) for name in options(type(self)) if name in own}
+        return PruneSpec(**{**settings, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreSpec(SharedSpec):
+    """Settings of `restore`: adapter, teacher, loss, schedule and data."""
+
+    verb: ClassVar[str] = "restore"
+
+    adapter: Annotated[
+        str, Option("What is trained: {names}; the merge of lora is dense.", (ADAPTERS,), cost=True)
+    ] = "sparselora"  # fmt: skip
+    tune: Annotated[tuple[str, ...], Option("The components to train.", ("sparsight.model.families:COMPONENTS",), cost=False)] = (
+        "vision", "connector", "language",
+    )  # fmt: skip
+    rank: Annotated[
+        Ranks | None, Option("Rank per component. [default: vision=4,connector=2,language=8]", cost=True)
+    ] = None  # fmt: skip
+    alpha: Annotated[float, _above_zero("LoRA alpha; the product is scaled by alpha / rank.")] = 16
+    reconstruct: Annotated[int, _epochs("Epochs of fitting each block to the dense one before training.")] = 0
+    teacher_mode: Annotated[
+        str,
+        Option(
+            "How the teacher is held, {names}: the first that is possible, one copy of the weights, its hidden states on "
+            "disk, a second model.",
+            ("sparsight.restoring.teacher:MODES",),
+            cost=True,
+        ),
+    ] = "auto"
+    teacher_cache: Annotated[
+        Any,
+        Option("Folder to keep a cached teacher in for the next run. [default: beside OUT, deleted at the end]", work=False),
+    ] = None
+    kl: Annotated[
+        float, Option("Weight of the distillation, 0 to 1.", fits=lambda x: 0 <= x <= 1, says="a weight from 0 to 1", cost=True)
+    ] = 0.1  # fmt: skip
+    temperature: Annotated[float, _above_zero("Temperature of the distillation.")] = 1.0
+    divergence: Annotated[
+        str,
+        Option("{names}: KL(teacher || student), KL(student || teacher), Jensen-Shannon.", (DIVERGENCES,)),
+    ] = "forward"  # fmt: skip
+    hidden: Annotated[
+        float,
+        Option(
+            "Weight of matching the teacher's last hidden states.",
+            fits=lambda x: 0 <= x < math.inf,
+            says="a weight of at least 0",
+            cost=False,
+        ),
+    ] = 0.0
+    reduction: Annotated[
+        str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
+    ] = "token"
+    lr: Annotated[float, _above_zero("Peak learning rate.")] = 1e-4
+    scheduler: Annotated[str, Option("One of {names}.", (("cosine", "linear", "constant"),))] = "cosine"
+    warmup: Annotated[
+        float,
+        Option(
+            "Part of the steps in which the learning rate rises.",
+            fits=lambda x: 0 <= x < 1,
+            says="a part of the steps, from 0 to below 1",
+        ),
+    ] = 0.03
+    epochs: Annotated[float, _above_zero("Passes over the data.", cost=True)] = 1.0
+    steps: Annotated[int | None, _count("Optimizer steps, instead of epochs.", cost=True)] = None
+    batch_size: BatchSize = 32
+    accumulate: Annotated[int, _count("Batches per optimizer step.", cost=True)] = 1
+    samples: Samples = None
+    held_out: Annotated[
+        Any,
+        Option(
+            "Samples to score at every checkpoint, the best of which is kept: a number of them, or other data.", cost=False
+        ),
+    ] = None  # fmt: skip
+    patience: Annotated[int | None, _count("Stop after so many checkpoints without a better one.")] = None
+    save_every: Annotated[int, _count("Steps between checkpoints for `resume`.")] = 100
+    report_to: Annotated[
+        tuple[str, ...],
+        Option(
+            "Trackers: tensorboard, wandb or any other that transformers supports.",
+            ("transformers.integrations:get_available_reporting_integrations",),
+            work=False,
+        ),
+    ] = ()
+    mixed_precision: Annotated[
+        str, Option("One of {names}: autocast around a float32 model.", (("no", "bf16", "fp16"),), cost=False)
+    ] = "no"
+    gradient_checkpointing: Annotated[bool, Option("Run blocks again in backward: less memory, more time.", cost=True)] = (
+        False
+    )
+    save_adapter: Annotated[bool, Option("Keep the adapter too, in OUT/adapter.", work=False)] = False
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tune:
+            raise SparsightError("`tune`: names no component; give some of vision, connector, language")
+        if self.mixed_precision == "fp16" and self.device == "cpu":
+            raise SparsightError(
+                "`mixed_precision`: fp16 needs a GPU, whose gradients can be scaled; use bf16 on a CPU"
+            )  # fmt: skip
+        if self.save_adapter and self.reconstruct:
+            raise SparsightError(
+                "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
+                "leave it or `reconstruct` out"
+            )
+        if self.patience and self.held_out is None:
+            raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss uses the teacher."""
+        return self.kl > 0 or self.hidden > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec(SharedSpec):
+    """Settings of `evaluate`."""
+
+    verb: ClassVar[str] = "evaluate"
+
+    metrics: Annotated[
+        tuple[Name, ...],
+        Option(
+            "Score by these: {names}. [default: by kind of sample; captions by cider_d, questions by vqa_accuracy, all by "
+            "exact_match]",
+            (METRICS,),
+        ),
+    ] = ()
+    beams: Annotated[int, _count("Beams; 1 is greedy.", cost=True)] = 1
+    max_new_tokens: NewTokens = 32
+    batch_size: BatchSize = 32
+    samples: Samples = None
+    seed: Seed = 0
+
+
+SPECS: dict[str, type[Spec]] = {
+    spec.verb: spec for spec in (FamilySpec, PlanSpec, PruneSpec, SearchSpec, RestoreSpec, EvaluateSpec)
+}

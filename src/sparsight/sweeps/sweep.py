@@ -1,0 +1,227 @@
+"""The sweep: every cell of a grid once, in one process or several; a kill costs no finished cell.
+
+A folder holds `sweep.json` (what is swept), `cells/` (a record and the answers of every finished cell), `results.csv`,
+the figures and the page. A cell with a record is never run again: a sweep that is started again continues, with a larger
+grid, too.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sparsight import recipe as recipes
+from sparsight.allocation.plan import check_plan
+from sparsight.checkpoint.folder import read_record
+from sparsight.checks import check_count
+from sparsight.data import read
+from sparsight.errors import Interrupted, NotWritten, SparsightError
+from sparsight.evaluation.evaluate import ALL
+from sparsight.evaluation.metrics import METRICS
+from sparsight.evaluation.record import PICTURES, SHOWN, environment, write_pictures
+from sparsight.files import replace_file, write_json
+from sparsight.model.load import check_device
+from sparsight.progress import Progress
+from sparsight.reporting.report import is_page, report
+from sparsight.sweeps.grid import Cell, cells
+from sparsight.sweeps.workbench import FORMAT, Workbench, measure
+from sparsight.sweeps.worker import WORK, dispatch
+
+EXTRA = ("grid", "seeds")
+IDENTITY = ("format", "model_hash", "data_fingerprint", "held_out_fingerprint", "evaluate", "dtype", "family", "skip_bad")
+COLUMNS = (
+    "id", "label", "seed", "pattern", "method", "policy", "restore", "vision", "connector", "language", "parameters",
+    "zeros", "bytes", "packed_bytes", "exact_match", "low", "high", "questions", "captions", "seconds",
+)  # fmt: skip
+
+
+def sweep(
+    recipe: str | Path, out: str | Path, *, changes: Sequence[str] = (), jobs: int = 1, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """Prune, restore and score a model in every way of a grid; errors (`SparsightError`) as in `sparsight.sweep`."""
+    settings = recipes.read(recipe, changes, extra=EXTRA)
+    check_count("jobs", jobs)
+    check_device(recipes.spec_of(settings, "evaluate").device)
+    recipes.held_out_of(settings, recipe)
+    grid, folder = cells(settings), Path(out)
+    state = recipes.read_state(folder, "sweep.json", "sweep")
+    if read_record(settings["model"]):
+        raise SparsightError(f"{settings['model']}: is pruned already; sweep over the dense model that it was made of")
+    page = folder / "report.html"
+    if page.exists() and not (page.is_file() and is_page(page)):
+        raise SparsightError(f"{page}: is no page of a report, and a sweep writes one there; move it away")
+    with own_folder(folder):
+        return _sweep(settings, grid, folder, state, jobs, progress)
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and lock it; the system releases the lock when the process ends, after a kill, too.
+
+    An empty folder that was made here is removed after an error. **Raises** `SparsightError` where another process works in
+    it, `NotWritten` where it cannot be written to.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SparsightError(f"{folder}: another process works in it; wait for its end, or give another folder") from None
+    except OSError as error:
+        raise NotWritten(f"{folder}: cannot be written to ({error.strerror}); give another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _sweep(
+    settings: Mapping[str, Any], grid: Sequence[Cell], folder: Path, state: Mapping[str, Any] | None, jobs: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    bench, facts = _open(settings, grid, folder, state)
+    write_json(folder / "sweep.json", facts)
+    (folder / "cells").mkdir(exist_ok=True)
+    write_pictures(bench.held_out[:SHOWN], folder / PICTURES)
+    missing = units([cell for cell in grid if not _record(folder, cell).is_file()])
+    tally = _Tally(progress, len(grid) - sum(map(len, missing)), len(grid))
+    try:
+        if jobs == 1 or len(missing) < 2:
+            for unit in missing:
+                measure(bench, unit, folder / "cells", tally)
+        else:
+            del bench  # every process has its own
+            dispatch(missing, settings, folder, jobs, tally)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"interrupted; {tally.finished} of {tally.total} cells are finished: the same command goes on"
+        ) from stop
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    records = [_read(_record(folder, cell)) for cell in grid]
+    write_results(records, folder / "results.csv")
+    if importlib.util.find_spec("matplotlib"):  # of the extra `report`
+        report([folder], out=folder / "report.html", figures=folder / "figures", overwrite=True)
+    return records
+
+
+def _open(
+    settings: Mapping[str, Any], grid: Sequence[Cell], folder: Path, state: Mapping[str, Any] | None
+) -> tuple[Workbench, dict[str, Any]]:
+    """Open the workbench and collect the content of `sweep.json`; refuse everything that can be refused."""
+    facts = _facts(settings)
+    _check_same(folder, state, facts)
+    bench = Workbench(settings, folder / WORK)
+    facts["model_hash"] = bench.hash()
+    _check_same(folder, state, facts)
+    for cell in grid:
+        if cell.prune:
+            check_plan(bench.body, cell.prune, cell.policy)
+    return bench, facts
+
+
+def _record(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.id}.json"
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """A finished cell. **Raises** `SparsightError` for one that is damaged, or whose answers are."""
+    try:
+        facts = dict(json.loads(record.read_text(encoding="utf-8")))
+        row(facts, record.with_suffix(".jsonl"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise SparsightError(
+            f"{record}: is damaged ({reason}); delete it, and the same command measures it again"
+        ) from error
+    return facts
+
+
+def units(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Group the cells that share a pruning, ordered by seed."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.seed):
+        groups.setdefault((cell.seed, cell.pruning_id), []).append(cell)
+    return list(groups.values())
+
+
+class _Tally:
+    """Counts finished cells and reports them."""
+
+    def __init__(self, progress: Progress | None, finished: int, total: int) -> None:
+        self.progress, self.finished, self.total = progress, finished, total
+
+    def __call__(self, note: str, finished: int = 0) -> None:
+        self.finished += finished
+        if self.progress:
+            self.progress(note, self.finished, self.total)
+
+
+def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    skip_bad = bool(settings.get("skip_bad"))
+    return {
+        "format": FORMAT,
+        **{key: settings[key] for key in ("model", "data", "held_out")},
+        **{f"{key}_fingerprint": read(settings[key], skip_bad=skip_bad).fingerprint for key in ("data", "held_out")},
+        "evaluate": dict(settings.get("evaluate") or {}),
+        "dtype": settings.get("dtype") or "auto",
+        "family": settings.get("family"),
+        "skip_bad": skip_bad,
+        "grid": {key: settings.get(key) for key in ("grid", "seeds", "prune", "restore")},
+        "environment": environment(),
+    }
+
+
+def _check_same(folder: Path, state: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+    for key in IDENTITY if state is not None else ():
+        if key in facts and state is not None and state.get(key) != facts[key]:
+            words = key.removesuffix("_hash").removesuffix("_fingerprint").replace("_", "-")
+            raise SparsightError(
+                f"{folder}: holds a sweep with another {words} ({state.get(words.replace('-', '_'))}); give another folder"
+            )
+
+
+def write_results(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One line per cell: settings, zeros, bytes, exact match of all, of questions and of captions, and other metrics."""
+    rows = [row(record, path.parent / "cells" / f"{record['id']}.jsonl") for record in records]
+    more = dict.fromkeys(key for one in rows for key in one if key not in COLUMNS)
+    with replace_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *more])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def row(record: Mapping[str, Any], answers: Path) -> dict[str, Any]:
+    """A cell's line in the table of results. **Raises** `ValueError` where its answers are not all there."""
+    cell, components = record["cell"], record["components"]
+    scores = {r["metric"]: r for r in record["scores"] if r["kind"] == ALL}
+    match = scores.pop("exact_match", {})
+    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    if len(lines) != record.get("answers", len(lines)):
+        raise ValueError(f"{answers.name} has {len(lines)} of {record['answers']} answers")
+    questions = [line["correct"] for line in lines if line["kind"] != "caption"]
+    captions = [line["correct"] for line in lines if line["kind"] == "caption"]
+    amounts = {c: x["zeros"] / x["parameters"] if x["parameters"] else 0.0 for c, x in components.items()}
+    return {
+        **{key: record[key] for key in ("id", "label", "parameters", "bytes", "packed_bytes")},
+        **{key: cell[key] for key in ("seed", "pattern", "method", "policy")},
+        "restore": json.dumps(cell["restore"]) if cell["restore"] is not None else "",
+        **{component: f"{amount:.6f}" for component, amount in amounts.items()},
+        "zeros": sum(x["zeros"] for x in components.values()),
+        **{key: match.get(name, "") for key, name in (("exact_match", "value"), ("low", "low"), ("high", "high"))},
+        "questions": sum(questions) / len(questions) if questions else "",
+        "captions": sum(captions) / len(captions) if captions else "",
+        "seconds": f"{sum(record['seconds'].values()):.2f}",
+        **{metric: r["value"] for metric, r in scores.items() if metric in METRICS},  # those of tokens: last bits differ
+    }
