@@ -1,8 +1,8 @@
-"""What `sparsight plan --cost` foretells, against what the stages take: peak memory of a process of its own each.
+"""The peak memory that `sparsight plan --cost` estimates, against the measured peak of every stage in its own process.
 
 Models: both demo models in float32 on digit scenes, and a random LLaVA of 300 million parameters in bfloat16, vocabulary
-32,000. Measured is the high-water mark of resident memory (VmHWM) of the command line, run with one thread; foretold is
-what `api.cost` says from the configuration, the processor and the same data. Bar: within 15 %.
+32,000. Measured is the high-water mark of resident memory (VmHWM) of the command line, run with one thread; the estimate
+is that of `sparsight.estimate` for the configuration, the processor and the same data. Bar: within 15 %.
 
     python benchmarks/cost.py [--models instructblip llava 300m]
 """
@@ -77,7 +77,7 @@ def measured(*words: Any) -> tuple[int, float]:
 
 
 def cases(model: Path, big: bool, folder: Path) -> list[tuple[str, tuple[Any, ...], str, dict[str, Any]]]:
-    """What is measured, in order: a name, the words of the command line, the stage, and what `estimate` is given."""
+    """The measurements in order: a name, the words of the command line, the stage, and the arguments of `estimate`."""
     dtype, samples, batch, steps = ("bfloat16", 32, 8, 2) if big else ("float32", 64, 32, 4)
     train, test, quiet = folder / "train", folder / "test", ("--quiet", "--overwrite")
     prune = {"dtype": dtype, "samples": samples}
@@ -124,9 +124,9 @@ def main() -> None:
                 rows.append(
                     [datetime.date.today(), torch.__version__, *cells, f"{expected.work / 1e9:.0f}", f"{seconds:.1f}"]
                 )
-                said = "within" if abs(off) <= BAR else "NOT WITHIN"
+                fit = "within" if abs(off) <= BAR else "NOT WITHIN"
                 print(
-                    f"{name:>13}  {what:<20} {cells[2]:>5} MB estimated, {cells[3]:>5} measured, {off:+.1%}: {said} {BAR:.0%}"
+                    f"{name:>13}  {what:<20} {cells[2]:>5} MB estimated, {cells[3]:>5} measured, {off:+.1%}: {fit} {BAR:.0%}"
                 )
     columns = ("date", "torch", "model", "stage", "MB estimated", "MB measured", "off", "moment", "GFLOPs", "seconds")
     with Path(__file__).with_suffix(".csv").open("w", newline="") as file:

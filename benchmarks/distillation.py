@@ -27,7 +27,7 @@ VOCABULARY, TOKENS, WIDTH, KL, T = 32_000, 2_048, 1_024, 0.1, 2.0
 
 
 class Tail:
-    """An output head by itself, as `restore/head.py` wraps a model's."""
+    """An output head by itself, as `restoring/head.py` wraps a model's."""
 
     bias, cap = None, None
 

@@ -58,8 +58,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt + pcg": {"method": "sparsegpt", "update": "pcg"},
     "alps": {"method": "alps"},
-    "wanda, stage": {"propagate": "stage"},
-    "sparsegpt, stage": {"method": "sparsegpt", "propagate": "stage"},
+    "wanda, layer": {"propagate": "layer"},
+    "sparsegpt, layer": {"method": "sparsegpt", "propagate": "layer"},
     "wanda, dense": {"propagate": "dense"},
     "wanda, text": {"tokens": "text"},
     "wanda, image": {"tokens": "image"},
@@ -180,7 +180,7 @@ def stored(model: str) -> list[dict[str, Any]]:
 
 
 def keep(row: dict[str, Any]) -> None:
-    """Put a row into the file in place of its predecessor, and work out anew what every recipe regained."""
+    """Put a row into the file in place of its predecessor, and compute again what every recipe regained."""
     print("  ".join(f"{row.get(c, '')!s:>8}" for c in COLUMNS[2:]), flush=True)
     key = ("model", "setting", "recipe", "scenes")
     rows = [r for r in stored(row["model"]) if [str(r[k]) for k in key] != [str(row[k]) for k in key]] + [row]

@@ -1,8 +1,8 @@
-"""What the recipes for real weights will take, as `run --cost` and `sweep --cost` say, for their headers.
+"""The estimated cost of the recipes for real weights, for their headers: the numbers of `run --cost` and `sweep --cost`.
 
 No weights are needed: every model is its published configuration (sizes from the config.json on the hub) with a processor
 of its class, of the real picture size, and a small tokenizer. Data are pictures of 640 × 480, a question of 16 words and an
-answer of 4; 25,000 samples to learn from, 1,000 to be scored on.
+answer of 4; 25,000 samples to train on, 1,000 to score on.
 
     python benchmarks/recipes.py [RECIPE ...]
 """
@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import zoo  # noqa: E402  isort: skip, before transformers
 
-from sparsight.allocation import machine  # noqa: E402
 from sparsight.demo import MODELS as EMBEDDED  # noqa: E402
+from sparsight.estimation import machine  # noqa: E402
 from sparsight.estimation.recipe import estimate_recipe  # noqa: E402
 
 SIGLIP = {
@@ -52,7 +52,7 @@ T5_XL = {
     "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 32,
     "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "vocab_size": 32128,
 }  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {  # of the zoo, what its configuration and its processor have instead
+MODELS: dict[str, dict[str, Any]] = {  # a model of the zoo, and the values of its configuration and processor to change
     "instructblip-flan-t5-xl": {
         "zoo": "instructblip-t5",
         "config": {"vision_config": VIT_G, "qformer_config": QFORMER, "text_config": T5_XL, "num_query_tokens": 32},
@@ -124,7 +124,7 @@ MODELS: dict[str, dict[str, Any]] = {  # of the zoo, what its configuration and 
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`old` with what `new` says, in sections, too."""
+    """`old` with the values of `new`, in sections, too."""
     return old | {
         k: merged(old[k], v) if isinstance(old.get(k), dict) and isinstance(v, dict) else v for k, v in new.items()
     }
@@ -155,7 +155,7 @@ def samples(folder: Path, count: int) -> Path:
 
 def main() -> None:
     asked, rows = sys.argv[1:] or list(MODELS), []
-    base = machine.measured_base(str(EMBEDDED["llava"]), torch.bfloat16)  # what libraries hold, for all
+    base = machine.measured_base(str(EMBEDDED["llava"]), torch.bfloat16)  # memory of the libraries, the same for all
     machine.measured_base = lambda where, dtype: base
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)

@@ -2,7 +2,7 @@
 
 The published recipe (arXiv 2404.02424, its code): every pruned layer computes (W + B A s) * mask in its forward, its
 gradient left to autograd, masks in bytes; the same module runs dense as the teacher; the KL is over every position and the
-whole vocabulary. Ours: `restore/` with a shared and with a cached teacher, with the batch in four parts whose gradients
+whole vocabulary. Ours: `restoring/` with a shared and with a cached teacher, with the batch in four parts whose gradients
 add up to the same (`--accumulate 4`), and with activations made again. The same model, masks, batch, ranks and AdamW.
 
 Each way runs in a process of its own, in turns; seconds are the minimum over its steps, memory what the process held at

@@ -80,7 +80,7 @@ def searched(model: str, folder: Path) -> list[list[str]]:
                 r for r in cells if int(r["seed"]) == seed and abs(float(r["vision"]) + float(r["language"]) - total) < 0.01
             ]
             best = max(these, key=lambda r: float(r["exact_match"]))
-            body, _ = api.inspect(MODELS[model])
+            body = api.inspect(MODELS[model])
             size = sum(x.weight.numel() for c in ("vision", "language") for x in body.component(c))
             with tempfile.TemporaryDirectory() as out:
                 found = api.search(

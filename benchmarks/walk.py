@@ -76,9 +76,9 @@ def main() -> None:
         "walk, each block run once more": lambda: lockstep(model, blocks, batches, visit, **ends),
         "the same, cut short after the last block": lambda: lockstep(model, blocks, batches, visit),
         "prune, Wanda, block": pruned(),
-        "prune, Wanda, stage": pruned(propagate="stage"),
+        "prune, Wanda, layer": pruned(propagate="layer"),
         "prune, SparseGPT, block": pruned(method="sparsegpt"),
-        "prune, SparseGPT, stage": pruned(method="sparsegpt", propagate="stage"),
+        "prune, SparseGPT, layer": pruned(method="sparsegpt", propagate="layer"),
     }
     best = dict.fromkeys(variants, float("inf"))
     for _ in range(runs):

@@ -18,7 +18,8 @@ from sparsight.cli import app as cli
 
 import zoo
 
-LONG = ("test_many_processes.py", "test_interrupted.py", "test_sweep.py", "test_guides.py", "test_run.py", "test_report.py")
+LONG = ("test_many_processes.py", "test_interrupted.py", "test_sweep.py", "test_guides.py", "test_run.py", "test_report.py",
+        "test_in_memory.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

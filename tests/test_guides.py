@@ -77,7 +77,19 @@ def test_the_pages_are_built_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "pages" / "reference.html").read_text()
-    for verb in ("prune", "restore", "evaluate", "verify", "run", "sweep", "search", "report", "estimate", "save", "sparse_lora"):
+    for verb in (
+        "prune",
+        "restore",
+        "evaluate",
+        "verify",
+        "run",
+        "sweep",
+        "search",
+        "report",
+        "estimate",
+        "save",
+        "sparse_lora",
+    ):
         assert f'id="sparsight.api.{verb}"' in reference
     assert (tmp_path / "pages" / "searchindex.js").is_file()
 

@@ -38,7 +38,7 @@ def desk(zoo_folder, tmp_path, monkeypatch):
 
 
 def test_every_block_is_known():
-    assert [kind for kind, _ in BLOCKS] == ["bash", "bash", "jsonl", "python", "python"]
+    assert [kind for kind, _ in BLOCKS] == ["bash", "bash", "jsonl", "python", "python", "python"]
 
 
 def test_the_two_commands():
@@ -66,7 +66,7 @@ def test_python(desk, capsys):
     for block in blocks("python"):
         scope = {}
         exec(block.replace("steps=200", "steps=2"), scope)
-    assert {"sparse", "restored", "mine"} <= {p.name for p in desk.iterdir()}
+    assert {"sparse", "restored", "mine-sparse", "mine"} <= {p.name for p in desk.iterdir()}
 
 
 def test_the_table_of_families_is_the_table():

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForImageTextToText
 
 from sparsight import SparsightError, api, recipe
+from sparsight.data import read, sources
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import Interrupted
+from sparsight.reporting.runs import read_folder
 from sparsight.sweeps.grid import cells
 from sparsight.sweeps.sweep import EXTRA
 
@@ -59,6 +62,60 @@ def test_the_whole_road(home, tmp_path):
     assert again["verify"]["differences"] == {}
     with pytest.raises(SparsightError, match="restore="):
         api.run(home / "r.yaml", out, changes=[*SMALL, "restore.steps=4"])
+
+
+def test_one_load_per_set_of_weights_and_one_parse_per_sample(home, tmp_path, monkeypatch):
+    loads, parses = [], []
+    from_pretrained, parse = AutoModelForImageTextToText.from_pretrained, sources.parse
+
+    def count_load(path, **settings):
+        loads.append(Path(path).name)
+        return from_pretrained(path, **settings)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", staticmethod(count_load))
+    monkeypatch.setattr(sources, "parse", lambda *record: parses.append(record) or parse(*record))
+    api.run(home / "r.yaml", tmp_path / "out", changes=SMALL)
+    held_out, train = len(read(home / "test")), len(read(home / "train"))
+    assert len(parses) - held_out - train == held_out + train  # `read` above parses each once more
+    assert loads == ["llava", "llava", "restored"]  # the dense one, which is pruned in memory; its teacher; the files' own
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [("prune", {"sparsity": 0.5, "samples": 4}), ("restore", {"steps": 2, "batch_size": 4, "held_out": 4})],
+        [("prune", {"sparsity": 0.4, "method": "magnitude", "pattern": "tensor"})],
+        [("prune", {"sparsity": 0.3, "samples": 4}), ("prune", {"sparsity": 0.6, "samples": 6, "policy": "owl"})],
+        [("search", {"sparsity": 0.5, "samples": 4, "over": "components", "max_new_tokens": 2, "held_out_samples": 4}),
+         ("prune", {"sparsity": 0.6, "samples": 4}), ("restore", {"steps": 2, "batch_size": 4, "kl": 0})],
+    ],
+    ids=["restored", "without data", "twice", "after a search"],
+)  # fmt: skip
+def test_the_recipe_beside_the_weights_makes_the_same_bytes(stages, home, zoo_folder, tmp_path):
+    model = zoo_folder("llava")
+    for number, (verb, settings) in enumerate(stages):
+        words = {} if settings.get("method") == "magnitude" else {"data": home / "train"}
+        words |= {"held_out": home / "test"} if verb == "search" else {}
+        getattr(api, verb)(model, tmp_path / f"m{number}", **words, **settings)
+        model = tmp_path / f"m{number}"
+    done = api.run(model / "recipe.yaml", tmp_path / "again")
+    last = tmp_path / "again" / ("restored" if stages[-1][0] == "restore" else "pruned")
+    assert done["verify"]["differences"] == {}
+    assert digest(last) == digest(model)
+    names = ("sparsity.json", "recipe.yaml")
+    assert [(last / name).read_text() for name in names] == [(model / name).read_text() for name in names]
+    made = [settings for verb, settings in stages if verb in ("prune", "search")]
+    cell = read_folder(model).cell
+    assert cell["sparsity"] == pytest.approx(dict.fromkeys(("vision", "language"), made[-1]["sparsity"]), abs=0.01)
+    assert cell["method"] == made[-1].get("method", "wanda")
+    assert cell.get("prunings", 1) == max(1, sum(verb == "prune" for verb, _ in stages))
+
+
+def test_a_recipe_beside_weights_refuses_other_samples(home, zoo_folder, tmp_path):
+    api.prune(zoo_folder("llava"), tmp_path / "out", data=home / "train", samples=4)
+    with pytest.raises(SparsightError, match="holds other samples than those that the recipe was written from"):
+        api.run(tmp_path / "out/recipe.yaml", tmp_path / "again", changes=[f"data={home / 'test'}"])
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.slow

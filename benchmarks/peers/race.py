@@ -99,11 +99,11 @@ def main() -> None:
         folder = Path(scratch)
         make(folder, asked.size, asked.dtype)
         for method in asked.methods:
-            runs: dict[str, list[dict]] = {"ours, block": [], "ours, stage": [], "llm-compressor": []}
+            runs: dict[str, list[dict]] = {"ours, block": [], "ours, layer": [], "llm-compressor": []}
             for _ in range(asked.runs):
                 runs["llm-compressor"].append(run(asked.peer, "theirs.py", folder, method))
                 runs["ours, block"].append(run(sys.executable, "ours.py", folder, method, ("block",)))
-                runs["ours, stage"].append(run(sys.executable, "ours.py", folder, method, ("stage",)))
+                runs["ours, layer"].append(run(sys.executable, "ours.py", folder, method, ("layer",)))
             best = {name: min(found, key=lambda r: r["seconds"]) for name, found in runs.items()}
             peer = best["llm-compressor"]
             for name, found in best.items():

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparsight.errors import SparsightError
+from sparsight.version import VERSION
 
 if TYPE_CHECKING:
     from sparsight.api import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from sparsight.restoring.adapter_files import load_adapter
     from sparsight.specs import EvaluateSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _API = ("estimate", "evaluate", "inspect", "merge", "plan", "prune", "report", "restore", "run", "save", "search",
         "sparse_lora", "sweep", "verify")  # fmt: skip

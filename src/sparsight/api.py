@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sparsight.checks import name_of
-from sparsight.options import Argument, options
+from sparsight.errors import SparsightError
+from sparsight.options import Argument, Spec, options
 from sparsight.progress import Progress
 from sparsight.specs import SPECS, EvaluateSpec, FamilySpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
@@ -49,9 +50,9 @@ def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> An
 
 def plan(
     model: Model,
+    data: CalibrationData = None,
     spec: PlanSpec | None = None,
     *,
-    data: CalibrationData = None,
     processor: Any = None,
     progress: Progress | None = None,
     **settings: Any,
@@ -70,6 +71,10 @@ def plan(
     from sparsight.pruning.verb import with_batches
 
     spec = _spec(PlanSpec, spec, settings)
+    if _is_folder(model):
+        _check_folder_data(None, processor)
+    else:
+        spec = _in_memory(model, spec)
     policy = "uniform" if spec.policy is None else spec.policy
     rule = find_policy(policy, data=data is not None)
     planned_budget(spec.pattern, spec.sparsity, policy)
@@ -115,7 +120,10 @@ def prune(
 
     spec = _spec(PruneSpec, spec, settings)
     if not _is_folder(model):
-        return prune_model(model, out if data is None else data, spec, processor=processor, progress=progress)
+        data, out = (out, None) if data is None else (data, out)
+        spec = _in_memory(model, spec, out=out, overwrite=overwrite, resume=resume)
+        return prune_model(model, data, spec, processor=processor, progress=progress)
+    _check_folder_data(data, processor)
     return prune_folder(model, out, spec, data=data, overwrite=overwrite, resume=resume, progress=progress)
 
 
@@ -143,12 +151,15 @@ def restore(
     """
     from sparsight.restoring.verb import restore_folder, restore_model
 
+    if spec is None and hasattr(sparse, "device"):
+        settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = _spec(RestoreSpec, spec, settings)
     if not _is_folder(sparse):
-        from sparsight.data.own_batches import as_samples_or_batches
-
-        ready = as_samples_or_batches(sparse, out if data is None else data, spec)
-        return restore_model(sparse, ready, spec, processor=processor, teacher=teacher, progress=progress)
+        data, out = (out, None) if data is None else (data, out)
+        adapter = spec.save_adapter
+        spec = _in_memory(sparse, spec, out=out, overwrite=overwrite, resume=resume, save_adapter=adapter)
+        return restore_model(sparse, data, spec, processor=processor, teacher=teacher, progress=progress)
+    _check_folder_data(data, processor)
     _need(data, "data", "training samples")
     _need(out, "out", "a folder to write")
     return restore_folder(
@@ -158,9 +169,9 @@ def restore(
 
 def evaluate(
     model: Model,
+    data: Data = None,
     spec: EvaluateSpec | None = None,
     *,
-    data: Data = None,
     processor: Any = None,
     record: Annotated[bool | str | Path, "Keep scores and answers beside the weights, for report."] = False,
     progress: Progress | None = None,
@@ -179,12 +190,17 @@ def evaluate(
     spec = _spec(EvaluateSpec, spec, settings)
     _need(data, "data", "held-out samples")
     if not _is_folder(model):
+        spec = _in_memory(model, spec, adapters=True, record=record)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
+    _check_folder_data(data, processor)
     return evaluate_folder(model, data, spec, record=record, progress=progress)
 
 
 def verify(
-    model: Model, against: Annotated[Any, "A sparse folder whose every zero must be here too."] = None
+    model: Model,
+    against: Annotated[Any, "A sparse folder whose every zero must be here too."] = None,
+    *,
+    family: Annotated[str | None, "Where a model of unknown type, without a record, keeps its blocks."] = None,
 ) -> dict[str, Any]:
     """Recount every zero; exit code 1 and the layers by name on any difference.
 
@@ -195,7 +211,7 @@ def verify(
     """
     from sparsight.checkpoint.verify import verify
 
-    return verify(model, against)
+    return verify(model, against, family=family)
 
 
 def save(
@@ -212,9 +228,11 @@ def save(
     """Write a sparse model in memory as a `from_pretrained` folder, with `sparsity.json` and a card beside the weights.
 
     `record` is what `prune` returned, or a plan; without it the zeros themselves are recorded. `base_model` names the dense
-    original, the default teacher of `restore`. Returns the content of `sparsity.json`.
+    original, the default teacher of `restore`; by default it is what the model was loaded from. Returns the content of
+    `sparsity.json`.
 
-    **Raises** `SparsightError` for a model without zeros, and for an output folder that may not be replaced.
+    **Raises** `SparsightError` for a model without zeros, one that does not hold `record`, and for an output folder that may
+    not be replaced.
     """
     from sparsight.checkpoint.save import save
 
@@ -238,7 +256,9 @@ def sparse_lora(model: Any, *, spec: RestoreSpec | None = None, **settings: Any)
 
 
 def merge(wrapped: Any) -> Any:
-    """Merge the adapters of `sparse_lora` into the weights, every zero kept; returns the plain model, the same object.
+    """Merge the adapters of `sparse_lora` into the weights; returns the plain model, the same object.
+
+    Every zero is kept, unless the adapter is `lora`, whose merge is dense.
 
     **Raises** `SparsightError` for a model without such adapters.
     """
@@ -360,6 +380,8 @@ def _spec(kind: type[Any], spec: Any, settings: Mapping[str, Any]) -> Any:
     """The record of a verb's settings: `spec`, with keywords in place of its fields."""
     if spec is None or isinstance(spec, Mapping):
         return kind.of({**(spec or {}), **settings})
+    if not isinstance(spec, Spec):
+        raise SparsightError(f"`spec`: {type(spec).__name__} is no record of settings; name fields, as in `sparsity=0.5`")
     fields = {name: getattr(spec, name) for name in options(kind) if hasattr(spec, name)}
     return kind.of({**fields, **settings}) if settings or type(spec) is not kind else spec
 
@@ -368,10 +390,32 @@ def _is_folder(model: Any) -> bool:
     return isinstance(model, str | Path)
 
 
-def _loaded(model: Any, **options: Any) -> Any:
+def _loaded(model: Any) -> Any:
     from sparsight.model.load import load_model
+    from sparsight.model.source import check_model
 
-    return load_model(model, **options) if _is_folder(model) else model
+    if _is_folder(model):
+        return load_model(model)
+    check_model(model)
+    return model
+
+
+def _in_memory(model: Any, spec: Any, **of_folders: Any) -> Any:
+    from sparsight.model.source import in_memory
+
+    return in_memory(model, spec, **of_folders)
+
+
+def _check_folder_data(data: Any, processor: Any) -> None:
+    """Refuse what only a model in memory can use."""
+    from sparsight.data.sources import Source
+
+    if processor is not None:
+        raise SparsightError("`processor`: a folder holds its own; leave it out")
+    if data is not None and not isinstance(data, str | Path | Source):
+        raise SparsightError(
+            f"`data`: {type(data).__name__} is no data source; batches of your own need a model in memory: `load` it first"
+        )
 
 
 def _family(model: Any, spec: FamilySpec) -> Any:
@@ -381,8 +425,6 @@ def _family(model: Any, spec: FamilySpec) -> Any:
 
 
 def _need(value: Any, field: str, noun: str) -> None:
-    from sparsight.errors import SparsightError
-
     if value is None:
         raise SparsightError(f"`{field}`: is missing; give {noun}")
 

@@ -31,5 +31,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, facts: Any, indent: int | None = 1) -> None:
-    """Write plain values as a JSON file, as a whole or not at all; what JSON does not know is written as its `str`."""
+    """Write plain values as a JSON file, as a whole or not at all; other values are written as their `str`."""
     write_text(path, json.dumps(facts, indent=indent, default=str, ensure_ascii=False) + "\n")

@@ -110,10 +110,11 @@ class _Road:
     def take(self) -> dict[str, Any]:
         """Run every stage that is not finished."""
         folder, dense = self.folder, self.settings["model"]
-        pruned, prunings = folder / PRUNED, stages_of(self.settings, "prune") or [{}]
+        searched = "search" in self.settings
+        pruned, prunings = folder / PRUNED, stages_of(self.settings, "prune") or ([] if searched else [{}])
         restorations = stages_of(self.settings, "restore")
         with _state(folder, self.facts):
-            if not pruned.is_dir() and "search" not in self.settings:
+            if not pruned.is_dir() and not searched:
                 for section in prunings:
                     self.check_pruning(section)
             for section in restorations:
@@ -121,7 +122,10 @@ class _Road:
                 self.check_fingerprint(section, spec, spec.seed if spec.samples else None)
             self.evaluate(DENSE, dense, folder / DENSE)
             if not pruned.is_dir():
-                self.search(pruned) if "search" in self.settings else self.prune(dense, pruned, prunings)
+                found = pruned if not prunings else folder / f"{PRUNED}-0"
+                if searched and not found.is_dir():
+                    self.search(found)
+                self.prune(str(found) if searched else dense, pruned, prunings)
         self.evaluate(PRUNED, pruned)
         last = pruned
         for number, section in enumerate(restorations, 1):
@@ -167,9 +171,8 @@ class _Road:
             progress=prefix(self.progress, "search"),
         )  # fmt: skip
 
-    def prune(self, dense: str, out: Path, sections: Sequence[Mapping[str, Any]]) -> None:
-        """Prune the dense model in memory, step by step where there are several, and write every step."""
-        model = dense
+    def prune(self, model: str, out: Path, sections: Sequence[Mapping[str, Any]]) -> None:
+        """Prune a model in memory, step by step where there are several, and write every step."""
         for number, section in enumerate(sections, 1):
             target = out if number == len(sections) else out.with_name(f"{out.name}-{number}")
             if not target.is_dir():

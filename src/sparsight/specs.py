@@ -170,9 +170,9 @@ class RestoreSpec(SharedSpec):
     adapter: Annotated[
         str, Option("What is trained: {names}; the merge of lora is dense.", (ADAPTERS,), cost=True)
     ] = "sparselora"  # fmt: skip
-    tune: Annotated[tuple[str, ...], Option("The components to train.", ("sparsight.model.families:COMPONENTS",), cost=False)] = (
-        "vision", "connector", "language",
-    )  # fmt: skip
+    tune: Annotated[
+        tuple[str, ...], Option("The components to train.", ("sparsight.model.families:COMPONENTS",), cost=False)
+    ] = ("vision", "connector", "language")  # fmt: skip
     rank: Annotated[
         Ranks | None, Option("Rank per component. [default: vision=4,connector=2,language=8]", cost=True)
     ] = None  # fmt: skip
@@ -192,9 +192,9 @@ class RestoreSpec(SharedSpec):
         Option("Folder to keep a cached teacher in for the next run. [default: beside OUT, deleted at the end]", work=False),
     ] = None
     kl: Annotated[
-        float, Option("Weight of the distillation, 0 to 1.", fits=lambda x: 0 <= x <= 1, says="a weight from 0 to 1", cost=True)
+        float, Option("Weight of distillation, 0 to 1.", fits=lambda x: 0 <= x <= 1, says="a weight from 0 to 1", cost=True)
     ] = 0.1  # fmt: skip
-    temperature: Annotated[float, _above_zero("Temperature of the distillation.")] = 1.0
+    temperature: Annotated[float, _above_zero("Temperature of distillation.")] = 1.0
     divergence: Annotated[
         str,
         Option("{names}: KL(teacher || student), KL(student || teacher), Jensen-Shannon.", (DIVERGENCES,)),

@@ -380,7 +380,8 @@ def test_seven_billion_parameters_need_no_weights(zoo_folder, tmp_path):
     config["dtype"] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(config))
     code = (
-        "import re, sys; from pathlib import Path; from sparsight import estimate; from sparsight.estimation import machine\n"
+        "import re, sys; from pathlib import Path; from sparsight import estimate\n"
+        "from sparsight.estimation import machine\n"
         f"machine.measured_base = lambda where, dtype: {BASE}\n"
         "few = {'batch_size': 2}; found = estimate(sys.argv[1], restore=few, evaluate=few, timed=False)\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"

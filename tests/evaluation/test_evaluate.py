@@ -63,7 +63,9 @@ def test_predict_leaves_the_model_as_it_was(built):
     calls = []
     model.train()
     model.generation_config.do_sample = True
-    first = predict(model, processor, samples(), batch_size=2, max_new_tokens=2, progress=lambda note, *args: calls.append(args))
+    first = predict(
+        model, processor, samples(), batch_size=2, max_new_tokens=2, progress=lambda note, *args: calls.append(args)
+    )
     assert model.training
     assert calls == [(2, 5), (4, 5), (5, 5)]
     torch.manual_seed(1)

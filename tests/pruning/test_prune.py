@@ -151,7 +151,10 @@ def test_experts_are_pruned_in_place_and_those_that_saw_too_few_tokens_with_the_
 
 
 def test_fused_experts_are_reconstructed_but_have_no_stages():
-    with pytest.raises(SparsightError, match=r"`propagate`: \S+experts\.gate_up_proj\.0 is one of fused experts, and `propagate=layer` stops"):
+    with pytest.raises(
+        SparsightError,
+        match=r"`propagate`: \S+experts\.gate_up_proj\.0 is one of fused experts, and `propagate=layer` stops",
+    ):
         pruned("qwen3-vl-moe", propagate="layer")
     _, body, plan, record = pruned("qwen3-vl-moe", sparsity=0.7, reconstruct=3)
     parts = {name: errors for name, errors in record.reconstructed.items() if "experts" in name}

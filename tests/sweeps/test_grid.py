@@ -174,9 +174,11 @@ def test_numbers_are_those_a_person_means(tmp_path):
     ],
 )
 def test_values_are_checked_before_anything_is_computed(section, says, tmp_path):
+    def check():
+        check_restore(recipe.spec_of(recipe.read(write(tmp_path, f"{{model: x, data: y, {section}}}")), "restore"))
+
     with pytest.raises(SparsightError) as error:
-        found = recipe.read(write(tmp_path, f"{{model: x, data: y, {section}}}"))
-        check_restore(recipe.spec_of(found, "restore"))
+        check()
     assert says in str(error.value)
 
 

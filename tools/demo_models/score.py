@@ -1,6 +1,6 @@
 """Held-out exact match of a demo model: test scenes, whose digits no training scene shows, answered greedily.
 
-    python -m demo_models.score FOLDER [--questions 2000] [--captions 500]
+    cd tools && python -m demo_models.score FOLDER [--questions 2000] [--captions 500]
 
 The folder is loaded as any user would load it, in float32, and asked through its own processor.
 """

@@ -1,6 +1,6 @@
 """Train a demo model from scratch, in stages, on nothing but digit scenes.
 
-    python -m demo_models.train instructblip|llava OUT [--seed 0] [--threads 2]
+    cd tools && python -m demo_models.train instructblip|llava OUT [--seed 0] [--threads 2]
 
 1. **see**: the vision tower learns to name the digit and the colour under each patch, through a linear head that is
    then thrown away. Trained end to end from the start, a model of this size never begins to look.

@@ -187,6 +187,10 @@ class PlannedModel:
     anatomy: Anatomy
     plan: Plan
 
+    def __repr__(self) -> str:
+        rows = (f"{row.component} {row.sparsity:.2%} of {row.parameters:,}" for row in plan_rows(self.anatomy, self.plan))
+        return f"PlannedModel({', '.join(rows)})"
+
 
 @dataclass(frozen=True)
 class PlanRow:

@@ -1,8 +1,8 @@
 """The moments of a dense model's inputs, on disk, block by block: a further pruning then costs no forward.
 
-With `propagate="dense"` no layer sees what pruning did to another, so that the moments of the dense model are all that
-any method, pattern or sparsity needs. One walk gathers them; what is pruned from them has the very bits of a walk of its
-own. Steps that run a block again (reconstruction, permutation) or need gradients cannot use them.
+With `propagate="dense"` the inputs of every layer are those of the dense model, so that its moments are enough for any
+method, pattern or sparsity. One walk gathers them; pruning from them gives the same bits as a walk of its own. Steps that
+run a block again (reconstruction, permutation) or need gradients cannot use them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class MomentCache:
 
     @property
     def complete(self) -> bool:
-        """Whether the walk that filled the folder came to its end."""
+        """Whether the walk that filled the folder is finished."""
         return (self.folder / "complete").is_file()
 
     def finish(self) -> None:
-        """Note that the walk came to its end."""
+        """Mark the walk as finished."""
         (self.folder / "complete").touch()
 
     def store(self, block: str, moments: Mapping[str, Moments]) -> None:
-        """Write the moments of one block's layers, in place of what the folder has of the block."""
+        """Write the moments of one block's layers, in place of the block's old file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         distinct = list({id(m): m for m in moments.values()}.values())
         places = {id(m): place for place, m in enumerate(distinct)}
@@ -43,7 +43,7 @@ class MomentCache:
             torch.save({"layers": layers, "moments": [m.state() for m in distinct]}, beside)
 
     def load(self, block: str, layers: Sequence[Layer], weigh: Weigh) -> dict[str, Moments]:
-        """The moments of those of `layers` that calibration reached, tokens of each kind counting as `weigh` says.
+        """The moments of those of `layers` that calibration reached, with the weights of `weigh` for tokens of each kind.
 
         **Raises** `SparsightError` for a file that cannot be read.
         """

@@ -1,9 +1,8 @@
-"""What is known of a layer's inputs, gathered while a block runs: sums over tokens, and a few rows to measure errors on.
+"""The moments of a layer's inputs, gathered while a block runs: sums over tokens, and a few rows to measure errors on.
 
-Padding is left out: a token that a batch only carries to fill its rectangle says nothing about the data. Tokens of text
-and of images are summed apart, so that a rule (`prune/tokens.py`) can weigh them. Layers that are fed the very same
-tensor (q/k/v, gate/up) share one accumulator. A Gram matrix is gathered as an upper triangle of panels, which is little
-more than half the work of a full product.
+Padding is left out. Tokens of text and of images are summed apart, so that a rule (`tokens.py`) can weigh them. Layers
+with the very same input tensor (q/k/v, gate/up) share one accumulator. A Gram matrix is gathered as an upper triangle of
+panels, which is little more than half the work of a full product.
 """
 
 from __future__ import annotations
@@ -22,20 +21,21 @@ MASKS = {"vision": ("vision",), "connector": ("instruction", "queries"), "langua
 ERROR_ROWS = 128  # inputs of a layer kept to measure its output error on
 FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all experts of its tensor
 
-Weigh = Callable[[Mapping[str, int]], Mapping[str, float]]  # tokens seen of each kind -> what one of them counts
+Weigh = Callable[[Mapping[str, int]], Mapping[str, float]]  # tokens of each kind -> the weight of one of them
 
 
 def alike(counts: Mapping[str, int]) -> dict[str, float]:
+    """Count every token as one."""
     return dict.fromkeys(counts, 1.0)
 
 
 @dataclass
 class Moments:
-    """What a layer's inputs were, on the layer's device.
+    """Sums over a layer's inputs, on the layer's device.
 
-    `weigh` says what a token of each kind counts; a layer that saw one kind only takes every token as one.
-    `sensitivity` is, for methods that need it, how the loss answers to the layer's weights (`prune/gradients.py`). With a
-    `home` the Gram matrix is gathered in one of several processes, and the others know counts and sums only.
+    `weigh` gives the weight of a token of each kind; with one kind only, every token counts as one. `sensitivity` is, for
+    methods that need it, the gradient of the loss by the layer's weights (`gradients.py`). With a `home` the Gram matrix is
+    gathered in one of several processes, and the others have counts and sums only.
     """
 
     columns: int
@@ -54,10 +54,11 @@ class Moments:
     def add(
         self, X: torch.Tensor, keep_rows: int = 0, *, image: torch.Tensor | None = None, sequences: int = 1
     ) -> None:  # X (tokens, in), image (tokens,)
+        """Add inputs, in place, and keep up to `keep_rows` of them."""
         self.take(Contribution.of(X, gram=self.with_gram, rows=keep_rows, image=image, sequences=sequences))
 
     def take(self, brought: Contribution) -> None:
-        """Add what a batch brings, and keep as many of its rows as there is room for."""
+        """Add the contribution of a batch, in place, and keep as many of its rows as there is room for."""
         self.sequences += brought.sequences
         for part in brought.parts:
             if part.kind not in self.kinds:
@@ -69,15 +70,17 @@ class Moments:
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of all kinds."""
         return sum(kind.count for kind in self.kinds.values())
 
     @property
     def count(self) -> float:
-        """Tokens, each as often as it counts."""
+        """The sum of the tokens' weights."""
         return self._weighted(lambda kind: kind.count)
 
     @property
     def squares(self) -> torch.Tensor:  # (in,)
+        """Weighted sum of x_j^2."""
         return self._weighted(lambda kind: kind.squares)
 
     @property
@@ -87,15 +90,17 @@ class Moments:
 
     @property
     def sums(self) -> torch.Tensor:  # (in,)
+        """Weighted sum of x_j."""
         return self._weighted(lambda kind: kind.sums)
 
     @property
     def variance(self) -> torch.Tensor:  # (in,)
+        """Var[x_j]."""
         return (self.squares / self.count - (self.sums / self.count).square()).clamp(min=0)
 
     @property
     def gram(self) -> torch.Tensor:  # (in, in)
-        """X^T X over all tokens."""
+        """X^T X over all tokens. **Raises** `ValueError` if it was not gathered."""
         if self._gram is None:
             if not self.with_gram:
                 raise ValueError("this method was not given a Gram matrix; declare it with needs='gram'")
@@ -136,7 +141,7 @@ class Moments:
         return whole
 
     def state(self) -> dict[str, Any]:
-        """All sums and rows as plain values and tensors; `of_state` makes the same moments of them."""
+        """All sums and rows as plain values and tensors, for `of_state`."""
         kinds = {name: kind.state() for name, kind in self.kinds.items()}
         return {
             "columns": self.columns,
@@ -148,7 +153,7 @@ class Moments:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], weigh: Weigh, device: torch.device) -> Moments:
-        """Moments of what `state` gave, on `device`."""
+        """Moments from the result of `state`, on `device`."""
         columns = state["columns"]
         moments = cls(columns, device, state["gram"], weigh, sequences=state["sequences"], rows=state["rows"])
         moments.kinds = {name: Sums.of_state(sums, columns, device) for name, sums in state["kinds"].items()}
@@ -182,7 +187,7 @@ def pool(layers: Sequence[Layer], moments: dict[str, Moments]) -> list[str]:
 def real_tokens(
     X: torch.Tensor, padding: Mapping[str, torch.Tensor], component: str, drop: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Flatten X (..., in) to (tokens, in) without its padding, and say which of the tokens are an image's.
+    """Flatten X (..., in) to (tokens, in) without its padding; also return which of the tokens are an image's.
 
     Each component has masks of its own, told apart by their number of tokens (those of encoder and decoder, and of the
     Q-Former's text and queries, differ by construction). Inputs that fit no mask have no padding. Image tokens are those

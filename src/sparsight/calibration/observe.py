@@ -15,11 +15,11 @@ from sparsight.model.anatomy import Layer
 
 
 class Watch:
-    """Open accumulators on the layers of one block; `during(batch)` says whose tokens run, `moments` holds the sums.
+    """Accumulators on the layers of one block; `during` sets the masks of the running batch, `moments` holds the sums.
 
-    `shared`: every process runs batches of its own, in turns. Each calls `exchange` at the end of a turn, whether it had
-    a batch or not, and all add what all have brought in the order of the batches, as one process does. A Gram matrix
-    costs more than the rest: it has one process for its home, but those of experts, which may be pooled, are everywhere.
+    `shared`: every process runs batches of its own, in turns. Each calls `exchange` at the end of a turn, with a batch or
+    without, and all add all contributions in the order of the batches, as one process does. A Gram matrix is gathered in one
+    process, its home, because it costs most; those of experts, which may be pooled, are gathered everywhere.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Watch:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Watch]:
+        """Hook the layers inside the block; yields itself."""
         experts: dict[int, list[Layer]] = {}
         hooks = []
         for layer in self._layers:
@@ -65,7 +66,7 @@ class Watch:
             self._padding, self._drop, self._seen = {}, None, []
 
     def see(self, layer: Layer, X: torch.Tensor) -> None:
-        """Add the inputs X (..., in) of one layer; those of a tensor seen before in this batch are there already."""
+        """Add the inputs X (..., in) of one layer; layers of one batch with the same tensor share its sums."""
         for tensor, name in self._seen:
             if tensor is X:
                 return self._bring(layer.name, name)
@@ -74,7 +75,7 @@ class Watch:
         return self._bring(layer.name, self._contribution(flat, image, self._sequences(X)))
 
     def exchange(self) -> None:
-        """Add what this turn's batches brought in any process; nothing to do where they are not shared."""
+        """Add the contributions of this turn from all processes; does nothing unless `shared`."""
         if self._shared:
             mine, self._outbox = self._outbox, []
             for theirs in distributed.all_gather(mine):
@@ -118,12 +119,12 @@ class Watch:
         """Fused experts get (tokens, in) and which experts each token goes to; every expert sees its own tokens only."""
 
         def gather(module: Any, args: tuple) -> None:
-            X, chosen = args[0], args[1]  # (tokens, in), (tokens, k)
+            X, routes = args[0], args[1]  # (tokens, in), (tokens, k)
             places = torch.arange(X.shape[0], device=X.device).unsqueeze(1)
             real, image = real_tokens(places, self._padding, self._component, self._drop)
             for layer in layers:
                 key, index = layer.expert  # type: ignore[misc]
-                here = (chosen[real[:, 0]] == index).any(1)
+                here = (routes[real[:, 0]] == index).any(1)
                 inputs = X[real[here, 0]]
                 if key == "down_proj":
                     inputs = module._apply_gate(torch.nn.functional.linear(inputs, module.gate_up_proj[index]))

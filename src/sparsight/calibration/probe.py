@@ -1,6 +1,6 @@
-"""What policies may ask of a model and some calibration batches: measured when first asked for, then remembered.
+"""Measurements of a model on calibration batches, for policies: each is made once and cached.
 
-Nothing here changes the model: where a weight is changed to see what follows, its own bits are put back.
+The model does not change: a weight that is changed for a measurement gets its own bits back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FEW = 32  # samples, for what costs many forward passes
 class Probe:
     """A model, taken apart, and the calibration batches to measure it on; the same seed gives the same numbers.
 
-    `progress(note, done, all)` is called by what takes long.
+    Long measurements call `progress(note, done, total)`.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Probe:
             raise SparsightError("`data`: there is no calibration sample to measure on; give at least one")
         self.model, self.anatomy, self.batches, self.seed = model, anatomy, batches, seed
         self.progress = progress or (lambda note, done, total: None)
-        self._known: dict[tuple, Any] = {}
+        self._cache: dict[tuple, Any] = {}
 
     def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        """What `compute` gave when it was first called for this key."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
+        """The result of `compute`, which is called once per key."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
     @property
     def few(self) -> list[Batch]:
@@ -67,15 +67,15 @@ class Probe:
 
         All zeros for an expert that no token reached; `SparsightError` for any other layer.
         """
-        known = self.once(("norms",), self._walk)
+        every = self.once(("norms",), self._walk)
         norms = {}
         for layer in self.anatomy.layers if layers is None else layers:
-            if layer.name not in known and layer.expert is None:
+            if layer.name not in every and layer.expert is None:
                 raise SparsightError(
                     f"{layer.name}: no calibration sample reached this layer; give samples that use it, or `ignore` it"
                 )
             nothing = torch.zeros(layer.shape[1], device=layer.weight.device)
-            norms[layer.name] = known.get(layer.name, nothing)
+            norms[layer.name] = every.get(layer.name, nothing)
         return norms
 
     def _walk(self) -> dict[str, torch.Tensor]:
@@ -95,15 +95,15 @@ class Probe:
         return norms
 
     def slopes(self, layers: Sequence[Layer], eps: float = 1e-3) -> dict[str, float]:
-        """|L(W + eps z) - L(W - eps z)| / 2 eps per layer, z Gaussian and new for every batch; the mean over `few` batches.
+        """`|L(W + eps z) - L(W - eps z)| / 2 eps` per layer, z Gaussian, new for every batch; the mean over `few` batches.
 
         Cost: two forward passes per layer and batch.
         """
-        found = {}
+        slopes = {}
         for done, layer in enumerate(layers):
-            found[layer.name] = self.once(("slope", layer.name, eps), partial(self._slope, layer, eps))
+            slopes[layer.name] = self.once(("slope", layer.name, eps), partial(self._slope, layer, eps))
             self.progress(f"slope of {layer.name}", done + 1, len(layers))
-        return found
+        return slopes
 
     def _slope(self, layer: Layer, eps: float) -> float:
         W, total, batches = layer.weight.float(), 0.0, self.few
@@ -121,7 +121,7 @@ class Probe:
         return torch.randn(layer.shape, generator=generator)
 
     def gradients(self, layers: Sequence[Layer]) -> dict[str, Gradient]:
-        """The gradient of the loss by the weights of these layers; see `prune/gradients.py`."""
+        """The gradient of the loss by the weights of these layers; see `gradients.py`."""
         names = tuple(layer.name for layer in layers)
         return self.once(("gradients", *names), lambda: gradients(self.model, layers, self.batches))
 
@@ -135,11 +135,11 @@ class Probe:
             return _divergence(dense, self._answers(self.few))
 
     def dense_answers(self) -> list[torch.Tensor]:  # (n, V) per batch
-        """What `drift` is measured from: log-probabilities at the answer tokens, of the model as it is at the first call."""
+        """The reference of `drift`: log-probabilities at the answer tokens, of the model at the first call."""
         return self.once(("answers",), lambda: self._answers(self.batches))
 
     def drift(self) -> float:
-        """KL(now || dense) of the next token: how improbable to the dense model is what the model would say now.
+        """KL(now || dense) of the next token.
 
         The mean over the answer tokens of all batches; `dense_answers` must have been called before the model was changed.
         """
@@ -148,16 +148,17 @@ class Probe:
     @torch.no_grad()
     def _answers(self, batches: Sequence[Batch]) -> list[torch.Tensor]:  # (n, V) per batch
         """Log-probabilities at the answer tokens."""
-        found = []
+        answers = []
         with evaluating(self.model):
             for batch in batches:
                 logits = self.model(**batch.inputs).logits
-                found.append(F.log_softmax(select_answers(logits, batch.inputs["labels"], batch.shifted)[0].float(), dim=-1))
-        return found
+                chunk, _ = select_answers(logits, batch.inputs["labels"], batch.shifted)
+                answers.append(F.log_softmax(chunk.float(), dim=-1))
+        return answers
 
     @contextlib.contextmanager
     def changed(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Run the model with other weights (out, in) in the layers named; their own bits are put back after."""
+        """Put other weights (out, in) into layers inside the block; the layers get their own bits back after it."""
         layers = [self.anatomy[name] for name in weights]
         before = [layer.weight.clone() for layer in layers]
         try:

@@ -1,6 +1,6 @@
 """Which calibration tokens count, and how much: one line per rule, over the same sums.
 
-`all` takes every token as one. `text` and `image` leave the other kind out of layers that see both. `balanced` lets both
+`all` counts every token as one. `text` and `image` leave the other kind out of layers that see both. `balanced` lets both
 kinds weigh the same in total, however many tokens they have. `atv` (ATV-Pruning, arXiv 2603.16001; code LezJ/ATV-Pruning)
 takes all text and, of every sample, those image tokens that the block turns most (cosine distance of its input and
 output), min(1, mean distance) of them per text token. `tamp` (the AMIA part of TAMP, arXiv 2504.09897; code
@@ -32,8 +32,8 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Flow:
-    """What one batch brings to a block: hidden states before and after (B, T, d), masks (B, T), and the attention (B, T)
-    that each row's last real token pays to every token (None unless the rule asks for it)."""
+    """One batch in a block: hidden states before and after (B, T, d), masks (B, T), and the attention (B, T) from each row's
+    last real token to every token (None unless the rule needs it)."""
 
     before: torch.Tensor
     after: torch.Tensor
@@ -47,7 +47,7 @@ Select = Callable[[Sequence[Flow]], list[torch.Tensor]]  # what is left out of e
 
 @dataclass(frozen=True)
 class TokenRule:
-    """`weigh` gives what a token of each kind counts; `select` leaves tokens out, knowing the block's hidden states."""
+    """`weigh` gives the weight of a token of each kind; `select` drops tokens by the block's hidden states."""
 
     weigh: Weigh = alike
     select: Select | None = None
@@ -55,14 +55,16 @@ class TokenRule:
 
 
 def balanced(counts: Mapping[str, int]) -> dict[str, float]:
+    """Give all kinds the same total weight."""
     total = sum(counts.values())
     return {kind: total / (len(counts) * n) for kind, n in counts.items()}
 
 
 def atv(flows: Sequence[Flow]) -> list[torch.Tensor]:
+    """The image tokens (B, T) of each batch that ATV drops: those that the block turns least."""
     turned = [1 - F.cosine_similarity(f.before.float(), f.after.float(), dim=-1) for f in flows]  # (B, T)
-    seen = torch.cat([distance[f.image & f.real] for distance, f in zip(turned, flows, strict=True)])
-    share = min(1.0, float(seen.mean())) if seen.numel() else 0.0
+    distances = torch.cat([distance[f.image & f.real] for distance, f in zip(turned, flows, strict=True)])
+    share = min(1.0, float(distances.mean())) if distances.numel() else 0.0
     dropped_tokens = []
     for distance, f in zip(turned, flows, strict=True):
         images, texts = f.image & f.real, f.real & ~f.image
@@ -75,6 +77,7 @@ def atv(flows: Sequence[Flow]) -> list[torch.Tensor]:
 
 
 def tamp(flows: Sequence[Flow]) -> list[torch.Tensor]:
+    """The tokens (B, T) of each batch that TAMP drops: all but the representatives."""
     dropped_tokens = []
     for f in flows:
         drop = f.real.clone()
@@ -88,7 +91,7 @@ def tamp(flows: Sequence[Flow]) -> list[torch.Tensor]:
 
 
 def _representatives(hidden: torch.Tensor, image: torch.Tensor, score: torch.Tensor) -> list[int]:
-    """Choose tokens (n, d) until the chosen ones stand for all."""
+    """Pick tokens (n, d) until the picked ones represent all."""
     out = F.normalize(hidden.float(), dim=-1)
     alike_ = out @ out.T  # (n, n) cosine
     if not bool(image.any()) or bool(image.all()) or len(out) <= NEIGHBOURS + 1:
@@ -100,15 +103,15 @@ def _representatives(hidden: torch.Tensor, image: torch.Tensor, score: torch.Ten
     graph = score + (torch.exp(-distance.gather(1, near)) * score[near]).sum(1)
     kernel = torch.exp(-distance)  # a Gaussian of width 1: |a - b|^2 / 2 = 1 - cos
     enough, whole = 0.1 * max(0.0, 1 - density) ** 0.5, float(kernel.mean())
-    chosen: list[int] = []
-    while len(chosen) < len(out):
+    picks: list[int] = []
+    while len(picks) < len(out):
         best = int(graph.argmax())
         graph[near[best]] -= torch.exp(-0.2 * distance[best, near[best]]) * graph[best].clamp(min=0)
-        chosen.append(best)
-        graph[chosen] = graph.min() - 1
-        if whole + float(kernel[chosen][:, chosen].mean()) - 2 * float(kernel[:, chosen].mean()) < enough:
+        picks.append(best)
+        graph[picks] = graph.min() - 1
+        if whole + float(kernel[picks][:, picks].mean()) - 2 * float(kernel[:, picks].mean()) < enough:
             break
-    return chosen
+    return picks
 
 
 def _density(alike_: torch.Tensor) -> float:
@@ -132,8 +135,8 @@ def dropped_tokens(
 ) -> dict[int, torch.Tensor]:
     """The tokens (B, T) of each batch that a rule leaves out of one block's moments.
 
-    Where the rule looks at what the block puts out, that is one more run of the block on every batch. A rule sees the
-    batches of all processes.
+    A rule with `select` costs one more run of the block on every batch; it gets the batches of all processes. **Raises**
+    `SparsightError` if it does not return a boolean mask per batch.
     """
     if rule.select is None or component != "language":
         return {}
@@ -148,25 +151,25 @@ def dropped_tokens(
         attention = last_token_attention(call, padding["text"]) if rule.attention else None
         flows[i] = Flow(before, after if isinstance(after, torch.Tensor) else after[0], padding["text"], image, attention)
     every = distributed.gather_dict(flows)
-    chosen = list(rule.select(list(every.values()))) if every else []
+    drops = list(rule.select(list(every.values()))) if every else []
     shapes = [f.real.shape for f in every.values()]
-    if [getattr(drop, "shape", None) for drop in chosen] != shapes or any(drop.dtype != torch.bool for drop in chosen):
+    if [getattr(drop, "shape", None) for drop in drops] != shapes or any(drop.dtype != torch.bool for drop in drops):
         raise SparsightError("`tokens`: the rule must give one boolean mask (B, T) of what it leaves out for every batch")
-    return {i: drop for i, drop in zip(every, chosen, strict=True) if i in flows}
+    return {i: drop for i, drop in zip(every, drops, strict=True) if i in flows}
 
 
 def last_token_attention(call: Call, real: torch.Tensor) -> torch.Tensor:
-    """Run a block with eager attention: how much each row's last real token looks at every token (B, T).
+    """Run a block with eager attention: the attention from each row's last real token to every token (B, T).
 
-    The last real token sees all of them, so that its weights over the real tokens, scaled to 1, are those of any mask; what
-    the block puts out is of no use here, since it was given another attention's mask.
+    The last real token attends to all of them, so its weights over the real tokens, scaled to 1, are those of any mask. The
+    block's output is not used: its mask is that of another attention. **Raises** `SparsightError` without such weights.
     """
-    seen: list[torch.Tensor] = []
+    maps: list[torch.Tensor] = []
 
     def catch(module: nn.Module, args: tuple, output: Any) -> None:
         for part in output[1:] if isinstance(output, tuple) else ():
             if isinstance(part, torch.Tensor) and part.shape[::2] == (len(real), real.shape[1]) and part.dim() == 4:
-                seen.append(part)
+                maps.append(part)
 
     block = cast(nn.Module, call.func)
     configs = {id(c): c for m in block.modules() if (c := getattr(m, "config", None)) is not None}.values()
@@ -181,11 +184,11 @@ def last_token_attention(call: Call, real: torch.Tensor) -> torch.Tensor:
             config._attn_implementation = kind
         for hook in hooks:
             hook.remove()
-    if not seen or not torch.allclose(seen[0].float().sum(-1), torch.ones(()).to(real.device), atol=0.02):
+    if not maps or not torch.allclose(maps[0].float().sum(-1), torch.ones(()).to(real.device), atol=0.02):
         raise SparsightError("`tokens`: tamp needs attention weights, which this model's blocks do not give; use atv")
     places = torch.arange(real.shape[1], device=real.device)
     last = (places * real).argmax(1)  # (B,)
-    weights = seen[0].mean(1)[torch.arange(len(last), device=real.device), last]  # (B, T)
+    weights = maps[0].mean(1)[torch.arange(len(last), device=real.device), last]  # (B, T)
     return weights.masked_fill(~real, 0)
 
 

@@ -89,7 +89,7 @@ def sparsity_record(
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """Read `sparsity.json`; None if the folder has none."""
+    """Read `sparsity.json`; None if the folder has none. **Raises** `SparsightError` for a damaged one."""
     path = Path(folder) / "sparsity.json"
     record = _read(path, json.loads)
     if record is None:
@@ -179,7 +179,7 @@ def family_of(model: str | Path | None, family: str | None) -> Family | None:
 
 
 def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:
-    """Refuse an output folder that would lose something, one of the `inputs` among it; touch nothing."""
+    """Refuse, by a `SparsightError`, an output folder that would lose something, as one of the `inputs`; touch nothing."""
     out = Path(folder)
     try:
         if out.is_file():
@@ -206,7 +206,7 @@ def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[s
 def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write into that takes the place of `folder` once the block ends without an error.
 
-    On any error, a full disk among them, it is deleted and `folder` is as it was.
+    On any error, a full disk among them, it is deleted and `folder` is as it was. **Raises** `NotWritten` for a full disk.
     """
     out = check_output(folder, overwrite)
     try:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import sparsight
 from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
     check_output,
     family_of,
     plan_of_zeros,
+    read_plan,
+    read_record,
     sparsity_record,
     write_model,
 )
+from sparsight.checkpoint.verify import recorded_plan
 from sparsight.checks import whole_name
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import anatomy
+from sparsight.model.source import check_model
+from sparsight.version import VERSION
 
 
 def save(
@@ -34,30 +37,43 @@ def save(
 ) -> dict[str, Any]:
     """Write `model` to the folder `out`; returns the content of `sparsity.json`.
 
-    `record` is what `prune` returned or a plan; without it the zeros themselves are recorded. `base_model` is by default
-    what the model says it was loaded from.
+    `record` is what `prune` returned or a plan; without it the zeros themselves are recorded, as patterns that the folder
+    the model was loaded from has on record where they still hold. `base_model` is by default that folder, or the dense
+    model that it was made from.
 
-    **Raises** `SparsightError` for a wrapped model, for one without zeros, and for a folder that would lose something.
+    **Raises** `SparsightError` for adapters that are not merged, a model without zeros, one that does not hold the plan of
+    `record`, and for a folder that would lose something.
     """
-    target = check_output(out, overwrite)
-    if hasattr(model, "merge_and_unload"):
-        raise SparsightError("the model has adapters that are not merged; save `sparsight.merge(model)`")
-    known = family_of(None, family)
+    check_model(model)
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    earlier = read_record(source) if source else None
+    base = str(base_model or (earlier or {}).get("base_model") or source)
+    target = check_output(out, overwrite, inputs=(base or None,))
+    known = family_of(source or None, family)
     body = anatomy(model, known)
-    plan = dict(record if isinstance(record, Mapping) else getattr(record, "plan", None) or {})
-    plan = {**plan_of_zeros(body), **{name: pattern for name, pattern in plan.items() if pattern.holds(body[name].weight)}}
+    weights = {layer.name: layer.weight for layer in body.layers}
+    plan = recorded_plan("record", record) if record is not None else {}
+    if plan is None:
+        raise SparsightError(f"`record`: {type(record).__name__} is no plan; give what `plan` or `prune` returned")
+    lost = [name for name, pattern in plan.items() if name not in weights or not pattern.holds(weights[name])]
+    if lost:
+        raise SparsightError(f"`record`: {lost[0]} does not hold its pattern any more; leave `record` out to save it so")
+    before = {name: p for name, p in read_plan(earlier).items() if name in weights and p.holds(weights[name])}
+    plan = {**plan_of_zeros(body), **before, **plan}
     if not plan:
         raise SparsightError("the model holds no zeros; prune it first, or save it with `save_pretrained`")
-    name = str(base_model or getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    if method == "unknown":
+        methods = [(earlier or {}).get("method"), getattr(record, "method", None)]
+        method = " + ".join(name for name in methods if name) or method
     measured = {"prune": record.measured()} if hasattr(record, "measured") else {}
     facts = sparsity_record(
         body,
         plan,
-        base_model=whole_name(name),
-        method=getattr(record, "method", method) if method == "unknown" else method,
-        mask_only=getattr(record, "mask_only", False),
+        base_model=whole_name(base or type(model).__name__),
+        method=method,
+        mask_only=False,  # it may have been trained since
         family=known,
     )
     with atomic_folder(target, overwrite) as new:
-        write_model(model, processor, Record(facts, measured, {"sparsight": sparsight.__version__}), new)
+        write_model(model, processor, Record(facts, measured, {"sparsight": VERSION}), new)
     return facts

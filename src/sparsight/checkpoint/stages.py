@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import sparsight
 from sparsight.checks import plain_value, whole_name
 from sparsight.options import Spec
+from sparsight.version import VERSION
 
 
 def stages_of(recipe: Mapping[str, Any], verb: str) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def add_stage(
     for those of `spec`, or beside them, as `fingerprint` does.
     """
     source = None if data is None else whole_name(data)
-    made: dict[str, Any] = {"sparsight": sparsight.__version__}
+    made: dict[str, Any] = {"sparsight": VERSION}
     earlier = dict(recipe) if "model" in recipe and not (verb == "prune" and "restore" in recipe) else {}
     made |= {"model": earlier.get("model", whole_name(model)), "data": earlier.get("data") or source}
     section = {**spec.facts(), **{key: plain_value(value) for key, value in settings.items()}}
@@ -36,6 +36,6 @@ def add_stage(
         section.pop(key, None)
         if shared is not None and shared != made["data" if key == "data" else "model"]:
             section[key] = shared
-    made |= {name: earlier[name] for name in ("prune", "restore") if name in earlier}
+    made |= {name: earlier[name] for name in ("held_out", "search", "prune", "restore") if name in earlier}
     sections = [*stages_of(earlier, verb), section]
     return {**made, verb: sections if len(sections) > 1 else section, "evaluate": None}

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from sparsight.checkpoint.folder import read_anatomy, read_plan, read_record
+from sparsight.checkpoint.folder import Record, read_plan, read_record, recorded_family
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
 from sparsight.masks.pattern import Pattern
-from sparsight.model.anatomy import Anatomy, Layer
+from sparsight.model.anatomy import Anatomy, Layer, anatomy
+from sparsight.model.families import Family
 from sparsight.model.load import load_model
+from sparsight.model.source import check_model
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Zeros:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, name: str = "") -> Zeros:
+    def of(cls, model: Any, name: str = "", family: str | None = None) -> Zeros:
         """Read the zeros of a folder, or of a model in memory. **Raises** `SparsightError` for a model without any."""
         named = isinstance(model, str | Path)
+        if not named:
+            check_model(model, "against")
         record = read_record(model) if named else None
-        body = read_anatomy(load_model(model) if named else model, record)
+        known = recorded_family(record) or (Family.parse(family) if family else None)
+        body = anatomy(load_model(model) if named else model, known)
         layers = [layer for layer in body.layers if layer.sparse or (record and layer.name in record["layers"])]
         masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in layers if (layer.weight == 0).any()}
         if not masks:
@@ -39,10 +44,11 @@ class Zeros:
 
 
 @torch.no_grad()
-def verify(model: Any, against: Any = None, loaded: Any = None) -> dict[str, Any]:
+def verify(model: Any, against: Any = None, loaded: Any = None, family: str | None = None) -> dict[str, Any]:
     """Recount the zeros of every layer of a model, in a folder or in memory, and compare them.
 
-    A folder is compared with its `sparsity.json`; `loaded` is its model where it was loaded before. Every weight that is
+    A folder is compared with its `sparsity.json`; `loaded` is its model where it was loaded before; `family` says where a
+    model of unknown type keeps its blocks, where no record says so. Every weight that is
     zero in `against`, a folder, a model or its `Zeros`, must be zero here too; a plan, or what `prune` returned, must hold.
     Returns `{"layers", "zeros", "sparsity", "differences": {layer: [what differs]}}`, without differences if the check
     succeeds. Writes nothing. Memory: one model and, with `against`, one bit per weight of the other.
@@ -54,12 +60,16 @@ def verify(model: Any, against: Any = None, loaded: Any = None) -> dict[str, Any
         raise SparsightError(
             f"{_name(model)}: has no sparsity.json to verify; name a sparse folder to compare with `against`"
         )  # fmt: skip
-    plan = against if isinstance(against, Mapping) else getattr(against, "plan", None)
-    zeros = against if isinstance(against, Zeros) else Zeros.of(against) if against is not None and plan is None else None
+    if record is None and loaded is None and not isinstance(model, str | Path):
+        check_model(model)
+    plan = recorded_plan("against", against)
+    zeros = against if isinstance(against, Zeros) else None
+    if against is not None and plan is None and zeros is None:
+        zeros = Zeros.of(against, family=family)
     masks = zeros.masks if zeros else {}
     if loaded is None:
         loaded = load_model(model) if isinstance(model, str | Path) else model
-    body = read_anatomy(loaded, record)
+    body = anatomy(loaded, recorded_family(record) or (Family.parse(family) if family else None))
     differences = _against_record(body, record) if record is not None else {}
     layers = {layer.name: layer for layer in body.layers}
     for name, problem in [
@@ -79,6 +89,21 @@ def verify(model: Any, against: Any = None, loaded: Any = None) -> dict[str, Any
         "sparsity": count / total if total else 0.0,
         "differences": differences,
     }
+
+
+def recorded_plan(field: str, record: Any) -> Mapping[str, Pattern] | None:
+    """The plan of a record of pruning, of a `sparsity.json`, or of what has one; None for anything else, as a model.
+
+    **Raises** `SparsightError`, naming `field`, for a mapping that is no plan, and for a plan without layers.
+    """
+    if isinstance(record, Record):
+        record = record.sparsity
+    if isinstance(record, Mapping) and {"format", "layers"} <= set(record):
+        return read_plan(record)
+    plan = record if isinstance(record, Mapping) else getattr(record, "plan", None)
+    if plan is not None and not (isinstance(plan, Mapping) and plan and all(isinstance(p, Pattern) for p in plan.values())):
+        raise SparsightError(f"`{field}`: {type(record).__name__} is no plan; give what `plan`, `prune` or `save` returned")
+    return plan
 
 
 def _name(model: Any) -> str:

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-import sparsight
 from sparsight.cli.commands import COMMANDS, LazyHelp, make
 from sparsight.cli.flags import with_flags
 from sparsight.cli.output import launched_rank, show
@@ -23,6 +22,7 @@ from sparsight.cli.progress import progress_display
 from sparsight.errors import Interrupted, SparsightError
 from sparsight.options import options
 from sparsight.specs import PruneSpec
+from sparsight.version import VERSION
 
 PATIENCE = 5.0  # seconds before another process than the main one prints its own error
 
@@ -42,7 +42,7 @@ _USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(sparsight.__version__)
+        print(VERSION)
         raise typer.Exit
 
 

@@ -117,7 +117,7 @@ def verb_parameters(verb: str) -> list[inspect.Parameter]:
         required = p.default is p.empty or (isinstance(text, Argument) and text.required)
         if isinstance(text, Argument):
             info = typer.Argument(... if required else p.default, help=with_flags(text), show_default=False)
-            parameters.append(_parameter(p.name, shape if required else Optional[shape], info))
+            parameters.append(_parameter(p.name, shape if required else Optional[shape], info))  # noqa: UP045
         else:
             parameters.append(_option(p.name, shape, ... if required else p.default, text))
     return parameters
@@ -149,7 +149,7 @@ def _option(name: str, shape: Any, default: Any, text: str, option: Option | Non
     if option is not None:
         LAZY_HELP[flag(name), text] = option
     info = typer.Option(default, flag(name), help=text, show_default=shown)
-    return _parameter(name, Optional[shape] if default is None else shape, info)
+    return _parameter(name, Optional[shape] if default is None else shape, info)  # noqa: UP045
 
 
 def _parameter(name: str, shape: Any, info: Any) -> inspect.Parameter:

@@ -20,7 +20,7 @@ def flag(name: str) -> str:
 
 
 def with_flags(text: str) -> str:
-    """Write `--field value` for every `field=value` in backticks that is an option; a key of a recipe loses its backticks."""
+    """Write `--field value` for every `field=value` in backticks that is an option; keys of recipes lose their backticks."""
 
     def write(match: re.Match) -> str:
         name, value = match[1], match[2]

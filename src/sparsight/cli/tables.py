@@ -243,7 +243,7 @@ def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
     def amounts(candidate: Mapping[str, Any]) -> list[str]:
         return [f"{amount:.2%}" for amount in candidate["components"].values()]
 
-    metric = title_of(facts["dense_score"]["metric"])[0]
+    metric, factor = title_of(facts["dense_score"]["metric"])
     components = tuple(facts["chosen"]["components"])
     tried = [(x["name"], *amounts(x), f"{x['divergence']:.4f}") for x in facts["tried"]]
     scored = [("dense", *("0.00%" for _ in components), "–", _interval(facts["dense_score"]))]
@@ -257,7 +257,7 @@ def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
         lines.append(table("Budgets", ("sparsity", *components, metric, "score"), steps))
     lines.append(table(f"At {facts['budget']:.2%} zeros", ("plan", *components, "nats", f"{metric}, 95 % interval"), scored))
     better = facts["chosen_score"]["value"] - facts["given_score"]["value"]
-    note = f"the chosen plan is {100 * better:+.1f} points from the given split" if better else "both score the same"
+    note = f"the chosen plan is {factor * better:+.1f} points from the given split" if better else "both score the same"
     cost = f"{facts['measurements']} divergences, {facts['evaluations']} evaluations, {facts['seconds']:.0f} s"
     return [*lines, f"{note} · {cost} · wrote {out}"]
 
@@ -278,6 +278,7 @@ def verify_lines(proof: Mapping[str, Any]) -> list[Any]:
 
 def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
     """Scores, sparsity and sizes of the demo's models, and the report's path."""
+
     def score(run: Mapping[str, Any], key: str) -> str:
         value, low, high = (100 * run[key][k] for k in ("value", "low", "high"))
         return f"{value:.1f} [{low:.1f}, {high:.1f}]"

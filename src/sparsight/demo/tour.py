@@ -15,16 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparsight import api
 from sparsight.checkpoint.folder import read_metrics, read_record
+from sparsight.checkpoint.verify import verify
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import SparsightError
 from sparsight.evaluation import Result, bootstrap
 from sparsight.evaluation.record import environment
+from sparsight.evaluation.verb import evaluate_folder
 from sparsight.progress import Progress
+from sparsight.pruning.verb import prune_folder
 from sparsight.reporting.page import Story, write_page
 from sparsight.reporting.runs import ScoredModel, read_folder
+from sparsight.restoring.verb import restore_folder
+from sparsight.specs import EvaluateSpec, PruneSpec, RestoreSpec
 
 PATTERN = "2:4"
 RESTORE: dict[str, Any] = {"batch_size": 32, "lr": 3e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
@@ -62,6 +66,7 @@ def tour(
     train = write(target / "data" / "train", "train", effort.train, seed, questions_per_scene=1)
     test = write(target / "data" / "test", "test", effort.test, seed)
     dense = MODELS["instructblip"]
+    answering = EvaluateSpec(dtype="float32", max_new_tokens=40)
     results: dict[str, Result] = {}
     runs: dict[str, ScoredModel] = {}
 
@@ -70,7 +75,7 @@ def tour(
         report(f"evaluate {LABELS[name]}")
         home = target / name
         record = True if home == folder else home
-        results[name] = api.evaluate(folder, data=test, dtype="float32", max_new_tokens=40, record=record)
+        results[name] = evaluate_folder(folder, test, answering, record=record)
         results[name].write_predictions(target / f"predictions-{name}.jsonl")
         run = read_folder(home, label=LABELS[name])
         runs[name] = replace(run, seconds={"evaluate": run.seconds["evaluate"], **seconds})
@@ -78,14 +83,13 @@ def tour(
     score("dense", dense, {})
     start = time.perf_counter()
     report("prune", 0)
-    api.prune(dense, target / "pruned", data=train, pattern=PATTERN, dtype="float32", seed=seed)
+    prune_folder(dense, target / "pruned", PruneSpec(pattern=PATTERN, dtype="float32", seed=seed), data=train)
     score("pruned", target / "pruned", {"prune": time.perf_counter() - start})
     for adapter in ("lora", "sparselora"):
         start = time.perf_counter()
-        api.restore(
-            target / "pruned", target / adapter, data=train, teacher=dense, adapter=adapter, seed=seed,
-            progress=report.part(f"restore with {LABELS[adapter].split(',')[0]}"), steps=effort.steps, **RESTORE,
-        )  # fmt: skip
+        spec = RestoreSpec(adapter=adapter, seed=seed, steps=effort.steps, **RESTORE)
+        progress_of = report.part(f"restore with {LABELS[adapter].split(',')[0]}")
+        restore_folder(target / "pruned", target / adapter, spec, data=train, teacher=dense, progress=progress_of)
         score(adapter, target / adapter, {"restore": time.perf_counter() - start})
     facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -97,7 +101,7 @@ def tour(
         "runs": {name: _facts(run, results[name]) for name, run in runs.items()},
         "layers": _layers(target),
         "teacher": {k: v for k, v in read_metrics(target / "sparselora")["restore"].items() if k != "curve"},
-        "verify": api.verify(target / "sparselora", against=target / "pruned"),
+        "verify": verify(target / "sparselora", against=target / "pruned"),
         "seconds": time.perf_counter() - began,
         "out": str(target),
     }
@@ -132,7 +136,7 @@ def _fresh(out: Path, overwrite: bool) -> Path:
         raise SparsightError(f"{out}: is a file; give a folder to write to")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add --overwrite")
+            raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add `overwrite`")
         if not (out / "data" / "test" / "metadata.jsonl").is_file():
             raise SparsightError(f"{out}: is not the folder of an earlier demo, so it is not replaced; choose another")
         shutil.rmtree(out)
@@ -184,7 +188,7 @@ def _layers(out: Path) -> list[dict[str, Any]]:
 
 def _story(facts: Mapping[str, Any], test: Path) -> Story:
     """The demo's own text and numbers, beside the tables and figures of every page."""
-    runs, verified, restore, out = facts["runs"], facts["verify"], facts["restore"], facts["out"]
+    runs, proof, restore, out = facts["runs"], facts["verify"], facts["restore"], facts["out"]
     lines = [json.loads(line) for line in (test / "metadata.jsonl").read_text().splitlines()]
     dense, pruned, restored = (runs[name] for name in ("dense", "pruned", "sparselora"))
     numbers = [
@@ -196,8 +200,8 @@ def _story(facts: Mapping[str, Any], test: Path) -> Story:
     ]
     if (share := regained(runs)["captions"]) is not None:
         numbers.append((f"{100 * share:.0f} %", "of the caption points that pruning cost are back"))
-    counted = f"zeros in the {verified['layers']} pruned layers after restoring, recounted from the saved files"
-    numbers.append((f"{100 * verified['sparsity']:.2f} %", counted))
+    counted = f"zeros in the {proof['layers']} pruned layers after restoring, recounted from the saved files"
+    numbers.append((f"{100 * proof['sparsity']:.2f} %", counted))
     teacher = facts["teacher"]
     shared = ""
     if teacher["teacher"] == "shared":
@@ -206,7 +210,7 @@ def _story(facts: Mapping[str, Any], test: Path) -> Story:
     settings = ", ".join(f"{name} {value}" for name, value in restore.items())
     return Story(
         eyebrow="Sparsight · digit scenes",
-        title=f"Half the weights of {verified['layers']} layers gone at {facts['pattern']}, and the model still reads",
+        title=f"Half the weights of {proof['layers']} layers gone at {facts['pattern']}, and the model still reads",
         lead=f"An InstructBLIP of {dense['parameters']:,} parameters that reads real handwritten digits, pruned with Wanda "
         "in vision and language, then restored on "
         f"{restore['steps']} steps of {restore['batch_size']} samples. Every score is on {facts['scenes']['test']} held-out "
@@ -216,8 +220,8 @@ def _story(facts: Mapping[str, Any], test: Path) -> Story:
         table_note="A plain LoRA recovers too, but merging it fills the zeros again. SparseLoRA is merged and keeps them.",
         gallery_note="Held-out scenes of every kind of question, those that pruning hurt first. "
         "✓ is an exact match, ✗ is none.",
-        proof={"broken": bool(verified["differences"]), "command": f"sparsight verify {out}/sparselora --against {out}/pruned"}
-        | _proof(verified),
+        proof={"broken": bool(proof["differences"]), "command": f"sparsight verify {out}/sparselora --against {out}/pruned"}
+        | _proof(proof),
         command=f"sparsight demo {out} --seed {facts['seed']}\nsparsight report {out}/dense {out}/pruned {out}/sparselora",
         notes=[f"{facts['date']} · {facts['seconds']:.0f} s in all · restore: {settings}"],
         picture=lambda i: (test / lines[i]["image"]).read_bytes(),
@@ -231,12 +235,12 @@ def _story(facts: Mapping[str, Any], test: Path) -> Story:
     )
 
 
-def _proof(found: Mapping[str, Any]) -> dict[str, str]:
-    if found["differences"]:
-        title = f"{len(found['differences'])} layers differ from what was promised:"
-        return {"title": title, "text": ", ".join(found["differences"])}
+def _proof(proof: Mapping[str, Any]) -> dict[str, str]:
+    if proof["differences"]:
+        title = f"{len(proof['differences'])} layers differ from what was promised:"
+        return {"title": title, "text": ", ".join(proof["differences"])}
     return {
-        "title": f"{found['layers']} layers, {found['zeros']:,} zeros, {100 * found['sparsity']:.2f} %.",
+        "title": f"{proof['layers']} layers, {proof['zeros']:,} zeros, {100 * proof['sparsity']:.2f} %.",
         "text": "Recounted from the saved files: pattern, count, dtype and hashes agree, and no zero of the pruned model "
         "was lost.",
     }

@@ -194,7 +194,8 @@ def _training(
     whole = SimpleNamespace(get_base_model=lambda: model, modules=model.modules)
     with checkpointed_blocks(whole) if restore.gradient_checkpointing else nullcontext():
         return teacher, trace.step(
-            model, loss, list(targets.values()), lambda out, columns, rank: of_layer(out, columns, rank, density), checkpointed=restore.gradient_checkpointing
+            model, loss, list(targets.values()), lambda out, columns, rank: of_layer(out, columns, rank, density),
+            checkpointed=restore.gradient_checkpointing,
         )  # fmt: skip
 
 

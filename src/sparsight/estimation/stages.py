@@ -10,7 +10,7 @@ batch brings to a layer of shape (out, in), k kinds of tokens summed apart (2 wh
 * `base`: interpreter and libraries, measured and not computed; all terms are on top of it.
 * `weights`: every parameter and buffer once. Files are mapped into memory, so they come in as they are touched.
 * prune: the FLOPs of the walk are N (outside the blocks + 2 blocks) with `block` and `dense`, which run a block once to
-  observe it and once to walk on, N (outside + blocks) with `layer`; a Gram matrix takes T in (in + 256) per batch, being half of
+  observe, once to walk on, N (outside + blocks) with `layer`; a Gram matrix takes T in (in + 256) per batch, being half of
   it, its factor in^3 (Cholesky 1/3, inverse by halves 2/3), SparseGPT's sweep out in^2, swaps 2 out in^2 to begin with
   (the exchanges are no products), PCG as much in each of the 64 iterations that the demo models' layers took on average
   (at most 100). Paused are N max_i held_i bytes.
@@ -227,8 +227,8 @@ def restore(model: Shapes, work: Work) -> Stage:
     moments = {"a step": held | training}
     if work.teacher == "cached":
         moments["asking the teacher"] = held | {"teacher's forward": model.teacher.peak}
-    asked = math.ceil(work.learned / work.restore_batch) if work.teacher == "cached" else batches if taught else 0
-    flops = {"student": batches * step.flops, "teacher": asked * model.teacher.flops}
+    taught_batches = math.ceil(work.learned / work.restore_batch) if work.teacher == "cached" else batches if taught else 0
+    flops = {"student": batches * step.flops, "teacher": taught_batches * model.teacher.flops}
     disk = {"model": model.weights} | ({"teacher": cache} if work.teacher == "cached" else {})
     return _worst("restore", moments, flops, disk)
 

@@ -39,7 +39,7 @@ class Result:
     skipped: int = 0
 
     def value(self, metric: str, kind: str = ALL) -> float:
-        """Look one value up."""
+        """Look one value up. **Raises** `SparsightError` if there is none."""
         for row in self.rows:
             if (row["metric"], row["kind"]) == (metric, kind):
                 return row["value"]

@@ -18,7 +18,6 @@ from typing import Any
 
 from PIL import Image
 
-import sparsight
 from sparsight.data.sample import Sample
 from sparsight.data.sources import Samples
 from sparsight.errors import NotWritten, SparsightError
@@ -26,6 +25,7 @@ from sparsight.evaluation.evaluate import Result
 from sparsight.files import write_json
 from sparsight.memory import peak_memory
 from sparsight.specs import EvaluateSpec
+from sparsight.version import VERSION
 
 FORMAT = 1
 SCORES, ANSWERS, PICTURES = "evaluation.json", "predictions.jsonl", "evaluation"
@@ -36,7 +36,8 @@ SIDE = 128  # pixels
 def check_recordable(model: str | Path, folder: str | Path | None = None) -> Path:
     """Give the folder to record in, the model's own unless another is named; refuse what cannot be written to.
 
-    Another is for a dense model whose folder is not to be touched; it is made, and nothing else is left there.
+    Another is for a dense model whose folder is not to be touched; it is made, and nothing else is left there. **Raises**
+    `SparsightError`.
     """
     if folder is not None and (Path(model) / "sparsity.json").is_file():
         raise SparsightError(
@@ -63,7 +64,7 @@ def environment() -> dict[str, str]:
     """The versions and the machine that a measurement depends on."""
     import torch
 
-    found = {"sparsight": sparsight.__version__, "python": platform.python_version()}
+    found = {"sparsight": VERSION, "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     found["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
@@ -109,7 +110,7 @@ def record_evaluation(
     """Write scores, answers and pictures into `folder`, the scores last; an earlier evaluation there is replaced.
 
     `facts` are what else `report` shows: "model", "data", "fingerprint", "settings", "seconds", "memory", the state of the
-    weights ("weights", see `identity`), and what `weights_of` gives. Date and environment are added.
+    weights ("weights", see `identity`), and `weights_of`; date and environment are added. **Raises** `NotWritten`.
     """
     target = Path(folder)
     scores = {
@@ -152,7 +153,7 @@ def write_pictures(samples: Sequence[Sample], folder: str | Path) -> None:
 
 
 def read_evaluation(folder: str | Path) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]] | None:
-    """Read the scores and the answers that `eval `record`` has left; None if there are none."""
+    """Read recorded scores and answers; None if there are none. **Raises** `SparsightError` if they are damaged."""
     path = Path(folder) / SCORES
     if not path.is_file():
         return None
@@ -191,9 +192,9 @@ def keep_evaluation(
 
     `model` is the model as it answered, `samples` are those that were read, `usable` those that it took.
     """
-    from sparsight.checkpoint.card import refresh_card
     from sparsight.checkpoint.folder import identity, read_record, recorded_family
     from sparsight.checks import whole_name
+    from sparsight.evaluation.card import refresh_card
 
     record = read_record(name)
     facts = {

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparsight.data import Encoder, Samples, Source, read
-from sparsight.data.own_batches import as_batches, check_labels
+from sparsight.calibration.gradients import evaluating
+from sparsight.data import Encoder, Samples, read
+from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, evaluate, token_rows
 from sparsight.evaluation.record import check_recordable, keep_evaluation
 from sparsight.model.load import check_device, load
+from sparsight.model.source import NO_PROCESSOR
 from sparsight.progress import Progress
 from sparsight.specs import EvaluateSpec
 
@@ -42,14 +44,17 @@ def evaluate_model(
 
     **Raises** `SparsightError` for samples without a processor and batches without labels.
     """
-    if isinstance(data, str | Path | Source | Samples):
+    samples = as_samples(data, spec)
+    if samples is not None:
         if processor is None:
-            raise SparsightError("`processor`: samples are encoded by the model's own processor; give it")
-        samples = data if isinstance(data, Samples) else read_samples(data, spec)
-        return evaluate_samples(model, processor, samples, spec, progress)[0]
+            raise SparsightError(NO_PROCESSOR)
+        with evaluating(model):
+            return evaluate_samples(model, processor, samples, spec, progress)[0]
+    check_unused(data, spec, "metrics", "beams", "max_new_tokens", "seed")
     ready = as_batches(model, data, limit=spec.samples)
     check_labels(ready, "data", "the score of answer tokens")
-    return Result(tuple(token_rows(model, ready)), ())
+    with evaluating(model):
+        return Result(tuple(token_rows(model, ready)), ())
 
 
 def evaluate_folder(
@@ -70,6 +75,7 @@ def evaluate_folder(
     result, usable = evaluate_samples(network, processor, samples, spec, progress)
     if target is not None:
         keep_evaluation(
-            target, result, usable, name=model, model=network, samples=samples, spec=spec, seconds=time.perf_counter() - began
+            target, result, usable, name=model, model=network, samples=samples, spec=spec,
+            seconds=time.perf_counter() - began,
         )  # fmt: skip
     return result

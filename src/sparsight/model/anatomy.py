@@ -87,6 +87,9 @@ class Anatomy:
     skipped: tuple[Skipped, ...]
     parameters: int
 
+    def __repr__(self) -> str:
+        return f"Anatomy({len(self.blocks)} blocks, {len(self.layers)} prunable layers, {self.parameters:,} parameters)"
+
     def __getitem__(self, name: str) -> Layer:
         """Return the layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)

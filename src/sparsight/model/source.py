@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from sparsight.errors import SparsightError
 from sparsight.model.load import load_model, load_processor
+
+NO_PROCESSOR = "`processor`: samples are encoded by the model's own processor; give it, or batches of your own"
+
+
+def check_model(model: Any, field: str = "model", *, adapters: bool = False) -> None:
+    """Refuse what is no model of transformers and, unless `adapters` may be there, a model with adapters.
+
+    **Raises** `SparsightError`, naming `field`.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise SparsightError(
+            f"`{field}`: {type(model).__name__} is no transformers model; give one in memory, a folder or a hub name"
+        )
+    if not adapters and hasattr(model, "peft_config"):
+        raise SparsightError(f"`{field}`: has adapters that are not merged; merge them first, as `sparsight.merge` does")
+
+
+def in_memory(model: Any, spec: Any, *, adapters: bool = False, **of_folders: Any) -> Any:
+    """The settings of a verb for a model in memory: its `device` is the model's own.
+
+    **Raises** `SparsightError` as `check_model` does, for a `dtype` or `device` that is not the model's, and for whatever
+    of a folder's (`of_folders`) is neither None nor False.
+    """
+    check_model(model, adapters=adapters)
+    for name, value in of_folders.items():
+        if value is not None and value is not False:
+            raise SparsightError(
+                f"`{name}`: belongs to a model in a folder, and this one is in memory; leave it out, and write the model by "
+                "`sparsight.save`"
+            )
+    device, wish = next(model.parameters()).device, str(spec.device)
+    if spec.dtype != type(spec)().dtype:
+        raise SparsightError("`dtype`: a model in memory keeps its own; convert it yourself, and leave `dtype` out")
+    if wish != type(spec)().device and wish not in (device.type, str(device)):
+        raise SparsightError(f"`device`: the model is on {device}; move it yourself, and leave `device` out")
+    return replace(spec, device=str(device))
 
 
 class ModelSource:
     """A model that can be loaded, dropped and loaded again; one without a path is never dropped.
 
     A `model` with a path is in memory already, in the state that the files have. `borrowed`: somebody else uses it, so it
-    is read and never given away to be changed.
+    is read and never given away to be changed. `noun` is what messages call a model without a path.
     """
 
     def __init__(
@@ -23,18 +63,21 @@ class ModelSource:
         processor: Any = None,
         device: str = "cpu",
         borrowed: bool = False,
+        noun: str = "the model",
     ) -> None:
-        self.path, self.model, self.device = path, model, device
+        self.path, self.model, self.device, self.noun = path, model, device, noun
         self._processor, self._borrowed = processor, borrowed
 
     @property
     def name(self) -> str:
         """How messages call the model."""
-        return str(self.path) if self.path is not None else "the model"
+        return str(self.path) if self.path is not None else self.noun
 
     @property
     def processor(self) -> Any:
-        """The model's own processor, loaded at first use."""
+        """The model's own processor, loaded at first use. **Raises** `SparsightError` for a model in memory without one."""
+        if self._processor is None and self.path is None:
+            raise SparsightError(NO_PROCESSOR)
         if self._processor is None:
             self._processor = load_processor(str(self.path))
         return self._processor

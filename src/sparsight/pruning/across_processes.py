@@ -1,8 +1,8 @@
-"""Who does what where several processes prune: batches and layers are dealt out, what comes of them is everybody's.
+"""Pruning on several processes: each works on its share of batches and layers, and all get the results.
 
-Batch i is walked by process i % world size, so that a turn of the processes is a run of batches, and sums are added up
-turn by turn in the order of the batches. A layer is pruned by one process and its weights are sent to the others: all walk
-on with the same bits, those of one process alone. One process is the case of world size 1, in which nothing is sent.
+Process i % world size walks batch i. So one turn of all processes covers consecutive batches, and sums are added up turn by
+turn in the order of the batches. One process prunes a layer and sends its weights to the others: all continue with the bits
+of a single process. With world size 1 nothing is sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsight.pruning.record import add_to
 
 
 def everywhere(calls: Iterable[int]) -> list[int]:
-    """The batches that stand at a stop, those of the other processes too, in order."""
+    """The batches of all processes that wait at a stop, in order."""
     return list(distributed.gather_dict(dict.fromkeys(calls)))
 
 
@@ -31,8 +31,8 @@ def turns(standing: Iterable[int]) -> list[int]:
 def prune_all(
     layers: Sequence[Layer], moments: Mapping[str, Moments], prune: Callable[[Layer, Moments], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Call `prune`, which changes a layer in place, on this process's share of `layers`, and take over what the others
-    made of theirs; the facts of all.
+    """Call `prune`, which changes a layer in place, on this process's share of `layers`; copy the weights of the other
+    processes' layers, and return the facts of all.
 
     **Raises** the `SparsightError` of the first layer that has one, in every process.
     """

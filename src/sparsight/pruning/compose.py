@@ -1,5 +1,5 @@
 """A way of pruning, composed from the tables of methods: score, select, refine the mask, update the kept weights,
-reconstruct the block. What makes no sense together is refused here, by name, before anything is read."""
+reconstruct the block. Contradictory steps are refused here, by name, before anything is read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Composition:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be known of a layer's inputs and of the loss; see `Method`."""
+        """The measurements that the steps need, of inputs and loss; see `Method`."""
         needs = frozenset(need for step in self.steps for need in step.needs)
         return needs | ({"norm"} if self.reconstruct or self.permute else set())
 
@@ -85,9 +85,9 @@ def compose(
     propagate: str = "block",
     pattern: Pattern | None = None,
 ) -> Composition:
-    """Put a way of pruning together.
+    """Compose a way of pruning.
 
-    **Raises** `SparsightError` for unknown names and for what makes no sense together.
+    **Raises** `SparsightError` for unknown names and contradictory steps.
     """
     if isinstance(method, str) and method in PRESETS:
         preset = PRESETS[method]
@@ -106,7 +106,7 @@ def compose(
 
 
 def compose_spec(spec: PruneSpec) -> Composition:
-    """The way of pruning that settings ask for; errors as in `compose`."""
+    """The way of pruning in settings; errors as in `compose`."""
     pattern = spec.pattern if isinstance(spec.pattern, Pattern) else Pattern.parse(spec.pattern)
     return compose(
         spec.method, refine=spec.refine, update=spec.update, reconstruct=spec.reconstruct, permute=spec.permute,
@@ -115,7 +115,7 @@ def compose_spec(spec: PruneSpec) -> Composition:
 
 
 def policy_of(spec: PruneSpec) -> Any:
-    """The policy of a pruning: the one that goes with a preset's name, else the one in the settings, else uniform.
+    """The policy of a pruning: that of a preset, else the one in the settings, else uniform.
 
     **Raises** `SparsightError` if preset and settings contradict each other.
     """
@@ -135,7 +135,7 @@ def _clash(name: str, preset: Mapping[str, str], step: str, value: Any) -> str:
 
 
 def check_processes(composition: Composition, processes: int) -> None:
-    """Refuse, on several processes, what needs all batches in one of them."""
+    """**Raises** `SparsightError` on several processes for steps that need all batches in one."""
     for field in ("reconstruct", "permute"):
         if getattr(composition, field) and processes > 1:
             raise SparsightError(

@@ -30,7 +30,7 @@ class Journal:
     def store(self, block: str, layers: Sequence[Layer], facts: dict) -> None:
         """Write the pruned layers of `block` and `facts`, its measurements; only the main process does.
 
-        The tensors take their place last: an entry with them is complete.
+        The tensors are written last: an entry with them is complete.
         """
         if not distributed.is_main():
             return

@@ -1,10 +1,10 @@
-"""The loop: walk the calibration batches through the blocks, gather moments, prune, measure what it cost.
+"""The loop: walk the calibration batches through the blocks, gather moments, prune, measure the output errors.
 
 `propagate="block"` stops in front of every block, as the papers do: one run of the block to gather moments, one to walk
 on, so two forwards in all. `"dense"` does the same and changes no weight before the walk is over. `"layer"` stops in
 front of every layer, in the order in which the model calls them: a layer's inputs are in its stop's arguments, and later
-layers of the same block see what the pruned earlier ones put out; nothing runs twice, so one forward in all, at the price
-of holding the activations inside a block for all batches.
+layers of the same block get the outputs of the pruned earlier ones. Nothing runs twice, so one forward in all; the cost is
+that the activations inside a block are held for all batches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, pru
 
 
 def can_reuse(composition: Composition) -> bool:
-    """Whether this way of pruning can be done from the dense model's moments alone."""
+    """Whether this way of pruning needs the dense model's moments only."""
     again = composition.reconstruct or composition.permute or "gradient" in composition.needs
     return composition.propagate == "dense" and not again
 
@@ -58,11 +58,11 @@ def prune(
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
     blocks are measured. `progress(stop, done, all)` is called per stop.
 
-    On several processes every one is given the same model and all batches, walks its share of them and prunes its share
-    of the layers; all end with the weights of one process alone, bit for bit (given as many threads).
+    Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
+    layers; all end with the weights of a single process, bit for bit (with as many threads).
 
-    **Raises** `SparsightError` before anything is changed for an unknown name or a combination that makes no sense, and,
-    naming the layer, for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
+    **Raises** `SparsightError` before anything is changed for an unknown name or a contradictory combination, and, naming
+    the layer, for a NaN or infinity in weights or inputs or a layer that no calibration token reached.
     """
     composition = method if isinstance(method, Composition) else compose(method, **options)
     check_processes(composition, distributed.world_size())
@@ -104,7 +104,7 @@ def collect_moments(
     progress: Progress | None = None,
     **options: Any,
 ) -> None:
-    """Fill `cache` with what `method` needs to know of every layer of the dense model: one walk, nothing is changed."""
+    """Fill `cache` with the moments that `method` needs of the dense model's layers: one walk, nothing is changed."""
     composition = method if isinstance(method, Composition) else compose(method, **options)
     plan = {layer.name: Pattern.row(0.5) for layer in anatomy.layers}  # every layer; no zeros are made
     walk = CollectWalk(Work(anatomy, plan, batches, composition, progress=progress), cache)

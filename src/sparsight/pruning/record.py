@@ -9,7 +9,7 @@ from typing import Any
 from sparsight.masks.pattern import Pattern
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneRecord:
     """The measurements of pruning: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block.
 
@@ -17,8 +17,8 @@ class PruneRecord:
     `pooled` lists experts with too few tokens, pruned with the moments of all; `ungraded` layers on which the loss does
     not depend, which `snip` and `fisher` score as Wanda does; `permuted` layers whose input channels were reordered.
     `damping` has the damping of Gram matrices that needed more than 1 % of their mean diagonal; `reconstructed` the errors
-    before and after, per part of a block; `memory` the process's peak in bytes. `plan`, `method` and `mask_only`
-    describe the pruning of a model in memory, for `save` and `verify`.
+    before and after, per part of a block; `memory` the process's peak in bytes. `plan` and `method` describe the
+    pruning of a model in memory, for `save` and `verify`.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
@@ -34,11 +34,15 @@ class PruneRecord:
     skipped_samples: int = 0
     plan: dict[str, Pattern] = field(default_factory=dict)
     method: str = "unknown"
-    mask_only: bool = True
+
+    def __repr__(self) -> str:
+        errors = self.layer_errors.values()
+        mean = f", mean output error {sum(errors) / len(errors):.3f}" if errors else ""
+        return f"PruneRecord({self.method}, {len(self.plan or errors)} layers{mean})"
 
     def measured(self) -> dict[str, Any]:
         """What was measured, as plain values."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("plan", "method", "mask_only")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("plan", "method")}
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """Add the measurements of one stop, in place."""

@@ -26,11 +26,12 @@ from sparsight.checkpoint.folder import (
 from sparsight.checkpoint.stages import add_stage
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import name_of, whole_name
-from sparsight.data import Batch, Encoder, Samples, Source, batches, read
-from sparsight.data.own_batches import as_batches, check_labels
+from sparsight.data import Batch, Encoder, Samples, batches, read
+from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.load import check_device, load, load_model
+from sparsight.model.source import NO_PROCESSOR
 from sparsight.progress import Progress
 from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
 from sparsight.pruning.journal import Journal
@@ -40,9 +41,9 @@ from sparsight.specs import PlanSpec, PruneSpec
 
 
 def check_prune(spec: PruneSpec, data: Any = True) -> tuple[Composition, Any]:
-    """The way of pruning and the policy that settings ask for.
+    """The way of pruning and the policy in settings.
 
-    **Raises** `SparsightError` for what makes no sense together, and for what needs `data` where there is none.
+    **Raises** `SparsightError` for contradictory settings, and for those that need `data` where there is none.
     """
     composition, policy = compose_spec(spec), policy_of(spec)
     find_policy(policy, data=data is not None)
@@ -58,7 +59,7 @@ def check_prune(spec: PruneSpec, data: Any = True) -> tuple[Composition, Any]:
 def prune_model(
     model: Any, data: Any, spec: PruneSpec, *, processor: Any = None, progress: Progress | None = None
 ) -> PruneRecord:
-    """Prune a model in memory, in place; what was measured, and the plan.
+    """Prune a model in memory, in place; return the measurements and the plan.
 
     `data` holds batches of the user's own, or samples for the model's `processor`.
     """
@@ -69,7 +70,7 @@ def prune_model(
     body = anatomy(model, family)
     plan = plan_by(spec, policy, model, body, ready, progress)
     record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
-    record.plan, record.method, record.mask_only = plan, describe(spec), composition.mask_only
+    record.plan, record.method = plan, describe(spec)
     record.skipped_samples = skipped
     return record
 
@@ -85,7 +86,10 @@ def prune_folder(
     progress: Progress | None = None,
     loaded: tuple[Any, Any] | None = None,
 ) -> Record:
-    """Prune the model of a folder or hub name and write it to another folder; `loaded` has model and processor already."""
+    """Prune the model of a folder or hub name and write it to another folder; `loaded` has model and processor already.
+
+    **Raises** `SparsightError` as `sparsight.prune` does.
+    """
     composition, policy = check_prune(spec, data)
     if out is None:
         raise SparsightError("`out`: is missing; give a folder to write")
@@ -153,9 +157,9 @@ def plan_by(
 
 
 def with_batches(model: Any, data: Any, spec: PlanSpec, processor: Any = None) -> tuple[Any, Any, list[Batch], int]:
-    """A model, loaded if it is named, its processor, its calibration batches, and how many samples were left out.
+    """A model, loaded if it is named, its processor, its calibration batches, and the number of samples left out.
 
-    **Raises** `SparsightError` for settings, data or a model that cannot be, and for samples without a processor.
+    **Raises** `SparsightError` for invalid settings, data or model, and for samples without a processor.
     """
     check_device(spec.device)
     named = isinstance(model, str | Path)
@@ -165,24 +169,16 @@ def with_batches(model: Any, data: Any, spec: PlanSpec, processor: Any = None) -
     if named:
         model, processor = load(model, dtype=spec.dtype, device=spec.device)
     if samples is None:
+        check_unused(data, spec)
         return model, processor, as_batches(model, data, limit=spec.samples), 0
     if processor is None:
-        raise SparsightError(
-            "`processor`: samples are encoded by the model's own processor; give it, or batches of your own"
-        )
+        raise SparsightError(NO_PROCESSOR)
     ready, skipped = encode(samples, processor, model, spec)
     return model, processor, ready, skipped
 
 
-def as_samples(data: Any, spec: Any) -> Samples | None:
-    """The samples of a data source, as many as settings ask for; None for what is no source."""
-    if isinstance(data, str | Path | Source):
-        return read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
-    return data if isinstance(data, Samples) else None
-
-
 def encode(samples: Samples, processor: Any, model: Any, spec: Any) -> tuple[list[Batch], int]:
-    """Samples as batches on the model's device, and how many were left out."""
+    """Samples as batches on the model's device, and the number left out."""
     encoder = Encoder(processor, model, skip_bad=spec.skip_bad)
     device = next(model.parameters()).device
     ready = [batch.to(device) for batch in batches(encoder.usable(samples), encoder, spec.batch_size)]

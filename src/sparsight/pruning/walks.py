@@ -2,7 +2,7 @@
 
 `BlockWalk` (`block` and `dense`) stops in front of every block and runs it as often as the work on it needs. `LayerWalk`
 (`layer`) stops in front of every layer, in the order in which the model calls them. Both prune a layer by `Work.prune`,
-which holds the method to its promise and measures what it cost.
+which checks the method's result and measures its error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ERROR_BATCHES = 4  # batches a block's output error is measured on
 
 @dataclass
 class Work:
-    """One pruning of one model: what is to be done, and what was measured so far."""
+    """One pruning of one model: the work, and the measurements so far."""
 
     anatomy: Anatomy
     plan: Plan
@@ -59,14 +59,14 @@ class Work:
         return [layer for layer in self.layers if layer.block == name]
 
     def recall(self, name: str, layers: Sequence[Layer]) -> bool:
-        """Prune `layers` in place as the journal says; False where it does not hold this stop."""
+        """Prune `layers` in place from the journal; False where it does not have this stop."""
         facts = self.journal.recall(name, layers) if self.journal else None
         if facts is not None:
             self.record.add(facts)
         return facts is not None
 
     def finish_stop(self, name: str, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:
-        """Keep what was measured at a stop, in the journal too."""
+        """Add the measurements of a stop to the record and the journal."""
         if self.journal:
             self.journal.store(name, layers, dict(facts))
         self.record.add(facts)
@@ -78,7 +78,7 @@ class Work:
             self.progress(name, self.stops, total)
 
     def check_reached(self) -> None:
-        """Refuse to end with a layer that no calibration token reached."""
+        """**Raises** `SparsightError` for a layer that no calibration token reached."""
         unreached = [layer.name for layer in self.layers if layer.name not in self.record.layer_errors]
         if unreached:
             raise SparsightError(
@@ -87,12 +87,12 @@ class Work:
             )
 
     def watch(self, layers: Sequence[Layer], batches: int) -> Watch:
-        """Accumulators for what the composition needs to know of these layers' inputs."""
+        """Accumulators of the moments that the composition needs of these layers."""
         needs, tokens = self.composition.needs, self.composition.tokens
         return Watch(layers, batches, gram="gram" in needs, weigh=tokens.weigh, shared=True)
 
     def prune(self, layer: Layer, moments: Moments) -> dict[str, Any]:
-        """Prune one layer in place; its relative output error on the kept inputs."""
+        """Prune one layer in place; return its relative output error. **Raises** `SparsightError` for invalid inputs."""
         if not moments.tokens:
             raise SparsightError(f"{layer.name}: the token rule left nothing of its inputs; nothing was saved")
         try:
@@ -128,7 +128,7 @@ class Work:
         layer.write(pruned)
 
     def check_promise(self, layer: Layer, pruned: Any) -> None:
-        """Refuse what a method made of a layer's weight (out, in) if it is not what the plan and the method promise."""
+        """**Raises** `SparsightError` for a pruned weight (out, in) that breaks the pattern or the method's `mask_only`."""
         W, pattern = layer.weight, self.plan[layer.name]
         fits = isinstance(pruned, torch.Tensor) and (pruned.shape, pruned.dtype) == (W.shape, W.dtype)
         if not fits or not pattern.holds(pruned) or not pruned.isfinite().all():
@@ -182,13 +182,13 @@ class BlockWalk:
         work.report(name, len(self.stops))
 
     def finish(self) -> None:
-        """Put the pruned weights in place where the walk was to see none of them."""
+        """Put the pruned weights in place, which a walk with `propagate="dense"` does not use."""
         self.work.check_reached()
         for p, value in self.pending:
             p.data.copy_(value)
 
     def _copies(self, layers: Sequence[Layer]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Copies of the parameters that the walk must see as they are; none unless `propagate="dense"`."""
+        """Copies of the dense parameters, which the walk still needs; none unless `propagate="dense"`."""
         own = {id(p): p for layer in layers if self.dense for p in layer.module.parameters(recurse=False)}
         return [(p, p.data.clone()) for p in own.values()]
 
@@ -299,7 +299,7 @@ def prune_from_cache(work: Work, cache: MomentCache) -> None:
 
 
 def start_facts(name: str, layers: list[Layer], moments: dict[str, Moments]) -> dict[str, Any]:
-    """What is known of a block before its layers are pruned; experts that saw too few tokens share moments from here on.
+    """The tokens of a block before it is pruned; experts that saw too few get the moments of all, in place.
 
     **Raises** `SparsightError` for a layer that no token reached.
     """

@@ -63,7 +63,7 @@ def _spread(groups: Sequence[Group], metric: str | None) -> list[Group]:
 
 
 def _recorded_picture(groups: Sequence[Group]) -> Picture:
-    """Pictures as `eval --record` has left them, of the first run that has the sample's."""
+    """The recorded pictures, each from the first run that has it."""
     folders = list(dict.fromkeys(group.first.pictures for group in groups if group.first.pictures))
 
     def picture(i: int) -> bytes | None:

@@ -17,6 +17,7 @@ import torch
 
 from sparsight.checkpoint.card import component_totals
 from sparsight.checkpoint.folder import identity, read_metrics, read_recipe, read_record
+from sparsight.checkpoint.stages import stages_of
 from sparsight.errors import SparsightError
 from sparsight.evaluation.record import PICTURES, read_answers, read_evaluation, saved_bytes
 
@@ -212,7 +213,9 @@ def _cell(record: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[s
     """The settings of a folder, in the form of a sweep's cell, with every other setting that tells runs apart."""
     if record is None:
         return {"sparsity": {}, "method": None, "seed": 0}
-    prune, restore = recipe.get("prune") or {}, recipe.get("restore")
+    prunings, restorations = stages_of(recipe, "prune") or stages_of(recipe, "search"), stages_of(recipe, "restore")
+    prune, restore = prunings[-1] if prunings else {}, restorations[-1] if restorations else None
+    counts = {"prunings": len(prunings), "restorations": len(restorations)}
     sparsity = {}
     for component, (_, _, parameters) in component_totals(record).items():
         entries = [entry for entry in record["layers"].values() if entry["component"] == component]
@@ -220,9 +223,11 @@ def _cell(record: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[s
     kinds = {entry["pattern"].split()[0] for entry in record["layers"].values()}
     return {
         **{key: value for key, value in prune.items() if key not in NOT_IN_CELL and key not in CELL},
+        **{name: count for name, count in counts.items() if count > 1},
         "sparsity": sparsity,
         "pattern": prune.get("pattern") or " ".join(sorted(kinds)),
-        **{key: prune.get(key) for key in ("refine", "update", "reconstruct", "policy")},
+        **{key: prune.get(key) for key in ("refine", "update", "reconstruct")},
+        "policy": "search" if "search" in recipe and "prune" not in recipe else prune.get("policy"),
         "method": prune.get("method") or record["method"],
         "restore": None if restore is None else {k: v for k, v in restore.items() if k not in NOT_IN_CELL},
         "seed": (restore or prune).get("seed", 0),

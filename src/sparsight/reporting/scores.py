@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from sparsight.evaluation.evaluate import ALL
+from sparsight.evaluation.metrics import axis_of, title_of
 from sparsight.reporting.groups import Group
 from sparsight.reporting.runs import ScoredModel
 
@@ -23,8 +24,6 @@ DRAWS = 2000
 LEVEL = 0.95
 CAPTION = "caption"
 QUESTIONS, CAPTIONS = "questions", "captions"  # parts: exact match of one of the two
-SCALES = {"exact_match": ("exact match, %", 100.0), "vqa_accuracy": ("VQA accuracy, %", 100.0), "cider_d": ("CIDEr-D", 1.0)}
-SCALES["token_accuracy"] = ("token accuracy, %", 100.0)
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Estimate:
 
 def axis(metric: str | None) -> tuple[str, float]:
     """The title of a metric's axis, with its unit, and the factor from the metric's own unit to that of the axis."""
-    return SCALES.get(metric or "exact_match", ((metric or "").replace("_", " "), 1.0))
+    return axis_of(metric or "exact_match")
 
 
 def metric_name(metric: str | None) -> str:
     """The title of a metric without its unit."""
-    return axis(metric)[0].split(",")[0]
+    return title_of(metric or "exact_match")[0]
 
 
 def estimate(runs: Sequence[ScoredModel] | Group, metric: str | None = None, part: str | None = None) -> Estimate | None:

@@ -139,7 +139,7 @@ class MaskedTuner(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the effective weights in place of the base weights, kept for `unmerge`. **Raises** `ValueError` if it cannot."""
+        """Put the effective weights in place of the base weights. **Raises** `ValueError` if merged already, or for NaN."""
         if self.merged:
             raise ValueError("the adapter is merged already; unmerge it first")
         merged = self.effective()

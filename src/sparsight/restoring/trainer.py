@@ -54,7 +54,11 @@ class RestoreTrainer(Trainer):
     """Trains a `Student`. The model stays in eval mode: dropout is off for student and teacher alike."""
 
     def __init__(self, *, student: Student, spec: RestoreSpec, **kwargs: Any) -> None:
+        config = vars(student.wrapped.config)
+        cached = {key: config[key] for key in ("use_cache",) if key in config}
         super().__init__(model=student.wrapped, data_collator=self.collate, **kwargs)
+        config.pop("use_cache", None)  # the base class switches it off for good, and it would be saved so
+        config.update(cached)
         self.student: Student = student
         self.spec = spec
         self.paper = spec.reduction == "paper"
@@ -294,7 +298,12 @@ def checkpointed_blocks(wrapped: Any) -> Iterator[None]:
     base = wrapped.get_base_model()  # the oldest supported transformers has the older name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+    marks = [
+        (module, {k: v for k, v in vars(module).items() if "gradient_checkpointing" in k or "_require_grads_hook" in k})
+        for module in base.modules()
+    ]
     enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # only the reentrant kind needs hooks on inputs, and `disable` would leave them
     before = []
     for block in wrapped.modules():
         if isinstance(block, GradientCheckpointingLayer):
@@ -306,6 +315,8 @@ def checkpointed_blocks(wrapped: Any) -> Iterator[None]:
         yield
     finally:
         disable()
+        for module, own in marks:
+            vars(module).update(own)
         for block, values in before:
             for name, value in values.items():
                 setattr(block, name, value)

@@ -8,8 +8,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,22 @@ from sparsight.checkpoint.stages import add_stage
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import whole_name
 from sparsight.data import read
-from sparsight.data.own_batches import OwnBatches
+from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import check_device, check_folder
-from sparsight.model.source import ModelSource
+from sparsight.model.source import NO_PROCESSOR, ModelSource, check_model
 from sparsight.progress import Progress
 from sparsight.restoring.adapter_files import save_adapter
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import gather
+from sparsight.restoring.side_effects import unchanged, unchanged_process
 from sparsight.restoring.student import Student, make_student, parse_ranks, remaining_zeros
 from sparsight.restoring.trainer import step_size, train
+from sparsight.restoring.wrap import remove_adapters
 from sparsight.specs import RestoreSpec
 
 
@@ -83,25 +85,64 @@ def restore_model(
 ) -> dict[str, Any]:
     """Restore a sparse `model` in memory, in place; return the measurements.
 
-    `data` holds samples, or batches of the user's own; `teacher` is the dense original, a model or its folder. **Raises**
-    `SparsightError` for invalid settings, and where the loss needs a teacher and there is none.
+    `data` holds samples, or batches of the user's own; `teacher` is the dense original, a model or its folder. But for its
+    weights the model is afterwards as it was, and after an error or Ctrl-C it has no adapters.
+
+    **Raises** `SparsightError` for invalid settings, data or models, and where the loss needs a teacher and there is none.
     """
     check_restore(spec)
+    dense = _teacher_source(teacher, model, spec) if spec.needs_teacher or spec.reconstruct else None
+    count = held_out_count(spec.held_out)
+    most = None if spec.steps is None else spec.steps * spec.accumulate * distributed.world_size() + (count or 0)
+    ready = as_samples_or_batches(model, data, spec, most)
+    own = isinstance(ready, OwnBatches)
+    if not own and processor is None:
+        raise SparsightError(NO_PROCESSOR)
+    _check_teacher_mode(spec, own)
+    other = None
+    if spec.held_out is not None and count is None:
+        try:
+            other = as_samples_or_batches(model, spec.held_out, replace(spec, samples=None))
+        except SparsightError as error:
+            raise SparsightError(str(error).replace("`data`", "`held_out`")) from error
+        if isinstance(other, OwnBatches) != own:
+            raise SparsightError("`held_out`: cannot be samples where `data` is batches of your own, nor the reverse")
+    spec = replace(spec, batch_size=1) if own else spec  # each is a batch already
+    learned, held = divide_samples(spec, ready, other)
     sparse = ModelSource(model=model, processor=processor, device=spec.device)
-    dense = None
-    if teacher is not None:
-        named = isinstance(teacher, str | Path)
-        dense = ModelSource(teacher if named else None, None if named else teacher, device=spec.device)
-    elif spec.needs_teacher or spec.reconstruct:
+    models = [model] if dense is None or dense.model is None else [model, dense.model]
+    with unchanged(*models):
+        try:
+            with tempfile.TemporaryDirectory(prefix="sparsight-restore-") as folder:
+                metrics = _restore(spec, sparse, dense, learned, held, folder=Path(folder), progress=progress).metrics
+        except BaseException:
+            remove_adapters(model)
+            raise
+    return {**metrics, "skipped_samples": metrics["skipped_samples"] + len(ready.skipped)}
+
+
+def _teacher_source(teacher: Any, model: Any, spec: RestoreSpec) -> ModelSource:
+    """The dense original of a model in memory; **raises** `SparsightError` for what cannot teach it."""
+    if teacher is None:
         raise SparsightError("`teacher`: name the dense original, a model or its folder; or set `kl=0` to do without")
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    learned, held = divide_samples(spec, data, spec.held_out if isinstance(spec.held_out, Sequence) else None)
-    try:
-        with tempfile.TemporaryDirectory(prefix="sparsight-restore-") as folder:
-            return _restore(spec, sparse, dense, learned, held, folder=Path(folder), progress=progress).metrics
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
+    if isinstance(teacher, str | Path):
+        return ModelSource(teacher, device=spec.device)
+    check_model(teacher, "teacher")
+    kinds = [f"{next(m.parameters()).dtype} on {next(m.parameters()).device}" for m in (teacher, model)]
+    if kinds[0] != kinds[1]:
+        raise SparsightError(f"`teacher`: is {kinds[0]}, and the model is {kinds[1]}; convert one of them")
+    if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
+        raise SparsightError("`teacher`: shares weights with the model, which is changed; give a dense original of its own")
+    return ModelSource(model=teacher, device=spec.device, noun="the teacher")
+
+
+def _check_teacher_mode(spec: RestoreSpec, own: bool) -> None:
+    """Refuse a way of holding the teacher that a model in memory, or batches of the user's `own`, cannot have."""
+    if spec.teacher_mode == "shared":
+        raise SparsightError("`teacher_mode`: shared is for folders, since a model in memory is changed in place; give live")
+    if own and (spec.teacher_mode == "cached" or spec.teacher_cache):
+        field = "teacher_cache" if spec.teacher_cache else "teacher_mode"
+        raise SparsightError(f"`{field}`: the teacher is not cached for batches of your own; leave it out")
 
 
 def restore_folder(
@@ -131,6 +172,13 @@ def restore_folder(
     target = check_output(out, overwrite, inputs=(sparse, data, original, other_data))
     if taught and original is None:
         raise SparsightError(f"`teacher`: {sparse} does not say what it was pruned from; name the dense model, or `kl=0`")
+    if taught and teacher is None:
+        try:
+            check_folder(str(original))
+        except SparsightError as error:
+            raise SparsightError(
+                f"`teacher`: {sparse} was pruned from {original}, which is not there; name the dense model, or `kl=0`"
+            ) from error
     distributed.init(spec.device)
     progress = progress if distributed.is_main() else None
     samples = read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
@@ -174,7 +222,8 @@ def restore_folder(
                 family=done.family,
             )
             recipe = add_stage(
-                earlier[1], "restore", spec, data=data, model=original or sparse, fingerprint=fingerprint, teacher=teacher_name
+                earlier[1], "restore", spec, data=data, model=original or sparse, fingerprint=fingerprint,
+                teacher=teacher_name,
             )  # fmt: skip
             with atomic_folder(target, overwrite) as new:
                 if spec.save_adapter:
@@ -205,7 +254,8 @@ def _restore(
         sparse, teacher, learned, held, spec=spec, cache=cache, fingerprint=fingerprint, progress=progress
     )  # fmt: skip
     began = time.perf_counter()
-    trained = train(student, spec, folder, resume=resume, progress=progress)
+    with unchanged_process(spec.device) if distributed.world_size() == 1 else nullcontext():
+        trained = train(student, spec, folder, resume=resume, progress=progress)
     gc.collect()  # the trainer and its optimizer refer to each other
     metrics = {
         **trained,

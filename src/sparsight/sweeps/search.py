@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import sparsight
 from sparsight.checkpoint.folder import Record, atomic_folder, check_output, read_record, sparsity_record, write_model
 from sparsight.checks import whole_name
 from sparsight.errors import SparsightError
@@ -22,6 +21,7 @@ from sparsight.specs import SearchSpec
 from sparsight.sweeps.grid import Cell
 from sparsight.sweeps.splits import Candidate, Splits, sparsest
 from sparsight.sweeps.workbench import Workbench
+from sparsight.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _save(splits: Splits, cell: Cell, done: SearchResult, spec: SearchSpec, targ
             mask_only=cell.composition().mask_only, family=bench.family,
         )  # fmt: skip
         model, data, held_out = (whole_name(bench.recipe[key]) for key in ("model", "data", "held_out"))
-        recipe: dict[str, Any] = {"sparsight": sparsight.__version__, "model": model, "data": data, "held_out": held_out}
+        recipe: dict[str, Any] = {"sparsight": VERSION, "model": model, "data": data, "held_out": held_out}
         recipe |= {"search": spec.facts(), "evaluate": None}
         with atomic_folder(target, overwrite) as new:
             write_model(bench.model, bench.processor, Record(facts, {"prune": record.measured()}, recipe), new)

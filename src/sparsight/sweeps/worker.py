@@ -95,8 +95,8 @@ def main() -> None:
     bench = None
     while True:
         unit = [
-            Cell(None if cell["prune"] is None else PruneSpec(**{**cell["prune"], "device": settings.get("device") or "cpu"}),
-                 cell["restore"])
+            Cell(None if cell["prune"] is None else
+                 PruneSpec(**{**cell["prune"], "device": settings.get("device") or "cpu"}), cell["restore"])
             for cell in json.loads(lines.get())
         ]  # fmt: skip
         answer = ""

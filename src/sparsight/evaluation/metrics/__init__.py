@@ -50,3 +50,9 @@ def title_of(metric: str) -> tuple[str, float]:
     """The title of a metric by name, and the factor that its values are told by: 100 for shares."""
     known = METRICS.get(metric) or TOKEN_METRICS.get(metric)
     return (known.title, 100.0 if known.percent else 1.0) if known else (metric.replace("_", " "), 1.0)
+
+
+def axis_of(metric: str) -> tuple[str, float]:
+    """The title of a metric with its unit, as it stands on an axis or over a column, and the same factor."""
+    title, factor = title_of(metric)
+    return (f"{title}, %" if factor == 100 else title), factor

@@ -33,9 +33,9 @@ GRAM = frozenset({"gram"})
 class Method:
     """`prune(W, moments, pattern, generator) -> W'`.
 
-    `needs` says what must be known: of the inputs "norm" (sums and column norms) or "gram", of the loss "gradient", for
-    which batches must have labels; nothing for methods that look at the weights alone. `mask_only` promises that kept
-    weights stay as they were. `cost` is for the estimate; None: not known.
+    `needs` names the measurements: "norm" (sums and column norms) or "gram" of the inputs, "gradient" of the loss, for which
+    batches must have labels; none for methods that use the weights alone. `mask_only`: kept weights do not change. `cost` is
+    for the estimate; None: not known.
 
     **Raises** `SparsightError` for a need that is none of these.
     """

@@ -2,9 +2,9 @@
 expected output error shrinks (Zhang et al., arXiv 2310.08915; code zyxxmu/DSnoT).
 
 The error of a row is e = sum over its pruned weights of W_ij E[x_j]. While |e| > 0.1, and for at most 100 swaps, the
-pruned weight with the largest W_ij E[x_j] / Var[x_j] on e's side comes back, and the kept weight of the smallest Wanda
-score whose loss draws e towards 0 goes; the row stops as soon as a swap would turn e's sign. With n:m the one that goes
-is the smallest of the same group. E[x] is the sum over tokens per calibration sequence, as published.
+pruned weight with the largest W_ij E[x_j] / Var[x_j] on e's side is restored, and the kept weight of the smallest Wanda
+score whose loss moves e towards 0 is pruned; the row stops as soon as a swap would change e's sign. With n:m the latter is
+the smallest of the same group. E[x] is the sum over tokens per calibration sequence, as published.
 
 Ours differs in three places. A row without candidates stops, where the published code goes on with weights that are not
 pruned and so changes the count. Var[x] is that of all tokens, where the published code averages the batches' variances;

@@ -1,4 +1,4 @@
-"""Magnitude: the smallest |W| go (Han et al., arXiv 1506.02626). The paper's published code ranks W itself, without the
+"""Magnitude: prune the smallest |W| (Han et al., arXiv 1506.02626). The paper's published code ranks W itself, without the
 absolute value, and so removes all negative weights first; ours does not.
 """
 

@@ -1,0 +1,130 @@
+"""A setting is declared once: a field that is added to a record of settings is found wherever settings are given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from inspect import signature
+
+import pytest
+import yaml
+
+import sparsight
+from sparsight import PruneSpec, RestoreSpec, SparsightError, api
+from sparsight.options import options
+from sparsight.specs import SPECS
+
+ADD_A_FIELD = """
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+from sparsight import specs
+from sparsight.options import Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSpec(specs.PruneSpec):
+    grain: Annotated[int, Option("A new field.", fits=lambda value: value >= 3, says="a grain of at least 3", cost=True)] = 3
+
+
+specs.PruneSpec = specs.SPECS["prune"] = PruneSpec
+"""
+CLI = "from sparsight.cli.app import main; main()"
+PYTHON = """
+import json
+from inspect import signature
+import sparsight
+from sparsight.estimation.recipe import estimate_recipe
+from sparsight.sweeps.grid import cells
+
+model, = sys.argv[1:]
+found = {"default": signature(sparsight.prune).parameters["grain"].default}
+found["cells"] = [cell.facts["grain"] for cell in cells({"grid": {"sparsity": 0.5, "grain": [3, 4]}})]
+for name, call in {
+    "python": lambda: sparsight.prune(model, "out", sparsity=0.5, grain=2),
+    "grid": lambda: cells({"grid": {"sparsity": 0.5, "grain": [2]}}),
+    "estimate": lambda: sparsight.estimate(model, prune={"grain": 2}),
+}.items():
+    try:
+        call()
+    except sparsight.SparsightError as error:
+        found[name] = str(error)
+found["estimated"] = sparsight.estimate(model, prune={"grain": 5}, timed=False).total == {}
+print(json.dumps(found))
+"""
+
+
+def script(code, *words, folder, first=ADD_A_FIELD):
+    """Run `first`, then `code`, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", first + code, *map(str, words)], capture_output=True, text=True, cwd=folder)
+
+
+def test_a_new_field_is_an_option_and_a_key_of_a_recipe(zoo_folder, tmp_path):
+    model = zoo_folder("llava")
+    told = script(CLI, "prune", "--help", folder=tmp_path)
+    assert "--grain <int>" in told.stdout, told.stderr
+    assert "A new field." in told.stdout
+    refused = script(CLI, "prune", model, "out", "--grain", 2, folder=tmp_path)
+    assert refused.returncode == 2
+    assert "--grain: 2 is not a grain of at least 3" in refused.stderr
+    done = script(CLI, "prune", model, "out", "--method", "magnitude", "--grain", 4, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    recipe = tmp_path / "out" / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["prune"]["grain"] == 4
+    again = script(CLI, "run", recipe, "again", "--quiet", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert yaml.safe_load((tmp_path / "again/pruned/recipe.yaml").read_text())["prune"]["grain"] == 4
+    refused = script(CLI, "run", recipe, "other", "prune.grain=2", folder=tmp_path)
+    assert "prune.grain: 2 is not a grain of at least 3" in refused.stderr
+    costs = script(CLI, "plan", "--help", folder=tmp_path)
+    assert "--grain" in costs.stdout
+
+
+def test_a_new_field_is_a_keyword_an_axis_and_an_input_of_the_estimate(zoo_folder, tmp_path):
+    done = script(PYTHON, zoo_folder("llava"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    says = "is not a grain of at least 3"
+    assert found["default"] == 3
+    assert found["cells"] == [None, 3, 4]
+    assert found["python"] == f"`grain`: 2 {says}"
+    assert found["grid"] == f"`grid.grain`: 2 {says}"
+    assert found["estimate"] == f"`grain`: 2 {says}"
+    assert found["estimated"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", sorted(SPECS))
+def test_every_field_has_help_and_is_a_keyword(verb):
+    parameters = signature(getattr(sparsight, verb)).parameters
+    for name, (_, option) in options(SPECS[verb]).items():
+        assert option.text().endswith((".", "]")), name
+        assert parameters[name].default == getattr(SPECS[verb], name)
+
+
+def test_a_record_of_settings_is_given_whole_or_changed(zoo_folder, tmp_path):
+    spec = PruneSpec(method="magnitude", sparsity=0.6)
+    api.prune(zoo_folder("llava"), tmp_path / "out", spec, pattern="tensor")
+    section = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["prune"]
+    assert section["method"] == "magnitude"
+    assert section["pattern"] == "tensor"
+    assert spec.pattern == "row"
+    with pytest.raises(SparsightError, match="dict_keys is no record of settings"):
+        api.prune(zoo_folder("llava"), tmp_path / "other", {}.keys())
+    with pytest.raises(SparsightError, match="unknown key 'sparsty'; did you mean sparsity"):
+        api.prune(zoo_folder("llava"), tmp_path / "other", sparsty=0.5)
+    with pytest.raises(SparsightError, match="`kl`: 2 is not a weight from 0 to 1"):
+        RestoreSpec(kl=2)
+
+
+def test_stage_is_the_old_name_of_layer(zoo_folder, scenes, tmp_path):
+    with pytest.warns(FutureWarning, match="`propagate=stage` is the old name of `propagate=layer`"):
+        spec = PruneSpec(propagate="stage")
+    assert spec.propagate == "layer"
+    words = ["prune", zoo_folder("llava"), "out", "--data", scenes, "--samples", 4, "--propagate", "stage", "--quiet"]
+    done = script(CLI, *words, folder=tmp_path, first="")
+    assert done.returncode == 0
+    assert "--propagate stage is the old name of --propagate layer" in done.stderr
+    assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["prune"]["propagate"] == "layer"
