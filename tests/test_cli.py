@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from sparsight import anatomy, load
+from sparsight import SparsightError, anatomy, api, load
 
 import zoo
 
@@ -386,6 +386,24 @@ def test_composed_methods_write_what_they_say(case, run, zoo_folder, scenes, tmp
         case, "uniform"
     )
     assert run("verify", "sparse")[0] == 0
+
+
+def test_what_is_missing_or_no_path_is_named(run, zoo_folder, scenes, tmp_path):
+    model = zoo_folder("llava")
+    code, _, said = run("eval", model)
+    assert code == 2
+    assert said == "sparsight: --data: is missing; give held-out samples\n"
+    calls = {
+        "out": lambda: api.prune(model, 5, data=scenes),
+        "teacher": lambda: api.restore(model, "y", data=scenes, teacher=5),
+        "held_out": lambda: api.search(model, "s", data=scenes, held_out=5),
+        "recipe": lambda: api.run({"model": model}, "r"),
+        "method": lambda: api.save(model, "z", method=5),
+    }
+    for field, call in calls.items():
+        with pytest.raises(SparsightError, match=rf"`{field}`: (int|dict) is no name; give a path or a name, as text"):
+            call()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_models_and_folders(run, zoo_folder, scenes, tmp_path):

@@ -108,6 +108,23 @@ def test_it_runs_through_a_sweep_and_a_report(run, entries, zoo_folder, scenes, 
     assert "FLOPs" in told
 
 
+@pytest.mark.parametrize("verb", ["run", "sweep"])
+def test_a_recipe_without_exact_match_is_reported_by_its_own_metric(verb, run, zoo_folder, scenes, tmp_path):
+    recipe = {
+        "model": str(zoo_folder("llava")), "data": str(scenes), "held_out": str(scenes),
+        "prune": {"method": "magnitude"}, "evaluate": {"max_new_tokens": 2, "metrics": ["anls"]},
+    }  # fmt: skip
+    recipe |= {"grid": {"sparsity": [0.5]}} if verb == "sweep" else {}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, said = run(verb, "r.yaml", "out", "--quiet")
+    assert code == 0, said
+    assert "ANLS, %" in (tmp_path / "out/report.html").read_text()
+    runs = ["out"] if verb == "sweep" else ["out/dense", "out/pruned"]
+    code, _, said = run("report", *runs, "--metric", "anl", "--out", "page.html")
+    assert code == 2
+    assert "was scored by anl; they were scored by anls, token_accuracy, perplexity" in said
+
+
 def test_it_runs_through_the_verbs_and_onto_the_card(run, entries, zoo_folder, scenes, tmp_path):
     model = zoo_folder("llava")
     sizes = ("--samples", 4, "--batch-size", 4)

@@ -106,7 +106,8 @@ def test_no_folder_is_named_like_a_verb():
 def test_files_are_short():
     """About 300 lines; the Python face, a page of docstrings, has more."""
     lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
-    assert {module: n for module, n in lengths.items() if n > 440} == {}
+    assert lengths.pop("sparsight.api") < 480
+    assert {module: n for module, n in lengths.items() if n > 360} == {}
 
 
 def test_few_frames_from_the_command_to_a_method(monkeypatch, zoo_folder, scenes, tmp_path):

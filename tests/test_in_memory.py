@@ -741,3 +741,33 @@ def test_what_cannot_be_saved_is_one_line_and_leaves_no_folder(llava, zoo_folder
     sparsight.prune(loaded, own)
     with pytest.raises(SparsightError, match="holds what is read"):
         sparsight.save(loaded, tmp_path / "dense", processor, overwrite=True)
+
+
+def test_verify_takes_a_model_of_an_unknown_type(zoo_folder):
+    model, _ = sparsight.load(zoo_folder("llava"))
+    record = sparsight.prune(model, method="magnitude", sparsity=0.5)
+    model.config.model_type = "newer"
+    with pytest.raises(SparsightError, match="model type 'newer' is not in the table"):
+        sparsight.verify(model, against=record)
+    found = sparsight.anatomy(sparsight.load(zoo_folder("llava"))[0]).family
+    family = f"vision={found.vision[0]},language={found.language[0]}"
+    assert sparsight.verify(model, against=record, family=family)["differences"] == {}
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.down_proj.weight.fill_(1)
+    assert len(sparsight.verify(model, against=record, family=family)["differences"]) == 1
+
+
+def test_what_a_notebook_shows_is_short(zoo_folder):
+    model, _ = sparsight.load(zoo_folder("llava"))
+    shown = [sparsight.inspect(model), sparsight.plan(model, sparsity=0.5), sparsight.prune(model, method="magnitude")]
+    assert [repr(value).partition("(")[0] for value in shown] == ["Anatomy", "PlannedModel", "PruneRecord"]
+    assert all(len(repr(value)) < 250 for value in shown)
+
+
+def test_what_is_of_another_model_or_no_model_is_named(zoo_folder, tmp_path):
+    model, _ = sparsight.load(zoo_folder("llava"))
+    other, _ = sparsight.load(zoo_folder("instructblip-t5"))
+    with pytest.raises(SparsightError, match="`record`: is of another model, with "):
+        sparsight.save(model, tmp_path / "z", record=sparsight.plan(other, sparsity=0.5))
+    with pytest.raises(SparsightError, match="`model`: sparse is a folder or a hub name; `load` it first"):
+        sparsight.sparse_lora("sparse")

@@ -77,16 +77,18 @@ def test_the_table_of_families_is_the_table():
         assert re.sub(r"[^a-z0-9]", "", name) in re.sub(r"[^a-z0-9]", "", row), name
 
 
-@pytest.mark.parametrize("row", ["methods", "then", "policies"])
+@pytest.mark.parametrize("row", ["methods", "then", "policies", "evaluation"])
 def test_the_tables_of_methods_and_policies_are_the_tables(row):
     from sparsight.allocation.plan import POLICIES
     from sparsight.calibration.tokens import TOKENS
+    from sparsight.evaluation.metrics import METRICS
     from sparsight.pruning.methods import METHODS, REFINES, UPDATES
 
-    known = {"methods": {*METHODS}, "then": {*REFINES, *UPDATES, *TOKENS} - {"all"}, "policies": {*POLICIES}}[row]
+    known = {"methods": {*METHODS}, "then": {*REFINES, *UPDATES, *TOKENS} - {"all"}, "policies": {*POLICIES}}
+    known["evaluation"] = {*METRICS}
     line = next(line for line in TEXT.splitlines() if line.startswith(f"| {row}"))
-    named = {word.split()[-1] for word in re.findall(r"`([^`]+)`", line)} - {"EPOCHS", "--permute"}
-    assert named == known
+    named = {word.split()[-1] for word in re.findall(r"`([^`]+)`", line)} - {"EPOCHS", "--permute", "--metrics"}
+    assert named == known[row]
 
 
 def test_the_commands_of_the_one_shot_guide(desk, zoo_folder, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect as _inspect
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,6 +124,7 @@ def prune(
         data, out = (out, None) if data is None else (data, out)
         spec = _in_memory(model, spec, out=out, overwrite=overwrite, resume=resume)
         return prune_model(model, data, spec, processor=processor, progress=progress)
+    _check_paths(out=out)
     _check_folder_data(data, processor)
     return prune_folder(model, out, spec, data=data, overwrite=overwrite, resume=resume, progress=progress)
 
@@ -159,6 +161,7 @@ def restore(
         adapter = spec.save_adapter
         spec = _in_memory(sparse, spec, out=out, overwrite=overwrite, resume=resume, save_adapter=adapter)
         return restore_model(sparse, data, spec, processor=processor, teacher=teacher, progress=progress)
+    _check_paths(out=out, teacher=teacher)
     _check_folder_data(data, processor)
     _need(data, "data", "training samples")
     _need(out, "out", "a folder to write")
@@ -236,6 +239,7 @@ def save(
     """
     from sparsight.checkpoint.save import save
 
+    _check_paths(out=out, base_model=base_model, method=method)
     return save(
         model, out, processor, record=record, base_model=base_model, method=method, family=family, overwrite=overwrite
     )  # fmt: skip
@@ -305,6 +309,7 @@ def run(
     """
     from sparsight.road import run
 
+    _check_paths(recipe=recipe, out=out)
     return run(recipe, out, changes=changes, progress=progress)
 
 
@@ -329,6 +334,7 @@ def sweep(
     """
     from sparsight.sweeps.sweep import sweep
 
+    _check_paths(recipe=recipe, out=out)
     return sweep(recipe, out, changes=changes, jobs=jobs, progress=progress)
 
 
@@ -354,6 +360,7 @@ def search(
     """
     from sparsight.sweeps.search import search
 
+    _check_paths(model=model, out=out, data=data, held_out=held_out)
     return search(
         model, out, _spec(SearchSpec, spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
     )  # fmt: skip
@@ -422,6 +429,12 @@ def _family(model: Any, spec: FamilySpec) -> Any:
     from sparsight.checkpoint.folder import family_of
 
     return family_of(model if _is_folder(model) else None, spec.family)
+
+
+def _check_paths(**paths: Any) -> None:
+    for field, value in paths.items():
+        if value is not None and not isinstance(value, str | PathLike):
+            raise SparsightError(f"`{field}`: {type(value).__name__} is no name; give a path or a name, as text")
 
 
 def _need(value: Any, field: str, noun: str) -> None:

@@ -172,8 +172,7 @@ def test_metrics_can_be_chosen_and_functions(built):
 
 
 def test_wrong_requests_are_refused_before_the_model_runs():
-    assert set(METRICS) == {"exact_match", "vqa_accuracy", "cider_d", "anls"}
-    with pytest.raises(SparsightError, match="unknown metric 'bleu'; allowed: cider_d, exact_match, vqa_accuracy, anls"):
+    with pytest.raises(SparsightError, match=f"unknown metric 'bleu'; allowed: {', '.join(METRICS)}"):
         evaluate(None, None, samples(1), metrics=["bleu"])
     with pytest.raises(SparsightError, match="no samples"):
         evaluate(None, None, [])

@@ -11,7 +11,7 @@ import torch
 from sparsight import Pattern, SparsightError, anatomy
 from sparsight.allocation.plan import make_plan
 from sparsight.calibration.observe import Watch
-from sparsight.calibration.tokens import find_tokens
+from sparsight.calibration.tokens import TOKENS, find_tokens
 from sparsight.pruning.journal import Journal
 from sparsight.pruning.loop import prune
 from sparsight.pruning.permute import best_order
@@ -95,7 +95,13 @@ def test_tokens_of_text_and_images_are_summed_apart():
     torch.testing.assert_close(moments.squares, half * (text.squares / text.count + image.squares / image.count))
 
 
-@pytest.mark.parametrize("tokens", ["text", "image", "balanced", "atv", "tamp"])
+@pytest.mark.parametrize("weights", [{"text": 1.0}, {"txt": 1.0, "image": 1.0}, {}, {"text": -1.0, "image": 1.0}, None])
+def test_a_token_rule_weighs_every_kind(weights):
+    with pytest.raises(SparsightError, match=r"the rule weighs \['image', 'text'\] as .*must give each a number"):
+        pruned(tokens=lambda counts: weights)
+
+
+@pytest.mark.parametrize("tokens", [name for name in TOKENS if name != "all"])
 def test_token_rules_change_language_layers_and_no_others(tokens):
     every, _, _, plain = pruned()
     _, body, _, record = pruned(tokens=tokens)
@@ -106,7 +112,7 @@ def test_token_rules_change_language_layers_and_no_others(tokens):
     assert changed["vision"] == 0
     assert 0.005 < changed["language"] < 0.4
     last = body.blocks[-1].name
-    if tokens in ("atv", "tamp"):
+    if TOKENS[tokens].select:
         assert record.tokens[last]["image"] < plain.tokens[last]["image"]
         assert (record.tokens[last]["text"] == plain.tokens[last]["text"]) == (tokens == "atv")
 

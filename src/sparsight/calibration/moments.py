@@ -7,7 +7,7 @@ panels, which is little more than half the work of a full product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ FEW = 32  # tokens: an expert that saw fewer is pruned with the moments of all e
 Weigh = Callable[[Mapping[str, int]], Mapping[str, float]]  # tokens of each kind -> the weight of one of them
 
 
-def alike(counts: Mapping[str, int]) -> dict[str, float]:
+def alike(counts: Iterable[str]) -> dict[str, float]:
     """Count every token as one."""
     return dict.fromkeys(counts, 1.0)
 
@@ -121,12 +121,12 @@ class Moments:
         return torch.cat(self.rows) if self.rows else torch.zeros(0, self.columns, device=self.device)
 
     def _weighted(self, part: Callable[[Sums], Any]) -> Any:
-        weights: Mapping[str, float] = {}
+        weights: Mapping[str, float] = alike(self.kinds)
         if len(self.kinds) > 1:
             weights = self.weigh({name: kind.count for name, kind in self.kinds.items()})
-            if not isinstance(weights, Mapping) or not all(0 <= weights.get(k, 1.0) < float("inf") for k in self.kinds):
+            if not isinstance(weights, Mapping) or not all(0 <= weights.get(k, -1.0) < float("inf") for k in self.kinds):
                 raise ValueError(f"the rule weighs {sorted(self.kinds)} as {weights!r}; it must give each a number from 0")
-        return sum((part(kind) * weights.get(name, 1.0) for name, kind in self.kinds.items()), start=0)
+        return sum((part(kind) * weights[name] for name, kind in self.kinds.items()), start=0)
 
     @classmethod
     def pooled(cls, several: Sequence[Moments]) -> Moments:

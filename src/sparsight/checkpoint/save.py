@@ -55,7 +55,11 @@ def save(
     plan = recorded_plan("record", record) if record is not None else {}
     if plan is None:
         raise SparsightError(f"`record`: {type(record).__name__} is no plan; give what `plan` or `prune` returned")
-    lost = [name for name, pattern in plan.items() if name not in weights or not pattern.holds(weights[name])]
+    if strange := [name for name in plan if name not in weights]:
+        raise SparsightError(
+            f"`record`: is of another model, with {strange[0]}; give the record of this one, or leave it out"
+        )
+    lost = [name for name, pattern in plan.items() if not pattern.holds(weights[name])]
     if lost:
         raise SparsightError(f"`record`: {lost[0]} does not hold its pattern any more; leave `record` out to save it so")
     before = {name: p for name, p in read_plan(earlier).items() if name in weights and p.holds(weights[name])}

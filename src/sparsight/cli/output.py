@@ -13,10 +13,10 @@ from typing import Any
 from sparsight.errors import SparsightError
 
 
-def check_files(files: Mapping[str, str | None], data: str) -> None:
+def check_files(files: Mapping[str, str | None], data: str | None) -> None:
     """Refuse, by a `SparsightError`, files that cannot be written, that are equal, or that hold the data; none is left."""
     taken: dict[Path, str] = {}
-    sources = (Path(data), Path(data, "metadata.jsonl"))
+    sources = (Path(data), Path(data, "metadata.jsonl")) if data else ()
     for option, path in files.items():
         if not path:
             continue

@@ -20,6 +20,8 @@ def check_model(model: Any, field: str = "model", *, adapters: bool = False) -> 
 
     **Raises** `SparsightError`, naming `field`.
     """
+    if isinstance(model, str | Path):
+        raise SparsightError(f"`{field}`: {model} is a folder or a hub name; `load` it first, and give the model in memory")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise SparsightError(
             f"`{field}`: {type(model).__name__} is no transformers model; give one in memory, a folder or a hub name"

@@ -11,12 +11,23 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparsight.errors import NotWritten, SparsightError
+from sparsight.evaluation.metrics import METRICS
 from sparsight.files import write_text
 from sparsight.model.families import COMPONENTS
 from sparsight.reporting.gallery import COLUMNS, Picture, gallery
 from sparsight.reporting.groups import Group, describe, group_runs
 from sparsight.reporting.runs import ScoredModel
-from sparsight.reporting.scores import CAPTIONS, QUESTIONS, Estimate, axis, difference, estimate, has_both_kinds, metric_name
+from sparsight.reporting.scores import (
+    CAPTIONS,
+    QUESTIONS,
+    Estimate,
+    axis,
+    difference,
+    estimate,
+    has_both_kinds,
+    main_metric,
+    metric_name,
+)
 
 TEMPLATE = "page.html"
 MARK = '<meta name="generator" content="sparsight">'  # tells a page of `report` from any other file
@@ -78,11 +89,7 @@ def write_page(
 
     story = story or Story()
     groups = group_runs(runs)
-    if not any(estimate(group, metric) for group in groups):
-        raise SparsightError(
-            f"none of the {len(groups)} runs was scored by {metric_name(metric)}; run sparsight eval MODEL --data "
-            "DATA --record first"
-        )
+    metric = main_metric(groups, metric)
     environment = Environment(
         loader=PackageLoader("sparsight", "reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -145,7 +152,7 @@ def score_table(groups: Sequence[Group], metric: str | None, story: Story) -> di
         axis(metric)[0]: [_score_cell(estimate(group, metric), metric) for group in groups],
         f"against {groups[0].label}": [_score_cell(score, metric, signed=True) for score in differences],
     }
-    metrics = ["vqa_accuracy", "cider_d"]
+    metrics = [name for name in METRICS if name != "exact_match"]
     if _is_mean_of_kinds(groups, metric):
         metrics.remove("vqa_accuracy")  # the column of questions has it already
         for part in (QUESTIONS, CAPTIONS):

@@ -15,8 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import ALL
-from sparsight.evaluation.metrics import axis_of, title_of
+from sparsight.evaluation.metrics import TOKEN_METRICS, axis_of, title_of
 from sparsight.reporting.groups import Group
 from sparsight.reporting.runs import ScoredModel
 
@@ -45,6 +46,25 @@ def axis(metric: str | None) -> tuple[str, float]:
 def metric_name(metric: str | None) -> str:
     """The title of a metric without its unit."""
     return title_of(metric or "exact_match")[0]
+
+
+def main_metric(groups: Sequence[Group], metric: str | None) -> str | None:
+    """The metric to compare runs by: `metric`, else exact match (None), else the first that they were scored by.
+
+    **Raises** `SparsightError` for runs without a score, and for a metric that none was scored by.
+    """
+    recorded = dict.fromkeys(row["metric"] for group in groups for run in group.runs for row in run.scores)
+    others = [name for name in recorded if name not in TOKEN_METRICS]
+    if metric is None and "exact_match" not in recorded and others:
+        return others[0]
+    if not any(estimate(group, metric) for group in groups):
+        advice = (
+            f"they were scored by {', '.join(recorded)}"
+            if recorded
+            else "run sparsight eval MODEL --data DATA --record first"
+        )
+        raise SparsightError(f"none of the {len(groups)} runs was scored by {metric_name(metric)}; {advice}")
+    return metric
 
 
 def estimate(runs: Sequence[ScoredModel] | Group, metric: str | None = None, part: str | None = None) -> Estimate | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sparsight.checks import check_name, nearest
+from sparsight.checks import check_name, name_of, nearest
 from sparsight.cost import Cost
 from sparsight.errors import SparsightError
 from sparsight.pruning.methods.alps import alps
@@ -142,4 +142,5 @@ def _check_signature(field: str, function: Callable) -> None:
     try:
         signature.bind(*range(count - 1), generator=0) if field == "method" else signature.bind(*range(count))
     except TypeError:
-        raise SparsightError(f"`{field}`: {function} must be callable as {arguments}") from None
+        named = ", the last one by name" if field == "method" else ""
+        raise SparsightError(f"`{field}`: {name_of(function)} must be callable as {arguments}{named}") from None
