@@ -128,3 +128,23 @@ def test_stage_is_the_old_name_of_layer(zoo_folder, scenes, tmp_path):
     assert done.returncode == 0
     assert "--propagate stage is the old name of --propagate layer" in done.stderr
     assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["prune"]["propagate"] == "layer"
+
+
+@pytest.mark.parametrize(
+    ("field", "function", "form"),
+    [
+        ("method", lambda W, moments, pattern, g: W, r"(W, moments, pattern, *, generator)"),
+        ("refine", lambda W, keep: keep, "(W, keep, moments, pattern)"),
+        ("policy", lambda layers: {}, "(layers, budget) or (layers, budget, probe)"),
+        ("tokens", lambda: {}, "(counts)"),
+        ("metrics", lambda prediction: 1.0, "(prediction, answers)"),
+    ],
+)
+def test_a_function_is_refused_before_the_work_if_it_cannot_be_called(field, function, form, zoo_folder, scenes):
+    model = zoo_folder("llava")
+    calls = {"metrics": lambda: api.evaluate(model, scenes, metrics=[function])}
+    call = calls.get(field, lambda: api.prune(model, "out", data=scenes, samples=2, **{field: function}))
+    with pytest.raises(SparsightError) as error:
+        call()
+    assert str(error.value).endswith(f"must be callable as {form}")
+    assert str(error.value).startswith(f"`{field}`: <lambda>")

@@ -6,9 +6,11 @@ it by its option.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,20 @@ def check_name_of(noun: str, field: str, name: Any, allowed: Sequence[str]) -> s
     if name not in allowed:
         raise SparsightError(f"`{field}`: unknown {noun} {name!r}; {nearest(str(name), tuple(allowed))}")
     return name
+
+
+def check_signature(field: str, function: Callable, *forms: str) -> None:
+    """Refuse, by a `SparsightError`, a function that cannot be called in any of `forms`, as "(W, moments, *, generator)"."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin may have none
+        return
+    for form in forms:
+        places, _, names = form.strip("()").partition(", *, ")
+        with contextlib.suppress(TypeError):
+            signature.bind(*places.split(", "), **dict.fromkeys(names.split(", ") if names else ()))
+            return
+    raise SparsightError(f"`{field}`: {name_of(function)} must be callable as {' or '.join(forms)}")
 
 
 def name_of(function: Any) -> str:

@@ -120,7 +120,7 @@ def test_a_method_may_work_in_place():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"method": lambda W, moments: W}, r"`method`: .* must be callable as \(W, moments, pattern, generator\)"),
+        ({"method": lambda W, moments: W}, r"`method`: .* must be callable as \(W, moments, pattern, \*, generator\)"),
         ({"refine": lambda W: W}, r"`refine`: .* must be callable as \(W, keep, moments, pattern\)"),
         ({"update": lambda W: W}, r"`update`: .* must be callable as \(W, keep, moments\)"),
         ({"method": Method}, r"`method`: unknown method <class"),

@@ -17,7 +17,7 @@ from sparsight.allocation.policies.owl import owl
 from sparsight.allocation.policies.sensitivity import sensitivity
 from sparsight.allocation.policies.uniform import uniform
 from sparsight.allocation.policy import CAP, Policy
-from sparsight.checks import check_name, name_of, nearest
+from sparsight.checks import check_name, check_signature, name_of, nearest
 from sparsight.cost import Cost
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern, check_sparsity
@@ -110,6 +110,7 @@ def find_policy(policy: str | Policy | Callable, *, data: bool = True) -> Policy
     if isinstance(policy, Policy):
         rule = policy
     elif callable(policy):
+        check_signature("policy", policy, "(layers, budget)", "(layers, budget, probe)")
         rule = Policy(_as_importance(policy), scale=None)
     else:
         check_name("policy", policy, tuple(POLICIES))

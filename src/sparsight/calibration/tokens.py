@@ -24,7 +24,7 @@ from torch import nn
 from sparsight import distributed
 from sparsight.calibration.lockstep import Call
 from sparsight.calibration.moments import Weigh, alike
-from sparsight.checks import check_name
+from sparsight.checks import check_name, check_signature
 from sparsight.errors import SparsightError
 
 NEIGHBOURS = 3
@@ -197,6 +197,7 @@ def find_tokens(tokens: str | TokenRule | Weigh) -> TokenRule:
     if isinstance(tokens, TokenRule):
         return tokens
     if callable(tokens):
+        check_signature("tokens", tokens, "(counts)")
         return TokenRule(weigh=tokens)
     check_name("tokens", tokens, tuple(TOKENS))
     return TOKENS[tokens]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsight.checks import check_name, name_of
+from sparsight.checks import check_name, check_signature, name_of
 from sparsight.data.batching import batches
 from sparsight.data.encoding import Batch, Encoder
 from sparsight.data.sample import Sample
@@ -134,6 +134,7 @@ def find_metrics(
     chosen: dict[str, Metric] = {}
     for metric in names:
         if callable(metric):
+            check_signature("metrics", metric, "(prediction, answers)")
             name = name_of(metric)
             chosen[name] = Metric(metric, name, percent=False)
         else:

@@ -6,12 +6,11 @@ one line here.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sparsight.checks import check_name, name_of, nearest
+from sparsight.checks import check_name, check_signature, nearest
 from sparsight.cost import Cost
 from sparsight.errors import SparsightError
 from sparsight.pruning.methods.alps import alps
@@ -116,7 +115,7 @@ def find_update(update: str | Update | Callable | None) -> Update | None:
 
 
 _ARGUMENTS = {
-    "method": "(W, moments, pattern, generator)",
+    "method": "(W, moments, pattern, *, generator)",
     "refine": "(W, keep, moments, pattern)",
     "update": "(W, keep, moments)",
 }
@@ -126,21 +125,7 @@ def _find(field: str, entry: Any, table: dict[str, Any], kind: type, wrap: Calla
     if isinstance(entry, kind):
         return entry
     if callable(entry) and not isinstance(entry, type):
-        _check_signature(field, entry)
+        check_signature(field, entry, _ARGUMENTS[field])
         return wrap(entry)
     check_name(field, entry, tuple(table))
     return table[entry]
-
-
-def _check_signature(field: str, function: Callable) -> None:
-    arguments = _ARGUMENTS[field]
-    count = arguments.count(",") + 1
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # a builtin may have none
-        return
-    try:
-        signature.bind(*range(count - 1), generator=0) if field == "method" else signature.bind(*range(count))
-    except TypeError:
-        named = ", the last one by name" if field == "method" else ""
-        raise SparsightError(f"`{field}`: {name_of(function)} must be callable as {arguments}{named}") from None
