@@ -31,19 +31,29 @@ class PruneSpec(specs.PruneSpec):
 
 specs.PruneSpec = specs.SPECS["prune"] = PruneSpec
 """
-CLI = "from sparsight.cli.app import main; main()"
-PYTHON = """
-import json
+DRIVE = """
+import contextlib, io, json
 from inspect import signature
 import sparsight
-from sparsight.estimation.recipe import estimate_recipe
+from sparsight.cli import app
+from sparsight.estimation.estimate import estimate
 from sparsight.sweeps.grid import cells
 
-model, = sys.argv[1:]
-found = {"default": signature(sparsight.prune).parameters["grain"].default}
+commands, model = json.loads(sys.argv[1]), sys.argv[2]
+found = {}
+for name, words in commands.items():
+    sys.argv = ["sparsight", *words]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            app.main()
+        except SystemExit as stop:
+            found[name] = stop.code, out.getvalue(), err.getvalue()
+found["default"] = signature(sparsight.prune).parameters["grain"].default
 found["cells"] = [cell.facts["grain"] for cell in cells({"grid": {"sparsity": 0.5, "grain": [3, 4]}})]
+found["estimated"] = sparsight.estimate(model, prune={"grain": 5}, timed=False)["prune"].name
 for name, call in {
-    "python": lambda: sparsight.prune(model, "out", sparsity=0.5, grain=2),
+    "python": lambda: sparsight.prune(model, "no", sparsity=0.5, grain=2),
     "grid": lambda: cells({"grid": {"sparsity": 0.5, "grain": [2]}}),
     "estimate": lambda: sparsight.estimate(model, prune={"grain": 2}),
 }.items():
@@ -51,49 +61,46 @@ for name, call in {
         call()
     except sparsight.SparsightError as error:
         found[name] = str(error)
-found["estimated"] = sparsight.estimate(model, prune={"grain": 5}, timed=False).total == {}
 print(json.dumps(found))
 """
+SAYS = "is not a grain of at least 3"
 
 
-def script(code, *words, folder, first=ADD_A_FIELD):
-    """Run `first`, then `code`, in a process of its own."""
-    return subprocess.run([sys.executable, "-c", first + code, *map(str, words)], capture_output=True, text=True, cwd=folder)
+def script(code, *words, folder):
+    """Run code in a process of its own."""
+    words = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder)
 
 
-def test_a_new_field_is_an_option_and_a_key_of_a_recipe(zoo_folder, tmp_path):
-    model = zoo_folder("llava")
-    told = script(CLI, "prune", "--help", folder=tmp_path)
-    assert "--grain <int>" in told.stdout, told.stderr
-    assert "A new field." in told.stdout
-    refused = script(CLI, "prune", model, "out", "--grain", 2, folder=tmp_path)
-    assert refused.returncode == 2
-    assert "--grain: 2 is not a grain of at least 3" in refused.stderr
-    done = script(CLI, "prune", model, "out", "--method", "magnitude", "--grain", 4, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    recipe = tmp_path / "out" / "recipe.yaml"
-    assert yaml.safe_load(recipe.read_text())["prune"]["grain"] == 4
-    again = script(CLI, "run", recipe, "again", "--quiet", folder=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert yaml.safe_load((tmp_path / "again/pruned/recipe.yaml").read_text())["prune"]["grain"] == 4
-    refused = script(CLI, "run", recipe, "other", "prune.grain=2", folder=tmp_path)
-    assert "prune.grain: 2 is not a grain of at least 3" in refused.stderr
-    costs = script(CLI, "plan", "--help", folder=tmp_path)
-    assert "--grain" in costs.stdout
-
-
-def test_a_new_field_is_a_keyword_an_axis_and_an_input_of_the_estimate(zoo_folder, tmp_path):
-    done = script(PYTHON, zoo_folder("llava"), folder=tmp_path)
+def test_a_new_field_is_found_wherever_settings_are_given(zoo_folder, tmp_path):
+    """An option with help and check, a key of a recipe, an axis of a sweep, an input of the estimate, a keyword."""
+    model = str(zoo_folder("llava"))
+    commands = {
+        "help": ["prune", "--help"],
+        "cost": ["plan", "--help"],
+        "refused": ["prune", model, "out", "--grain", "2"],
+        "pruned": ["prune", model, "out", "--method", "magnitude", "--grain", "4", "--quiet"],
+        "recipe": ["run", "out/recipe.yaml", "again", "--quiet"],
+        "refused recipe": ["run", "out/recipe.yaml", "other", "prune.grain=2"],
+    }
+    done = script(ADD_A_FIELD + DRIVE, json.dumps(commands), model, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    says = "is not a grain of at least 3"
+    assert "--grain <int>" in found["help"][1]
+    assert "A new field.  [default: 3]" in found["help"][1]
+    assert "--grain" in found["cost"][1]
+    assert found["refused"][0] == 2
+    assert f"--grain: 2 {SAYS}" in found["refused"][2]
+    assert found["pruned"][0] == found["recipe"][0] == 0
+    for folder in ("out", "again/pruned"):
+        assert yaml.safe_load((tmp_path / folder / "recipe.yaml").read_text())["prune"]["grain"] == 4
+    assert f"prune.grain: 2 {SAYS}" in found["refused recipe"][2]
     assert found["default"] == 3
     assert found["cells"] == [None, 3, 4]
-    assert found["python"] == f"`grain`: 2 {says}"
-    assert found["grid"] == f"`grid.grain`: 2 {says}"
-    assert found["estimate"] == f"`grain`: 2 {says}"
-    assert found["estimated"]
-    assert list(tmp_path.iterdir()) == []
+    assert found["estimated"] == "prune"
+    assert found["python"] == found["estimate"] == f"`grain`: 2 {SAYS}"
+    assert found["grid"] == f"`grid.grain`: 2 {SAYS}"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
 
 
 @pytest.mark.parametrize("verb", sorted(SPECS))
@@ -124,7 +131,7 @@ def test_stage_is_the_old_name_of_layer(zoo_folder, scenes, tmp_path):
         spec = PruneSpec(propagate="stage")
     assert spec.propagate == "layer"
     words = ["prune", zoo_folder("llava"), "out", "--data", scenes, "--samples", 4, "--propagate", "stage", "--quiet"]
-    done = script(CLI, *words, folder=tmp_path, first="")
+    done = script("from sparsight.cli.app import main; main()", *words, folder=tmp_path)
     assert done.returncode == 0
     assert "--propagate stage is the old name of --propagate layer" in done.stderr
     assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["prune"]["propagate"] == "layer"
