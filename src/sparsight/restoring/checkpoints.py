@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsight import distributed
 from sparsight.errors import SparsightError
 from sparsight.restoring.peft_layers import factors
 
@@ -96,13 +95,13 @@ def load_factor_tensors(wrapped: Any, tensors: Mapping[str, torch.Tensor]) -> No
         factor.copy_(value)
 
 
-def gather(wrapped: Any) -> None:
-    """Make a sharded model whole again, in place, in the main process; every process must call it."""
+def gather(wrapped: Any, here: bool) -> None:
+    """Make a sharded model whole again, in place, if it is wanted `here`; every process must call it."""
     for module in wrapped.modules():
         for name, parameter in module._parameters.items():
             if hasattr(parameter, "full_tensor"):
                 whole = _whole(parameter.detach())
-                if distributed.is_main():
+                if here:
                     module._parameters[name] = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 

@@ -264,7 +264,8 @@ def _restore(
         **_student_facts(student),
         "skipped_samples": len(student.encoder.skipped),
     }
-    gather(student.wrapped)
+    here = sparse.path is None or distributed.is_main()  # the main process writes a folder; a model in memory is everywhere
+    gather(student.wrapped, here)
     if adapter_folder is not None and distributed.is_main():
         shutil.rmtree(adapter_folder, ignore_errors=True)  # of an interrupted run
         save_adapter(student.wrapped, spec.alpha, adapter_folder)
@@ -272,8 +273,8 @@ def _restore(
     for head in (student.head, student.teacher_head):
         if head is not None:
             head.remove()
-    merged = student.wrapped.merge_and_unload()
-    masked = ADAPTERS[spec.adapter].masked
+    merged = student.wrapped.merge_and_unload() if here else student.wrapped
+    masked = ADAPTERS[spec.adapter].masked or not here
     plan = student.plan if masked else remaining_zeros(student.anatomy, student.masks)
     return Restoration(merged, student.processor, student.anatomy, plan, student.family, metrics)
 
