@@ -43,12 +43,24 @@ def home(tmp_path_factory):
     return folder
 
 
-def test_the_whole_road(home, tmp_path):
-    command = [*COMMAND, "run", home / "r.yaml", tmp_path / "out", *SMALL, "--quiet"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_whole_road(run, home, tmp_path, monkeypatch):
+    """With one load per set of weights, and one parse per sample."""
+    loads, parses = [], []
+    from_pretrained, parse = AutoModelForImageTextToText.from_pretrained, sources.parse
+
+    def count_load(path, **settings):
+        loads.append(Path(path).name)
+        return from_pretrained(path, **settings)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", staticmethod(count_load))
+    monkeypatch.setattr(sources, "parse", lambda *record: parses.append(record) or parse(*record))
+    code, told, said = run("run", home / "r.yaml", tmp_path / "out", *SMALL, "--quiet")
+    assert code == 0, said
+    assert loads == ["llava", "llava", "restored"]  # the dense one, which is pruned in memory; its teacher; the files' own
+    samples = len(parses)
+    assert samples == len(read(home / "test")) + len(read(home / "train"))
     for words in ("dense", "pruned", "verified", "no zero of", "report.html"):
-        assert words in done.stdout
+        assert words in told
     out = tmp_path / "out"
     assert not api.verify(out / "restored", against=out / "pruned")["differences"]
     page = (out / "report.html").read_text()
@@ -62,22 +74,6 @@ def test_the_whole_road(home, tmp_path):
     assert again["verify"]["differences"] == {}
     with pytest.raises(SparsightError, match="restore="):
         api.run(home / "r.yaml", out, changes=[*SMALL, "restore.steps=4"])
-
-
-def test_one_load_per_set_of_weights_and_one_parse_per_sample(home, tmp_path, monkeypatch):
-    loads, parses = [], []
-    from_pretrained, parse = AutoModelForImageTextToText.from_pretrained, sources.parse
-
-    def count_load(path, **settings):
-        loads.append(Path(path).name)
-        return from_pretrained(path, **settings)
-
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", staticmethod(count_load))
-    monkeypatch.setattr(sources, "parse", lambda *record: parses.append(record) or parse(*record))
-    api.run(home / "r.yaml", tmp_path / "out", changes=SMALL)
-    held_out, train = len(read(home / "test")), len(read(home / "train"))
-    assert len(parses) - held_out - train == held_out + train  # `read` above parses each once more
-    assert loads == ["llava", "llava", "restored"]  # the dense one, which is pruned in memory; its teacher; the files' own
 
 
 @pytest.mark.parametrize(
