@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+import sparsight
 from sparsight import SparsightError, anatomy, api, load
 
 import zoo
@@ -69,7 +70,7 @@ def test_plan_changes_nothing(run, zoo_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_road_on_the_command_line(run, zoo_folder, scenes, tmp_path):
+def test_every_verb_on_the_command_line(run, zoo_folder, scenes, tmp_path):
     code, out, err = run("prune", zoo_folder("llava"), "sparse", "--data", scenes, "--pattern", "2:4", "--samples", 8)
     assert code == 0
     assert "50.00%" in out
@@ -107,7 +108,7 @@ def test_the_road_on_the_command_line(run, zoo_folder, scenes, tmp_path):
 
 
 @pytest.mark.gpu
-def test_the_road_on_a_gpu(run, zoo_folder, scenes):
+def test_every_verb_on_a_gpu(run, zoo_folder, scenes):
     where = ("--data", scenes, "--device", "cuda", "--quiet")
     assert run("prune", zoo_folder("llava"), "sparse", "--pattern", "2:4", "--samples", 8, *where)[0] == 0
     code, out, _ = run("restore", "sparse", "restored", "--steps", 2, "--batch-size", 4, *where)
@@ -398,7 +399,7 @@ def test_what_is_missing_or_no_path_is_named(run, zoo_folder, scenes, tmp_path):
         "teacher": lambda: api.restore(model, "y", data=scenes, teacher=5),
         "held_out": lambda: api.search(model, "s", data=scenes, held_out=5),
         "recipe": lambda: api.run({"model": model}, "r"),
-        "method": lambda: api.save(model, "z", method=5),
+        "method": lambda: sparsight.save(model, "z", method=5),
     }
     for field, call in calls.items():
         with pytest.raises(SparsightError, match=rf"`{field}`: (int|dict) is no name; give a path or a name, as text"):

@@ -87,10 +87,10 @@ def test_the_pages_are_built_without_a_warning(tmp_path):
         "search",
         "report",
         "estimate",
-        "save",
-        "sparse_lora",
     ):
         assert f'id="sparsight.api.{verb}"' in reference
+    for function in ("save", "sparse_lora", "merge"):
+        assert f'id="sparsight.{function}"' in reference
     assert (tmp_path / "pages" / "searchindex.js").is_file()
 
 

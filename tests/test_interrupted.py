@@ -17,7 +17,7 @@ from sparsight.checkpoint.folder import read_metrics
 from sparsight.errors import Interrupted
 from sparsight.restoring.checkpoints import last_checkpoint
 
-from test_road import digest
+from zoo import digest
 
 COMMAND = [sys.executable, "-m", "sparsight"]
 

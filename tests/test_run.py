@@ -1,4 +1,4 @@
-"""The whole road of a recipe, as a user takes it; and every recipe that comes with the project."""
+"""A recipe, run as a user runs it; and every recipe that comes with the project."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsight.sweeps.grid import cells
 from sparsight.sweeps.sweep import EXTRA
 
 import zoo
-from test_road import digest
+from zoo import digest
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -140,6 +140,13 @@ def test_killed_anywhere_it_goes_on(home, tmp_path):
         (["evaluate.batch_size=0"], "`evaluate.batch_size`: 0"),
         (["model=nowhere"], "nowhere: no such folder"),
         (["data=nowhere.jsonl"], "nowhere.jsonl"),
+        (["search=5"], "search is 5 and not a mapping"),
+        (["search.sparsty=0.5"], "search: unknown key 'sparsty'; did you mean sparsity?"),
+        (["search.sparsity=vision=0.5", "search.over=components"], "one component alone has nothing to share with"),
+        (["search.sparsity=0.5", "data=null", "evaluate=null"], "data is missing"),
+        (["search.sparsity=0.5", "held_out=null", "evaluate=null"], "held_out is missing"),
+        (["search=[{sparsity: 0.5}]"], "search is [{'sparsity': 0.5}] and not a mapping"),
+        (["evaluate=[{beams: 2}]"], "evaluate is [{'beams': 2}] and not a mapping"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path):

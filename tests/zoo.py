@@ -11,6 +11,7 @@ importing this module declares the two schemas and puts the folder on the path. 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import warnings
 from pathlib import Path
@@ -86,6 +87,11 @@ def folder(name: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return Path(path)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """The hash of every weight file of a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
 
 
 def images(n: int, seed: int = 0) -> list[Image.Image]:

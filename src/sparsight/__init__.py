@@ -16,30 +16,28 @@ if TYPE_CHECKING:
         estimate,
         evaluate,
         inspect,
-        merge,
         plan,
         prune,
         report,
         restore,
         run,
-        save,
         search,
-        sparse_lora,
         sweep,
         verify,
     )
     from sparsight.calibration.lockstep import lockstep
+    from sparsight.checkpoint.save import save
     from sparsight.masks.pattern import Pattern
     from sparsight.model.anatomy import anatomy
     from sparsight.model.families import Family
     from sparsight.model.load import load
     from sparsight.restoring.adapter_files import load_adapter
+    from sparsight.restoring.wrap import merge, sparse_lora
     from sparsight.specs import EvaluateSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
 __version__ = VERSION
 
-_API = ("estimate", "evaluate", "inspect", "merge", "plan", "prune", "report", "restore", "run", "save", "search",
-        "sparse_lora", "sweep", "verify")  # fmt: skip
+_API = ("estimate", "evaluate", "inspect", "plan", "prune", "report", "restore", "run", "search", "sweep", "verify")
 _SPECS = ("EvaluateSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
@@ -50,6 +48,9 @@ _HOMES = {
     "load": "model.load",
     "load_adapter": "restoring.adapter_files",
     "lockstep": "calibration.lockstep",
+    "merge": "restoring.wrap",
+    "save": "checkpoint.save",
+    "sparse_lora": "restoring.wrap",
 }
 
 __all__ = [

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import inspect as _inspect
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.checks import name_of
+from sparsight.checks import check_paths
 from sparsight.errors import SparsightError
-from sparsight.options import Argument, Spec, options
+from sparsight.options import Argument, options
 from sparsight.progress import Progress
 from sparsight.specs import SPECS, EvaluateSpec, FamilySpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
@@ -45,7 +44,7 @@ def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> An
     """Show components, blocks and layers, what is never pruned and why, and the sparsity now."""
     from sparsight.model.anatomy import anatomy
 
-    spec = _spec(FamilySpec, spec, settings)
+    spec = FamilySpec.make(spec, settings)
     return anatomy(_loaded(model), _family(model, spec))
 
 
@@ -65,30 +64,14 @@ def plan(
 
     **Raises** `SparsightError` for invalid settings, an invalid model or invalid data.
     """
-    from sparsight.allocation.plan import PlannedModel, find_policy, make_plan, planned_budget
-    from sparsight.calibration.probe import Probe
-    from sparsight.data.own_batches import check_labels
-    from sparsight.model.anatomy import anatomy
-    from sparsight.pruning.verb import with_batches
+    from sparsight.pruning.verb import plan_model
 
-    spec = _spec(PlanSpec, spec, settings)
+    spec = PlanSpec.make(spec, settings)
     if _is_folder(model):
         _check_folder_data(None, processor)
     else:
         spec = _in_memory(model, spec)
-    policy = "uniform" if spec.policy is None else spec.policy
-    rule = find_policy(policy, data=data is not None)
-    planned_budget(spec.pattern, spec.sparsity, policy)
-    family = _family(model, spec)
-    loaded, _, batches, _ = with_batches(model, data, spec, processor)
-    if rule.labels:
-        check_labels(batches, "policy", name_of(policy))
-    body = anatomy(loaded, family)
-    probe = Probe(loaded, body, batches, spec.seed, progress) if batches else None
-    made = make_plan(
-        body, sparsity=spec.sparsity, pattern=spec.pattern, policy=policy, ignore=spec.ignore, probe=probe
-    )  # fmt: skip
-    return PlannedModel(body, made)
+    return plan_model(model, data, spec, processor=processor, progress=progress)
 
 
 def prune(
@@ -119,12 +102,12 @@ def prune(
     """
     from sparsight.pruning.verb import prune_folder, prune_model
 
-    spec = _spec(PruneSpec, spec, settings)
+    spec = PruneSpec.make(spec, settings)
     if not _is_folder(model):
         data, out = (out, None) if data is None else (data, out)
         spec = _in_memory(model, spec, out=out, overwrite=overwrite, resume=resume)
         return prune_model(model, data, spec, processor=processor, progress=progress)
-    _check_paths(out=out)
+    check_paths(out=out)
     _check_folder_data(data, processor)
     return prune_folder(model, out, spec, data=data, overwrite=overwrite, resume=resume, progress=progress)
 
@@ -155,13 +138,13 @@ def restore(
 
     if spec is None and hasattr(sparse, "device"):
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
-    spec = _spec(RestoreSpec, spec, settings)
+    spec = RestoreSpec.make(spec, settings)
     if not _is_folder(sparse):
         data, out = (out, None) if data is None else (data, out)
         adapter = spec.save_adapter
         spec = _in_memory(sparse, spec, out=out, overwrite=overwrite, resume=resume, save_adapter=adapter)
         return restore_model(sparse, data, spec, processor=processor, teacher=teacher, progress=progress)
-    _check_paths(out=out, teacher=teacher)
+    check_paths(out=out, teacher=teacher)
     _check_folder_data(data, processor)
     _need(data, "data", "training samples")
     _need(out, "out", "a folder to write")
@@ -190,7 +173,7 @@ def evaluate(
     """
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
-    spec = _spec(EvaluateSpec, spec, settings)
+    spec = EvaluateSpec.make(spec, settings)
     _need(data, "data", "held-out samples")
     if not _is_folder(model):
         spec = _in_memory(model, spec, adapters=True, record=record)
@@ -217,60 +200,6 @@ def verify(
     return verify(model, against, family=family)
 
 
-def save(
-    model: Any,
-    out: str | Path,
-    processor: Any = None,
-    *,
-    record: Any = None,
-    base_model: str | Path = "",
-    method: str = "unknown",
-    family: str | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write a sparse model in memory as a `from_pretrained` folder, with `sparsity.json` and a card beside the weights.
-
-    `record` is what `prune` returned, or a plan; without it the zeros themselves are recorded. `base_model` names the dense
-    original, the default teacher of `restore`; by default it is what the model was loaded from. Returns the content of
-    `sparsity.json`.
-
-    **Raises** `SparsightError` for a model without zeros, one that does not hold `record`, and for an output folder that may
-    not be replaced.
-    """
-    from sparsight.checkpoint.save import save
-
-    _check_paths(out=out, base_model=base_model, method=method)
-    return save(
-        model, out, processor, record=record, base_model=base_model, method=method, family=family, overwrite=overwrite
-    )  # fmt: skip
-
-
-def sparse_lora(model: Any, *, spec: RestoreSpec | None = None, **settings: Any) -> Any:
-    """Put SparseLoRA on a model with zeros, in place, for a training loop of your own; returns the PEFT model.
-
-    Its pruned layers, and the connector's, train factors under the mask of their zeros; everything else is frozen. Of
-    the settings of `restore` it uses `adapter`, `rank`, `alpha`, `tune`, `seed` and `family`. Train it with plain torch,
-    Trainer, TRL or accelerate; then `merge` gives a plain model.
-
-    **Raises** `SparsightError` for a model without zeros, and for invalid settings.
-    """
-    from sparsight.restoring.wrap import wrap_model
-
-    return wrap_model(model, _spec(RestoreSpec, spec, settings))
-
-
-def merge(wrapped: Any) -> Any:
-    """Merge the adapters of `sparse_lora` into the weights; returns the plain model, the same object.
-
-    Every zero is kept, unless the adapter is `lora`, whose merge is dense.
-
-    **Raises** `SparsightError` for a model without such adapters.
-    """
-    from sparsight.restoring.wrap import merge_model
-
-    return merge_model(wrapped)
-
-
 def estimate(
     model: Any,
     *,
@@ -291,7 +220,7 @@ def estimate(
     from sparsight.estimation.estimate import estimate
 
     return estimate(
-        model, _spec(PruneSpec, prune, {}), _spec(RestoreSpec, restore, {}), _spec(EvaluateSpec, evaluate, {}),
+        model, PruneSpec.make(prune, {}), RestoreSpec.make(restore, {}), EvaluateSpec.make(evaluate, {}),
         data=data, timed=timed,
     )  # fmt: skip
 
@@ -307,9 +236,9 @@ def run(
     **Raises** `SparsightError` before anything is computed for a recipe that cannot be run, and for a folder that holds
     something else, or a run with other settings.
     """
-    from sparsight.road import run
+    from sparsight.pipeline import run
 
-    _check_paths(recipe=recipe, out=out)
+    check_paths(recipe=recipe, out=out)
     return run(recipe, out, changes=changes, progress=progress)
 
 
@@ -334,7 +263,7 @@ def sweep(
     """
     from sparsight.sweeps.sweep import sweep
 
-    _check_paths(recipe=recipe, out=out)
+    check_paths(recipe=recipe, out=out)
     return sweep(recipe, out, changes=changes, jobs=jobs, progress=progress)
 
 
@@ -360,9 +289,9 @@ def search(
     """
     from sparsight.sweeps.search import search
 
-    _check_paths(model=model, out=out, data=data, held_out=held_out)
+    check_paths(model=model, out=out, data=data, held_out=held_out)
     return search(
-        model, out, _spec(SearchSpec, spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
+        model, out, SearchSpec.make(spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
     )  # fmt: skip
 
 
@@ -381,16 +310,6 @@ def report(
     from sparsight.reporting.report import report
 
     return report(runs, out=out, metric=metric, figures=figures, overwrite=overwrite)
-
-
-def _spec(kind: type[Any], spec: Any, settings: Mapping[str, Any]) -> Any:
-    """The record of a verb's settings: `spec`, with keywords in place of its fields."""
-    if spec is None or isinstance(spec, Mapping):
-        return kind.of({**(spec or {}), **settings})
-    if not isinstance(spec, Spec):
-        raise SparsightError(f"`spec`: {type(spec).__name__} is no record of settings; name fields, as in `sparsity=0.5`")
-    fields = {name: getattr(spec, name) for name in options(kind) if hasattr(spec, name)}
-    return kind.of({**fields, **settings}) if settings or type(spec) is not kind else spec
 
 
 def _is_folder(model: Any) -> bool:
@@ -426,15 +345,9 @@ def _check_folder_data(data: Any, processor: Any) -> None:
 
 
 def _family(model: Any, spec: FamilySpec) -> Any:
-    from sparsight.checkpoint.folder import family_of
+    from sparsight.checkpoint.folder import family_of, read_record
 
-    return family_of(model if _is_folder(model) else None, spec.family)
-
-
-def _check_paths(**paths: Any) -> None:
-    for field, value in paths.items():
-        if value is not None and not isinstance(value, str | PathLike):
-            raise SparsightError(f"`{field}`: {type(value).__name__} is no name; give a path or a name, as text")
+    return family_of(read_record(model) if _is_folder(model) else None, spec.family)
 
 
 def _need(value: Any, field: str, noun: str) -> None:

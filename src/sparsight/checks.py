@@ -11,6 +11,7 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def current_name(field: str, value: Any) -> Any:
         return value
     warnings.warn(f"`{field}={value}` is the old name of `{field}={name}`", FutureWarning, stacklevel=2)
     return name
+
+
+def check_paths(**paths: Any) -> None:
+    """Refuse values that are neither None nor a path or a name. **Raises** `SparsightError`."""
+    for field, value in paths.items():
+        if value is not None and not isinstance(value, str | PathLike):
+            raise SparsightError(f"`{field}`: {type(value).__name__} is no name; give a path or a name, as text")
 
 
 def check_count(field: str, value: Any) -> None:

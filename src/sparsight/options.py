@@ -100,6 +100,21 @@ class Spec:
         except SparsightError as error:
             raise SparsightError(re.sub(r"^`(\w+)`", rf"`{where}.\1`", str(error)) if where else str(error)) from error
 
+    @classmethod
+    def make(cls, spec: Spec | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> Self:
+        """The record of a verb: `spec`, or the fields that it shares with this verb, with `settings` in place of its own.
+
+        **Raises** `SparsightError` for what is no record, and as `of` does.
+        """
+        if spec is None or isinstance(spec, Mapping):
+            return cls.of({**(spec or {}), **settings})
+        if not isinstance(spec, Spec):
+            raise SparsightError(
+                f"`spec`: {type(spec).__name__} is no record of settings; name fields, as in `sparsity=0.5`"
+            )
+        shared = {name: getattr(spec, name) for name in options(cls) if hasattr(spec, name)}
+        return spec if type(spec) is cls and not settings else cls.of({**shared, **settings})
+
     def facts(self) -> dict[str, Any]:
         """The fields that change what a verb writes, as values that YAML and JSON can hold."""
         return {name: plain_value(getattr(self, name)) for name, (_, option) in options(type(self)).items() if option.work}

@@ -32,7 +32,8 @@ from sparsight.specs import SPECS, SharedSpec
 SHARED = tuple(options(SharedSpec))
 PATHS = ("model", "data", "held_out")
 SECTIONS = ("prune", "restore", "evaluate")
-BESIDE = {"prune": ("data", "fingerprint"), "restore": ("data", "fingerprint", "teacher"), "evaluate": ()}
+LISTS = ("prune", "restore")  # these may be lists of sections, one after another
+BESIDE = {"prune": ("data", "fingerprint"), "restore": ("data", "fingerprint", "teacher")}
 OUTSIDE = ("device", "family", "skip_bad")  # shared fields that no section has
 
 
@@ -72,13 +73,13 @@ def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] 
     for key, value in recipe.items():
         if key not in top:
             raise SparsightError(f"{path}: unknown key {key!r}; {nearest(str(key), top)}")
-        if key in SECTIONS:
-            for section in stages_of(recipe, key):
+        if key in SPECS and value is not None:
+            for section in stages_of(recipe, key) if key in LISTS else [value]:
                 check_section(f"{path}: {key}", key, section)
         elif key in (*PATHS, *SHARED) and value is not None and not isinstance(value, bool if key == "skip_bad" else str):
             raise SparsightError(f"{path}: {key}: {value!r} is not {'true or false' if key == 'skip_bad' else 'a word'}")
     scored = recipe.get("evaluate", {}) is not None  # a recipe beside weights has `evaluate: null`, and may need no data
-    for key in ("model", "data") if scored else ("model",):
+    for key in ("model", "data") if scored or recipe.get("search") is not None else ("model",):
         if not isinstance(recipe.get(key), str):
             raise SparsightError(f"{path}: {key} is missing; add `{key}: ...` to the file, or {key}=... to the command")
     return recipe
@@ -91,11 +92,11 @@ def check_section(where: str, verb: str, section: Any) -> None:
     """
     if not isinstance(section, Mapping):
         raise SparsightError(f"{where} is {section!r} and not a mapping, as in {verb}: {{seed: 0}}")
-    allowed = (*(name for name in options(SPECS[verb]) if name not in OUTSIDE), *BESIDE[verb])
+    allowed = (*(name for name in options(SPECS[verb]) if name not in OUTSIDE), *BESIDE.get(verb, ()))
     for key in section:
         if key not in allowed:
             raise SparsightError(f"{where}: unknown key {key!r}; {nearest(str(key), allowed)}")
-    SPECS[verb].of({key: value for key, value in section.items() if key not in BESIDE[verb]}, where=verb)
+    SPECS[verb].of({key: value for key, value in section.items() if key not in BESIDE.get(verb, ())}, where=verb)
 
 
 def spec_of(recipe: Mapping[str, Any], verb: str, section: Mapping[str, Any] | None = None, **settings: Any) -> Any:
@@ -106,7 +107,7 @@ def spec_of(recipe: Mapping[str, Any], verb: str, section: Mapping[str, Any] | N
     kind: type[Spec] = SPECS[verb]
     shared = {key: recipe[key] for key in SHARED if recipe.get(key) is not None}
     own = (recipe.get(verb) or {}) if section is None else section
-    own = {key: value for key, value in own.items() if key not in BESIDE[verb]}
+    own = {key: value for key, value in own.items() if key not in BESIDE.get(verb, ())}
     return kind.of({**shared, **own, **settings}, where=verb)
 
 

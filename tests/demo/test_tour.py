@@ -101,7 +101,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(quick, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_promise_of_the_demo(tmp_path):
+def test_the_claim_of_the_demo(tmp_path):
     """At 2:4: at least 80 % of the caption points that pruning cost come back, questions no worse, every zero kept."""
     facts = tour(tmp_path / "out")
     dense, pruned, restored = (facts["runs"][name] for name in ("dense", "pruned", "sparselora"))

@@ -19,7 +19,7 @@ from sparsight.errors import Interrupted
 
 import many
 import zoo
-from test_road import digest
+from zoo import digest
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 THREE = ("one batch", "swaps pcg", "experts of few tokens")

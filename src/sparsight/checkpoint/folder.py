@@ -165,17 +165,13 @@ def _pattern(text: str) -> Pattern:
 
 def read_anatomy(model: Any, record: Mapping[str, Any] | None) -> Anatomy:
     """Take a saved model apart with the family it was pruned with."""
-    return anatomy(model, recorded_family(record))
+    return anatomy(model, family_of(record))
 
 
-def recorded_family(record: Mapping[str, Any] | None) -> Family | None:
-    """The family that a user had to name with `family`; None where the table knows the model."""
-    return Family.parse(record["family"]) if record and record["family"] else None
-
-
-def family_of(model: str | Path | None, family: str | None) -> Family | None:
-    """The family that settings name, else the one that a folder has on record; None where the table knows the model."""
-    return Family.parse(family) if family else recorded_family(read_record(model)) if model is not None else None
+def family_of(record: Mapping[str, Any] | None, family: str | None = None) -> Family | None:
+    """The family that settings name, else the one on record; None where the table knows the model."""
+    family = family or (record or {}).get("family")
+    return Family.parse(family) if family else None
 
 
 def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:

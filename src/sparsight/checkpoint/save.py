@@ -17,7 +17,7 @@ from sparsight.checkpoint.folder import (
     write_model,
 )
 from sparsight.checkpoint.verify import recorded_plan
-from sparsight.checks import whole_name
+from sparsight.checks import check_paths, whole_name
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import anatomy
 from sparsight.model.source import check_model
@@ -35,21 +35,23 @@ def save(
     family: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write `model` to the folder `out`; returns the content of `sparsity.json`.
+    """Write a sparse model in memory as a `from_pretrained` folder, with `sparsity.json` and a card beside the weights.
 
     `record` is what `prune` returned or a plan; without it the zeros themselves are recorded, as patterns that the folder
-    the model was loaded from has on record where they still hold. `base_model` is by default that folder, or the dense
-    model that it was made from.
+    the model was loaded from has on record where they still hold. `base_model` names the dense original, the default teacher
+    of `restore`; by default it is that folder, or the dense model that it was made from. Returns the content of
+    `sparsity.json`.
 
     **Raises** `SparsightError` for adapters that are not merged, a model without zeros, one that does not hold the plan of
     `record`, and for a folder that would lose something.
     """
+    check_paths(out=out, base_model=base_model, method=method)
     check_model(model)
     source = str(getattr(model.config, "_name_or_path", "") or "")
     earlier = read_record(source) if source else None
     base = str(base_model or (earlier or {}).get("base_model") or source)
     target = check_output(out, overwrite, inputs=(base or None,))
-    known = family_of(source or None, family)
+    known = family_of(earlier, family)
     body = anatomy(model, known)
     weights = {layer.name: layer.weight for layer in body.layers}
     plan = recorded_plan("record", record) if record is not None else {}

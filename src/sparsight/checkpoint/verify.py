@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from sparsight.checkpoint.folder import Record, read_plan, read_record, recorded_family
+from sparsight.checkpoint.folder import Record, family_of, read_plan, read_record
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
-from sparsight.model.families import Family
 from sparsight.model.load import load_model
 from sparsight.model.source import check_model
 
@@ -34,8 +33,7 @@ class Zeros:
         if not named:
             check_model(model, "against")
         record = read_record(model) if named else None
-        known = recorded_family(record) or (Family.parse(family) if family else None)
-        body = anatomy(load_model(model) if named else model, known)
+        body = anatomy(load_model(model) if named else model, family_of(record, family))
         layers = [layer for layer in body.layers if layer.sparse or (record and layer.name in record["layers"])]
         masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in layers if (layer.weight == 0).any()}
         if not masks:
@@ -69,7 +67,7 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
     masks = zeros.masks if zeros else {}
     if loaded is None:
         loaded = load_model(model) if isinstance(model, str | Path) else model
-    body = anatomy(loaded, recorded_family(record) or (Family.parse(family) if family else None))
+    body = anatomy(loaded, family_of(record, family))
     differences = _against_record(body, record) if record is not None else {}
     layers = {layer.name: layer for layer in body.layers}
     for name, problem in [

@@ -207,7 +207,7 @@ def run_tables(facts: Mapping[str, Any]) -> list[Any]:
         metric = title_of(score["metric"])[0]
         rows.append((run.label, " ".join(amounts), _interval(score), f"{(run.packed_bytes or 0) / 1e6:.1f}"))
     columns = ("model", "zeros per component", f"{metric}, 95 % interval", "packed MB")
-    scores = [table("The road", columns, rows)] if rows else []
+    scores = [table("Models", columns, rows)] if rows else []
     page = [f"Report: {facts['report']}"] if facts["report"] else []
     return [*scores, *verify_lines(facts["verify"]), *page]
 

@@ -1,4 +1,4 @@
-"""Small trained models and the scenes they were trained on, to try every promise in minutes."""
+"""Small trained models and the scenes they were trained on, to try every verb in minutes."""
 
 from pathlib import Path
 

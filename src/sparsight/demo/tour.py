@@ -237,7 +237,7 @@ def _story(facts: Mapping[str, Any], test: Path) -> Story:
 
 def _proof(proof: Mapping[str, Any]) -> dict[str, str]:
     if proof["differences"]:
-        title = f"{len(proof['differences'])} layers differ from what was promised:"
+        title = f"{len(proof['differences'])} layers differ from their record:"
         return {"title": title, "text": ", ".join(proof["differences"])}
     return {
         "title": f"{proof['layers']} layers, {proof['zeros']:,} zeros, {100 * proof['sparsity']:.2f} %.",

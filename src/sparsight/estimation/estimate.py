@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.allocation.plan import POLICIES, find_policy, make_plan, planned_budget
-from sparsight.checkpoint.folder import family_of
+from sparsight.checkpoint.folder import family_of, read_record
 from sparsight.checks import name_of
 from sparsight.cost import Cost
 from sparsight.data import read
@@ -77,7 +77,7 @@ def estimate(
         raise SparsightError(_unknown("adapter", restore.adapter))
     planned_budget(prune.pattern, prune.sparsity, policy)
     check_restore(restore)
-    family = family_of(model, prune.family)
+    family = family_of(read_record(model), prune.family)
     samples = example_samples() if data is None else list(read(data, skip_bad=prune.skip_bad))
     hollow = open_hollow(str(model), prune.dtype)
     processor = load_processor(model)

@@ -30,7 +30,9 @@ def estimate_recipe(
 
     **Raises** `SparsightError` for a recipe that could not run, and for methods whose cost is not known.
     """
-    settings = recipes.read(recipe, changes, extra=EXTRA)
+    settings = recipes.read(recipe, changes, extra=(*EXTRA, "search"))
+    if settings.get("search") is not None:
+        raise SparsightError(f"{recipe}: search: its cost is not known before it runs; leave it out")
     if verb and (verb == "sweep") != ("grid" in settings):
         other, has = ("run", "no grid") if verb == "sweep" else ("sweep", "a grid")
         raise SparsightError(f"{recipe}: has {has}; ask sparsight {other} for it")

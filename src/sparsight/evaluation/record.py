@@ -192,7 +192,7 @@ def keep_evaluation(
 
     `model` is the model as it answered, `samples` are those that were read, `usable` those that it took.
     """
-    from sparsight.checkpoint.folder import identity, read_record, recorded_family
+    from sparsight.checkpoint.folder import family_of, identity, read_record
     from sparsight.checks import whole_name
     from sparsight.evaluation.card import refresh_card
 
@@ -205,7 +205,7 @@ def keep_evaluation(
         "seconds": seconds,
         "memory": peak_memory(spec.device),
         "weights": identity(name) if record is not None else None,
-        **weights_of(model, recorded_family(record)),
+        **weights_of(model, family_of(record)),
     }
     record_evaluation(folder, result, usable, facts)
     refresh_card(folder, {**facts, "rows": list(result.rows)})

@@ -148,7 +148,7 @@ def _refuse(composition: Composition, pattern: Pattern | None) -> None:
         raise SparsightError(
             "`refine`: moves the zeros of the dense weights, and this method may change the kept ones for its own zeros; "
             "add `update=pcg`, which solves for them anew, or choose a method that scores (a function of your own: "
-            "Method(function), which promises to leave them)"
+            "Method(function), whose function must leave them)"
         )
     if composition.propagate == "layer":
         for field in ("reconstruct", "permute"):

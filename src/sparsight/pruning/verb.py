@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight import distributed
-from sparsight.allocation.plan import Plan, find_policy, make_plan, planned_budget
+from sparsight.allocation.plan import Plan, PlannedModel, find_policy, make_plan, planned_budget
 from sparsight.calibration.probe import Probe
 from sparsight.checkpoint.folder import (
     Record,
@@ -56,6 +56,21 @@ def check_prune(spec: PruneSpec, data: Any = True) -> tuple[Composition, Any]:
     return composition, policy
 
 
+def plan_model(
+    model: Any, data: Any, spec: PlanSpec, *, processor: Any = None, progress: Progress | None = None
+) -> PlannedModel:
+    """Plan the zeros of a model in memory, a folder or a hub name; errors (`SparsightError`) as in `sparsight.plan`."""
+    policy = "uniform" if spec.policy is None else spec.policy
+    rule = find_policy(policy, data=data is not None)
+    planned_budget(spec.pattern, spec.sparsity, policy)
+    family = family_of(read_record(model) if isinstance(model, str | Path) else None, spec.family)
+    network, _, ready, _ = with_batches(model, data, spec, processor)
+    if rule.labels:
+        check_labels(ready, "policy", name_of(policy))
+    body = anatomy(network, family)
+    return PlannedModel(body, plan_by(spec, policy, network, body, ready, progress))
+
+
 def prune_model(
     model: Any, data: Any, spec: PruneSpec, *, processor: Any = None, progress: Progress | None = None
 ) -> PruneRecord:
@@ -94,7 +109,7 @@ def prune_folder(
     if out is None:
         raise SparsightError("`out`: is missing; give a folder to write")
     earlier = read_record(model)
-    family = family_of(model, spec.family)
+    family = family_of(earlier, spec.family)
     target = check_output(out, overwrite, inputs=(model, data))
     distributed.init(spec.device)
     check_processes(composition, distributed.world_size())

@@ -107,7 +107,7 @@ class Work:
             pruned = self.composition.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
         except ValueError as error:  # a score or a factor that cannot be
             raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
-        self.check_promise(layer, pruned)
+        self.check_kept(layer, pruned)
         X = moments.sample().float()  # (k, in)
         difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
         reference = torch.linalg.norm(X @ W.float().T)
@@ -124,10 +124,10 @@ class Work:
         pruned = self.composition.prune(
             layer.weight, None, self.plan[layer.name], generator=self.generator(layer.name)
         )  # fmt: skip
-        self.check_promise(layer, pruned)
+        self.check_kept(layer, pruned)
         layer.write(pruned)
 
-    def check_promise(self, layer: Layer, pruned: Any) -> None:
+    def check_kept(self, layer: Layer, pruned: Any) -> None:
         """**Raises** `SparsightError` for a pruned weight (out, in) that breaks the pattern or the method's `mask_only`."""
         W, pattern = layer.weight, self.plan[layer.name]
         fits = isinstance(pruned, torch.Tensor) and (pruned.shape, pruned.dtype) == (W.shape, W.dtype)

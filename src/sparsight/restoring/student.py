@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsight import distributed
-from sparsight.checkpoint.folder import plan_of_zeros, read_record, recorded_family
+from sparsight.checkpoint.folder import family_of, plan_of_zeros, read_record
 from sparsight.checks import check_name_of, parse_pairs
 from sparsight.data import Encoder, batches
 from sparsight.data.encoding import select_answers
@@ -202,7 +202,7 @@ def inspect_sparse(
     processor = None if own else source.processor
     model = source.get(spec.dtype)
     record = read_record(source.path) if source.path is not None else None
-    family = Family.parse(spec.family) if spec.family else recorded_family(record)
+    family = family_of(record, spec.family)
     body = anatomy(model, family)
     masks = read_masks(body, record["layers"] if record else ())
     if not any((body[name].weight == 0).any() for name in masks):

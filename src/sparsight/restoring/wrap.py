@@ -19,12 +19,17 @@ from sparsight.specs import RestoreSpec
 FIELDS = ("adapter", "rank", "alpha", "tune", "seed", "family")  # of `RestoreSpec`: what is trained
 
 
-def wrap_model(model: Any, spec: RestoreSpec) -> Any:
-    """Put the adapter of `spec` on a model with zeros, in place; returns the `PeftModel`.
+def sparse_lora(model: Any, *, spec: RestoreSpec | None = None, **settings: Any) -> Any:
+    """Put SparseLoRA on a model with zeros, in place, for a training loop of your own; returns the PEFT model.
+
+    Its pruned layers, and the connector's, train factors under the mask of their zeros; everything else is frozen. Of
+    the settings of `restore` it uses `adapter`, `rank`, `alpha`, `tune`, `seed` and `family`. Train it with plain torch,
+    Trainer, TRL or accelerate; then `merge` gives a plain model.
 
     **Raises** `SparsightError` for a model without zeros, where no layer is left to train, and for settings of the training
     itself.
     """
+    spec = RestoreSpec.make(spec, settings)
     check_model(model)
     defaults = RestoreSpec()
     for field in options(RestoreSpec):
@@ -46,11 +51,11 @@ def wrap_model(model: Any, spec: RestoreSpec) -> Any:
     return wrapped
 
 
-def merge_model(wrapped: Any) -> Any:
-    """Merge the adapters into the weights; returns the plain model, the object that was wrapped.
+def merge(wrapped: Any) -> Any:
+    """Merge the adapters of `sparse_lora` into the weights; returns the plain model, the object that was wrapped.
 
-    Every parameter requires gradients as it did before. **Raises** `SparsightError` for a model without adapters of
-    `sparse_lora`.
+    Every zero is kept, unless the adapter is `lora`, whose merge is dense. Every parameter requires gradients as it did
+    before. **Raises** `SparsightError` for a model without such adapters.
     """
     if not hasattr(wrapped, "merge_and_unload") or not adapted_modules(wrapped):
         raise SparsightError(

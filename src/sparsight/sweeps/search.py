@@ -51,6 +51,20 @@ class SearchResult:
         return {"chosen": self.chosen.facts, "given": self.given.facts, **plain}
 
 
+def check_search(spec: SearchSpec) -> Cell:
+    """The pruning that a search starts from. **Raises** `SparsightError` for settings that leave nothing to search."""
+    check_device(spec.device)
+    cell = Cell(spec.prune())
+    if cell.policy != "uniform":
+        raise SparsightError(
+            f"`method`: {spec.method} shares its sparsity by a policy of its own; name a method without one"
+        )
+    if spec.over == "components" and spec.within is None and len(cell.facts["sparsity"]) < 2:
+        raise SparsightError("`over`: one component alone has nothing to share with; use blocks, or name two in `sparsity`")
+    cell.composition()
+    return cell
+
+
 def search(
     model: str | Path,
     out: str | Path,
@@ -62,14 +76,7 @@ def search(
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the best split of a budget, and write the pruned model; errors (`SparsightError`) as in `sparsight.search`."""
-    check_device(spec.device)
-    cell = Cell(spec.prune())
-    if cell.policy != "uniform":
-        raise SparsightError(
-            f"`method`: {spec.method} shares its sparsity by a policy of its own; name a method without one"
-        )
-    if spec.over == "components" and spec.within is None and len(cell.facts["sparsity"]) < 2:
-        raise SparsightError("`over`: one component alone has nothing to share with; use blocks, or name two in `sparsity`")
+    cell = check_search(spec)
     evaluate: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "samples": spec.held_out_samples, "seed": spec.seed}
     if spec.metric != "exact_match":
         evaluate["metrics"] = [spec.metric, "exact_match"]
@@ -78,7 +85,6 @@ def search(
         "family": spec.family, "skip_bad": spec.skip_bad, "evaluate": evaluate,
     }  # fmt: skip
     target = check_output(out, overwrite, inputs=(model, data, held_out))
-    cell.composition()
     if read_record(model):
         raise SparsightError(f"{model}: is pruned already; search among splits of the dense model")
     return _search(recipe, target, cell, spec, overwrite, progress)
@@ -131,7 +137,9 @@ def _save(splits: Splits, cell: Cell, done: SearchResult, spec: SearchSpec, targ
         )  # fmt: skip
         model, data, held_out = (whole_name(bench.recipe[key]) for key in ("model", "data", "held_out"))
         recipe: dict[str, Any] = {"sparsight": VERSION, "model": model, "data": data, "held_out": held_out}
-        recipe |= {"search": spec.facts(), "evaluate": None}
+        settings = spec.facts()
+        family = settings.pop("family")
+        recipe |= {**({"family": family} if family else {}), "search": settings, "evaluate": None}
         with atomic_folder(target, overwrite) as new:
             write_model(bench.model, bench.processor, Record(facts, {"prune": record.measured()}, recipe), new)
             (new / "search.json").write_text(json.dumps(done.facts, indent=1) + "\n", encoding="utf-8")

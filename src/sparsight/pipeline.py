@@ -33,7 +33,6 @@ from sparsight.pruning.verb import check_prune, prune_folder
 from sparsight.recipe import spec_of
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.verb import check_restore, held_out_count, restore_folder
-from sparsight.specs import SearchSpec
 
 FILE, PAGE = "run.json", "report.html"
 DENSE, PRUNED, RESTORED = "dense", "pruned", "restored"
@@ -45,25 +44,30 @@ def run(
     """Run a recipe; see `sparsight.run`. **Raises** `SparsightError`, and `NotWritten` where a file cannot be written."""
     settings = recipes.read(recipe, changes, extra=("search",))
     scored = settings.get("evaluate", {}) is not None
-    if scored or "search" in settings:
+    searched = settings.get("search") is not None
+    if scored or searched:
         recipes.held_out_of(settings, recipe)
+    if searched:
+        from sparsight.sweeps.search import check_search
+
+        check_search(spec_of(settings, "search"))
     for section in stages_of(settings, "restore"):
         check_restore(spec_of(settings, "restore", section))
     if read_record(settings["model"]):
         raise SparsightError(
             f"{settings['model']}: is pruned already; a run begins with the dense model that it was made of"
         )
-    road = _Road(settings, Path(out), scored, progress)
-    road.check()
+    pipeline = _Pipeline(settings, Path(out), scored, progress)
+    pipeline.check()
     try:
-        return road.take()
+        return pipeline.run()
     except (KeyboardInterrupt, Interrupted) as stop:
         raise Interrupted(f"interrupted; what is done is in {out}: the same command goes on") from stop
     except OSError as error:
         raise NotWritten(f"{out}: could not be written to ({error.strerror or error}); what is done stays there") from error
 
 
-class _Road:
+class _Pipeline:
     """One run: its settings, its folder, its data, and the one model in memory."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, scored: bool, progress: Progress | None) -> None:
@@ -107,10 +111,10 @@ class _Road:
                     "give another folder"
                 )
 
-    def take(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Run every stage that is not finished."""
         folder, dense = self.folder, self.settings["model"]
-        searched = "search" in self.settings
+        searched = self.settings.get("search") is not None
         pruned, prunings = folder / PRUNED, stages_of(self.settings, "prune") or ([] if searched else [{}])
         restorations = stages_of(self.settings, "restore")
         with _state(folder, self.facts):
@@ -165,9 +169,8 @@ class _Road:
 
         self.loaded = None
         settings = self.settings
-        spec = SearchSpec.of({**{k: settings[k] for k in recipes.SHARED if settings.get(k)}, **settings["search"]}, "search")
         search(
-            settings["model"], out, spec, data=settings["data"], held_out=settings["held_out"],
+            settings["model"], out, spec_of(settings, "search"), data=settings["data"], held_out=settings["held_out"],
             progress=prefix(self.progress, "search"),
         )  # fmt: skip
 

@@ -1,11 +1,9 @@
-"""The whole road, as a user drives it, on every family: prune, verify, restore, verify, evaluate."""
+"""Every verb after another, as a user calls them, on every family: prune, verify, restore, verify, evaluate."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +17,11 @@ from sparsight.checkpoint.folder import read_anatomy, read_record
 from sparsight.pruning.methods import Method
 
 import zoo
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+from zoo import digest
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_the_whole_road(name, zoo_folder, scenes, tmp_path):
+def test_every_verb(name, zoo_folder, scenes, tmp_path):
     dense = zoo_folder(name)
     pruned, restored = tmp_path / "pruned", tmp_path / "restored"
     record = api.prune(dense, pruned, data=scenes, pattern="2:4", samples=8, batch_size=4)
@@ -203,7 +198,7 @@ def test_damaged_records_are_found_before_the_training(zoo_folder, scenes, tmp_p
             api.restore(folder, tmp_path / "out", data=scenes, steps=1)
 
 
-def test_a_method_that_breaks_its_promise_is_named(zoo_folder, scenes, tmp_path):
+def test_a_mask_only_method_that_changes_weights_is_named(zoo_folder, scenes, tmp_path):
     for method in (lambda W, moments, pattern, generator: W * 0.5, lambda W, moments, pattern, generator: W * float("nan")):
         with pytest.raises(SparsightError, match=r"layers\.0\.\S+: the method gave no finite .* holds the pattern"):
             api.prune(zoo_folder("llava"), tmp_path / "out", data=scenes, samples=8, method=method)
