@@ -85,7 +85,10 @@ NONSENSE = {
     "a method of another shape": ({"method": lambda W, moments, pattern, generator: W[:4]}, "the method gave no finite"),
     "NaN": ({"method": lambda W, moments, pattern, generator: W * float("nan")}, "the method gave no finite"),
     "too few zeros": ({"method": lambda W, moments, pattern, generator: W}, "holds the pattern row 0.5"),
-    "mask only, and changes weights": ({"method": Method(lambda W, m, p, generator: 2 * keep_half(W, m, p, 0))}, "mask_only=False"),
+    "mask only": (
+        {"method": Method(lambda W, m, p, generator: 2 * keep_half(W, m, p, 0))},
+        "mask_only=False",
+    ),
     "a mask that is none": ({"refine": lambda W, keep, moments, pattern: None}, "no boolean mask"),
     "a float mask": ({"refine": lambda W, keep, moments, pattern: keep.float()}, "no boolean mask"),
     "a narrow mask": ({"refine": lambda W, keep, moments, pattern: keep[:1]}, "no boolean mask"),

@@ -163,6 +163,7 @@ class LazyHelp(TyperCommand):
     """A command that fills the names of tables into its help when the help is printed."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options into the help, the names of tables among them."""
         parameter: Any
         for parameter in self.params:
             if text := getattr(parameter, "help", None):

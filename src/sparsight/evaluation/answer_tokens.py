@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sparsight.calibration.gradients import evaluating
 from sparsight.data.encoding import Batch, select_answers
 
 
@@ -17,19 +18,13 @@ def answer_token_metrics(model: Any, batches: Iterable[Batch]) -> dict[str, floa
     End tokens count. Sums over all batches are divided once; logits are in float32. Cost: one forward per batch.
     """
     right, surprise, tokens = 0, 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                moved = batch.to(model.device)
-                logits, labels = _answer_logits(model, moved)
-                log_p = logits.float().log_softmax(-1)
-                right += int((log_p.argmax(-1) == labels).sum())
-                surprise -= float(log_p.gather(1, labels[:, None]).double().sum())
-                tokens += len(labels)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            logits, labels = _answer_logits(model, batch.to(model.device))
+            log_p = logits.float().log_softmax(-1)
+            right += int((log_p.argmax(-1) == labels).sum())
+            surprise -= float(log_p.gather(1, labels[:, None]).double().sum())
+            tokens += len(labels)
     return {"token_accuracy": right / tokens, "perplexity": math.exp(min(surprise / tokens, 700)), "tokens": tokens}
 
 

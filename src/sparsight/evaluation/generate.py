@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsight.calibration.gradients import evaluating
 from sparsight.data.encoding import Encoder
 from sparsight.data.sample import Sample
 from sparsight.progress import Progress
@@ -31,9 +32,7 @@ def predict(
     encoder = Encoder(processor, model)
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), len(samples[i].prompt), i))
     written: dict[int, str] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = encoder.prompts([samples[i] for i in rows])
@@ -41,8 +40,6 @@ def predict(
             written.update(zip(rows, texts, strict=True))
             if progress:
                 progress("answers", len(written), len(samples))
-    finally:
-        model.train(was_training)
     return [written[i] for i in range(len(samples))]
 
 

@@ -147,8 +147,8 @@ def _refuse(composition: Composition, pattern: Pattern | None) -> None:
     if composition.refine and not composition.method.mask_only and not composition.update:
         raise SparsightError(
             "`refine`: moves the zeros of the dense weights, and this method may change the kept ones for its own zeros; "
-            "add `update=pcg`, which solves for them anew, or choose a method that scores (a function of your own: "
-            "Method(function), whose function must leave them)"
+            "add `update=pcg`, which solves for them anew, or choose a method that scores (a function of your own "
+            "that leaves them: Method(function))"
         )
     if composition.propagate == "layer":
         for field in ("reconstruct", "permute"):

@@ -1,7 +1,7 @@
 """A SparseLoRA adapter on disk, in a format that stock PEFT refuses.
 
-Stock `PeftModel.from_pretrained` would load such an adapter silently and merge it densely. There is no
-`adapter_config.json` here, so it refuses; `load_adapter` is the reader.
+Beside an `adapter_config.json`, stock `PeftModel.from_pretrained` would put plain LoRA layers on the model, whose merge is
+dense, and load no masked factor into them. There is none here, so it refuses; `load_adapter` is the reader.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,7 @@ from sparsight.specs import PruneSpec, SharedSpec
 
 DENSE = "dense"
 AXES = (*(name for name in options(PruneSpec) if name not in (*options(SharedSpec), "seed")), "restore")
+Notify = Callable[..., None]  # (note, how many cells that finished)
 DEFAULT_PROPAGATE = "dense"  # so that cells can share the walk
 
 

@@ -47,10 +47,9 @@ from sparsight.recipe import spec_of
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.teacher_cache import cache_key
 from sparsight.restoring.verb import restore_folder
-from sparsight.sweeps.grid import Cell, digest
+from sparsight.sweeps.grid import Cell, Notify, digest
 
 FORMAT = 1
-Notify = Callable[..., None]  # (note, how many cells that finished)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from sparsight.checks import plain_value
 from sparsight.errors import SparsightError
 from sparsight.options import values
 from sparsight.specs import PruneSpec
-from sparsight.sweeps.grid import Cell
+from sparsight.sweeps.grid import Cell, Notify
 
 WORK = "work"  # moments and the teacher's cache, in the sweep's folder
-Notify = Callable[..., None]  # (note, how many cells that finished)
 
 
 def dispatch(units: Sequence[list[Cell]], settings: Mapping[str, Any], folder: Path, jobs: int, notify: Notify) -> None:
