@@ -455,19 +455,24 @@ def test_bad_data(run, zoo_folder, scenes, tmp_path_factory, tmp_path):
     assert refused(run("eval", zoo_folder("llava"), "--data", "nowhere.jsonl"), "nowhere.jsonl")
 
 
-def test_an_unknown_model_type_is_helped(run, zoo_folder, scenes, tmp_path_factory, tmp_path, monkeypatch):
-    from sparsight.model import anatomy
-
-    monkeypatch.setattr(anatomy, "FAMILIES", {})
-    code, _, err = run("inspect", zoo_folder("llava"))
-    assert code == 2
-    ready = err.partition("--family ")[2].strip()
+def test_a_family_of_the_user_s_own_is_in_the_record(run, zoo_folder, scenes, tmp_path):
+    own = "vision=model.vision_tower.encoder.layers,language=model.language_model.layers"
     words = ("prune", zoo_folder("llava"), "out", "--data", scenes, "--samples", 4, "--quiet")
-    assert run(*words, "--family", ready)[0] == 0
-    assert run("verify", "out")[0] == 0  # the family is in the record
+    assert run(*words, "--family", own)[0] == 0
+    assert run("verify", "out")[0] == 0
     restore = ("restore", "out", "again", "--data", scenes, "--steps", 1, "--batch-size", 2, "--quiet")
     assert run(*restore)[0] == 0
-    (tmp_path / "out" / "sparsity.json").unlink()
-    unknown = (*restore, "--overwrite", "--teacher", zoo_folder("llava"))
-    assert refused(run(*unknown), "--family vision=")
-    assert run(*unknown, "--family", ready)[0] == 0
+    for folder in ("out", "again"):
+        assert json.loads((tmp_path / folder / "sparsity.json").read_text())["family"] == own
+    assert refused(run("inspect", "out", "--family", "vision=model.nowhere"), "no module 'model.nowhere'", "found: --family")
+
+
+def test_inspect_says_by_which_mark_a_part_was_found(run, zoo_folder):
+    code, out, _ = run("inspect", zoo_folder("llava"))
+    assert code == 0
+    assert "'projector' in `multi_modal_projector`" in out
+    facts = json.loads(run("inspect", zoo_folder("llava"), "--json")[1])
+    marks = {mark["path"]: mark for mark in facts["found"]}
+    assert marks["model.language_model.layers"]["component"] == "language"
+    assert "'language'" in marks["model.language_model.layers"]["reason"]
+    assert facts["missing"] == []

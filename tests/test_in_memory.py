@@ -747,8 +747,7 @@ def test_verify_takes_a_model_of_an_unknown_type(zoo_folder):
     model, _ = sparsight.load(zoo_folder("llava"))
     record = sparsight.prune(model, method="magnitude", sparsity=0.5)
     model.config.model_type = "newer"
-    with pytest.raises(SparsightError, match="model type 'newer' is not in the table"):
-        sparsight.verify(model, against=record)
+    assert sparsight.verify(model, against=record)["differences"] == {}
     found = sparsight.anatomy(sparsight.load(zoo_folder("llava"))[0]).family
     family = f"vision={found.vision[0]},language={found.language[0]}"
     assert sparsight.verify(model, against=record, family=family)["differences"] == {}

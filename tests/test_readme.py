@@ -69,14 +69,6 @@ def test_python(desk, capsys):
     assert {"sparse", "restored", "mine-sparse", "mine"} <= {p.name for p in desk.iterdir()}
 
 
-def test_the_table_of_families_is_the_table():
-    from sparsight.model.families import FAMILIES
-
-    row = next(line for line in TEXT.splitlines() if line.startswith("| families")).lower()
-    for name in FAMILIES:
-        assert re.sub(r"[^a-z0-9]", "", name) in re.sub(r"[^a-z0-9]", "", row), name
-
-
 @pytest.mark.parametrize("row", ["methods", "then", "policies", "evaluation"])
 def test_the_tables_of_methods_and_policies_are_the_tables(row):
     from sparsight.allocation.plan import POLICIES

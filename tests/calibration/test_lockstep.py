@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from sparsight import lockstep
 from sparsight.allocation.plan import make_plan
@@ -176,11 +177,40 @@ def test_batches_at_different_blocks_are_visited_earliest_first():
     assert seen == [("0", [0, 2]), ("1", [0, 1, 2])]
 
 
-def test_a_block_entered_twice_in_one_forward_raises():
-    model = Toy(lambda self, x: self.blocks[0](self.blocks[0](x)))
-    with pytest.raises(RuntimeError, match="block 0 was entered twice"):
-        lockstep(model, model.named(), inputs(), lambda *_: None)
+def test_a_block_entered_again_stops_once_and_runs_on():
+    model = Toy(lambda self, x: self.blocks[1](self.blocks[0](self.blocks[0](x))))
+    seen, outputs = [], {}
+    lockstep(
+        model, model.named(), inputs(), lambda name, block, calls: seen.append((name, list(calls))),
+        on_output=lambda i, y: outputs.__setitem__(i, y),
+    )  # fmt: skip
+    assert seen == [("0", [0, 1, 2]), ("1", [0, 1, 2])]
+    with torch.no_grad():
+        assert all(torch.equal(outputs[i], model(**batch)) for i, batch in enumerate(inputs()))
     assert model.hooks() == 0
+
+
+def test_a_cache_among_the_arguments_is_the_same_for_every_run_of_a_block():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, past_key_values):
+            keys, _ = past_key_values.update(self.linear(x)[:, None, None], self.linear(x)[:, None, None], 0)
+            return keys.sum((1, 2))
+
+    model = Toy(lambda self, x: self.blocks[1](self.blocks[0](x, past_key_values=DynamicCache())))
+    model.blocks[0] = Remembers()
+    again, outputs = [], {}
+
+    def visit(name, block, calls):
+        again.extend(torch.equal(call(), call()) for call in calls.values())
+
+    lockstep(model, model.named(), inputs(), visit, on_output=lambda i, y: outputs.__setitem__(i, y))
+    assert all(again)
+    with torch.no_grad():
+        assert all(torch.equal(outputs[i], model(**batch)) for i, batch in enumerate(inputs()))
 
 
 def test_a_block_entered_after_its_turn_raises():

@@ -156,12 +156,18 @@ def test_experts_are_pruned_in_place_and_those_that_saw_too_few_tokens_with_the_
         assert float(((parts[name].weight != 0) != here[name].keep(score)).float().mean()) < 0.002
 
 
-def test_fused_experts_are_reconstructed_but_have_no_stages():
-    with pytest.raises(
-        SparsightError,
-        match=r"`propagate`: \S+experts\.gate_up_proj\.0 is one of fused experts, and `propagate=layer` stops",
-    ):
-        pruned("qwen3-vl-moe", propagate="layer")
+def test_fused_experts_are_pruned_layer_by_layer():
+    """Every tensor on the outputs of the pruned one before it; before the first experts the masks are those of `block`."""
+    _, body, plan, record = pruned("qwen3-vl-moe", propagate="layer")
+    _, other, _, _ = pruned("qwen3-vl-moe", propagate="block")
+    experts = [layer for layer in body.layers if layer.expert]
+    assert all(plan[x.name].holds(x.weight) for x in body.layers if x.name in plan)
+    assert {x.name for x in experts} <= set(record.layer_errors)
+    down = [x for x in experts if x.expert[0] == "down_proj"]
+    assert any(not torch.equal(x.weight, other[x.name].weight) for x in down)
+
+
+def test_fused_experts_are_reconstructed():
     _, body, plan, record = pruned("qwen3-vl-moe", sparsity=0.7, reconstruct=3)
     parts = {name: errors for name, errors in record.reconstructed.items() if "experts" in name}
     assert len(parts) == 3

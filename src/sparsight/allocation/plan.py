@@ -64,6 +64,7 @@ def make_plan(
     """
     rule = find_policy(policy, data=probe is not None)
     fixed, budget = planned_budget(pattern, sparsity, rule)
+    _check_present(anatomy, sparsity)
     layers = _without(anatomy.layers, ignore)
     budgeted = [x for x in layers if budget[x.component]]
     if rule.data:  # refused before the measuring
@@ -85,6 +86,19 @@ def make_plan(
         wish = ", ".join(f"{component}={amount:g}" for component, amount in budget.items() if amount)
         raise SparsightError(f"no layer is left to prune for {wish}; check `sparsity` and `ignore` against `inspect`")
     return plan
+
+
+def _check_present(anatomy: Anatomy, sparsity: Any) -> None:
+    """Refuse a sparsity for a component by name that the model does not have; a number is for those that it has."""
+    if not (isinstance(sparsity, Mapping) or (isinstance(sparsity, str) and "=" in sparsity)):
+        return
+    there = [name for name in COMPONENTS if anatomy.component(name)]
+    for name, amount in parse_budget(sparsity).items():
+        if amount and name not in there:
+            raise SparsightError(
+                f"`sparsity`: {name}={amount:g}, and the model has no {name} layers that can be pruned; name some of "
+                f"{', '.join(there)}, or add them with `family`"
+            )
 
 
 def check_plan(anatomy: Anatomy, spec: PlanSpec, policy: Any) -> None:

@@ -40,14 +40,14 @@ def gradients(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch
     }
     owned: dict[nn.Parameter, list[Layer]] = {}
     for layer in layers:
-        owned.setdefault(_parameter(layer), []).append(layer)
+        owned.setdefault(layer.parameter, []).append(layer)
 
     def add(parameter: torch.Tensor) -> None:
         whole, parameter.grad = parameter.grad, None
         if whole is None:
             return
         for layer in owned[parameter]:  # type: ignore[index]
-            g = (whole if layer.expert is None else whole[layer.expert[1]]).float()
+            g = layer.part_of(whole).float()
             sums[layer.name].mean.add_(g, alpha=1 / len(batches))
             sums[layer.name].square.addcmul_(g, g, value=1 / len(batches))
 
@@ -96,7 +96,3 @@ def _leaves(model: nn.Module, leaves: dict[nn.Parameter, list[Layer]]) -> Iterat
         for parameter, requires_grad, grad in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-
-
-def _parameter(layer: Layer) -> nn.Parameter:
-    return layer.module.get_parameter("weight" if layer.expert is None else layer.expert[0])

@@ -12,6 +12,7 @@ belong to the OS thread, which greenlets share, so each side of a switch keeps i
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,8 +20,21 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
+from transformers import Cache
 
-Call = partial  # of the block, with the arguments that the model gave it in `.args` and `.keywords`
+
+class Call(partial):
+    """A block with the arguments that the model gave it, in `.args` and `.keywords`; a call gets copies of its caches."""
+
+    def __call__(self) -> Any:
+        """Run the block. A cache of keys and values, which the block would extend, is as the model gave it."""
+        return self.func(*map(_fresh, self.args), **{name: _fresh(value) for name, value in self.keywords.items()})
+
+
+def _fresh(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, Cache) else value
+
+
 Visit = Callable[[str, nn.Module, Mapping[int, Call]], None]
 
 
@@ -46,8 +60,9 @@ def lockstep(
     this engine's first waiting batch (`len(blocks)` if there is none) and returns the smallest place of all engines. An
     engine without batches there calls `visit` with empty `calls`.
 
-    **Raises** `RuntimeError` if a forward enters a block twice, or after the block's turn is over. Any error, from
-    `visit` or from the model, unwinds every waiting forward and removes every hook.
+    A forward that enters a block again, as for a second image, stops only the first time. **Raises** `RuntimeError` if a
+    forward enters a block for the first time after the block's turn is over. Any error, from `visit` or from the model,
+    unwinds every waiting forward and removes every hook.
     """
     blocks = list(blocks)
     own = dict(batches) if isinstance(batches, Mapping) else dict(enumerate(batches))
@@ -96,7 +111,7 @@ class _Walk:
         """Return the block's call for every batch that waits in front of it, and begin the block's turn."""
         self.visited.add(place)
         block, here = self.blocks[place][1], sorted(i for i, (where, _, _) in self.standing.items() if where == place)
-        return {i: partial(block, *self.standing[i][1], **self.standing[i][2]) for i in here}
+        return {i: Call(block, *self.standing[i][1], **self.standing[i][2]) for i in here}
 
     def go_on(self, batches: Iterable[int]) -> None:
         """Let batches go on through the block they wait at."""
@@ -132,12 +147,10 @@ class _Walk:
     def _pause(self, place: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             i = self.batch_of.get(getcurrent())
-            if i is None:  # the engine itself is running the block
+            if i is None or place in self.entered[i]:  # the engine itself is running the block, or it had its turn
                 return
-            name = self.blocks[place][0]
-            if place in self.entered[i]:
-                raise RuntimeError(f"block {name} was entered twice in one forward; it cannot be calibrated on its own")
             if place in self.visited:
+                name = self.blocks[place][0]
                 raise RuntimeError(f"block {name} was entered after its turn; list the blocks in forward order")
             self.entered[i].add(place)
             self.standing[i] = (place, args, kwargs)

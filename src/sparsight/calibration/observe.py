@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sparsight import distributed
 from sparsight.calibration.moments import ERROR_ROWS, Moments, Weigh, alike, real_tokens
 from sparsight.calibration.sums import Contribution
+from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Layer
+from sparsight.model.matrices import DOWN, Stack, expert_product, stack_of
 
 
 class Watch:
@@ -42,14 +45,20 @@ class Watch:
     def open(self) -> Iterator[Watch]:
         """Hook the layers inside the block; yields itself."""
         experts: dict[int, list[Layer]] = {}
-        hooks = []
+        hooks: list[Any] = []
         for layer in self._layers:
             if layer.expert is None:
                 hooks.append(layer.module.register_forward_pre_hook(self._hook(layer)))
             else:
                 experts.setdefault(id(layer.module), []).append(layer)
         for group in experts.values():
-            hooks.append(group[0].module.register_forward_pre_hook(self._hook_experts(group)))
+            module = group[0].module
+            stack = stack_of(module)
+            if stack is not None and stack.routed:
+                hooks.append(module.register_forward_pre_hook(self._hook_experts(group, stack)))
+            else:
+                products = _Products(group, self._see_stack)
+                hooks += [module.register_forward_pre_hook(products.enter), module.register_forward_hook(products.exit)]
         try:
             yield self
         finally:
@@ -115,7 +124,7 @@ class Watch:
 
         return gather
 
-    def _hook_experts(self, layers: Sequence[Layer]):
+    def _hook_experts(self, layers: Sequence[Layer], stack: Stack):
         """Fused experts get (tokens, in) and which experts each token goes to; every expert sees its own tokens only."""
 
         def gather(module: Any, args: tuple) -> None:
@@ -126,10 +135,50 @@ class Watch:
                 key, index = layer.expert  # type: ignore[misc]
                 here = (routes[real[:, 0]] == index).any(1)
                 inputs = X[real[here, 0]]
-                if key == "down_proj":
-                    inputs = module._apply_gate(torch.nn.functional.linear(inputs, module.gate_up_proj[index]))
+                if key == DOWN:
+                    first = expert_product(module, stack, stack.keys[0], index, inputs)
+                    gated = getattr(module, "has_gate", True)
+                    inputs = module._apply_gate(first) if gated else module.act_fn(first)
                 if len(inputs):
                     there = None if image is None else image[here]
                     self._bring(layer.name, self._contribution(inputs, there, self._sequences(X)))
 
         return gather
+
+    def _see_stack(self, layer: Layer, X: torch.Tensor) -> None:
+        """Add the inputs X (tokens, in) of one expert; rows of zeros stand for tokens that go to other experts."""
+        if X.shape[1] != layer.shape[1]:
+            raise SparsightError(f"{layer.name}: fused experts of an unknown layout; leave them out with `ignore`")
+        places = torch.arange(X.shape[0], device=X.device).unsqueeze(1)
+        real, image = real_tokens(places, self._padding, self._component, self._drop)
+        here = (X[real[:, 0]] != 0).any(1)
+        if bool(here.any()):
+            there = None if image is None else image[here]
+            text = self._padding.get("text")
+            sequences = X.shape[0] if text is None else text.shape[0]
+            self._bring(layer.name, self._contribution(X[real[here, 0]], there, sequences))
+
+
+class _Products(TorchFunctionMode):
+    """Sees the inputs of the `torch.bmm` by which a module multiplies a stack of experts, while the module runs."""
+
+    def __init__(self, layers: Sequence[Layer], see: Callable[[Layer, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.see = see
+        self.stacks: dict[int, list[Layer]] = {}
+        for layer in layers:
+            self.stacks.setdefault(layer.parameter.data_ptr(), []).append(layer)
+
+    def enter(self, module: Any, args: tuple) -> None:
+        """The pre-hook of the module."""
+        self.__enter__()
+
+    def exit(self, module: Any, args: tuple, output: Any) -> None:
+        """The hook of the module."""
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in (torch.bmm, torch.Tensor.bmm, torch.matmul, torch.Tensor.matmul) and args[1].dim() == 3:
+            for layer in self.stacks.get(args[1].data_ptr(), ()):
+                self.see(layer, args[0][layer.expert[1]])  # type: ignore[index]
+        return func(*args, **(kwargs or {}))

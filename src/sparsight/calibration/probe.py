@@ -65,14 +65,16 @@ class Probe:
     def norms(self, layers: Sequence[Layer] | None = None) -> dict[str, torch.Tensor]:  # {layer: (in,)}
         """||x_j||_2 of the layers' inputs (by default of all) over all real tokens, in the dense model: one walk for all.
 
-        All zeros for an expert that no token reached; `SparsightError` for any other layer.
+        All zeros for a layer that no token reached; `SparsightError` where none reached any layer of its component.
         """
         every = self.once(("norms",), self._walk)
+        reached = {layer.component for layer in self.anatomy.layers if layer.name in every}
         norms = {}
         for layer in self.anatomy.layers if layers is None else layers:
-            if layer.name not in every and layer.expert is None:
+            if layer.component not in reached:
                 raise SparsightError(
-                    f"{layer.name}: no calibration sample reached this layer; give samples that use it, or `ignore` it"
+                    f"{layer.name}: no calibration sample reached this layer, nor any other of {layer.component}; give "
+                    "samples that use it, or `ignore` it"
                 )
             nothing = torch.zeros(layer.shape[1], device=layer.weight.device)
             norms[layer.name] = every.get(layer.name, nothing)

@@ -52,6 +52,8 @@ def anatomy_facts(body: Anatomy) -> dict[str, Any]:
     skipped = [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in body.skipped]
     return {
         "family": str(body.family),
+        "found": [{"path": mark.path, "component": mark.component, "reason": mark.reason} for mark in body.marks],
+        "missing": list(body.missing),
         "parameters": body.parameters,
         "components": components,
         "skipped": skipped,
@@ -59,14 +61,20 @@ def anatomy_facts(body: Anatomy) -> dict[str, Any]:
     }
 
 
-def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Table]:
-    """What can be pruned, what is never pruned, and with `layers` every layer."""
+def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Any]:
+    """What can be pruned, where it was found, what is never pruned, and with `layers` every layer."""
     rows = [
         (name, c["blocks"], c["layers"], f"{c['parameters']:,}", f"{c['sparsity']:.2%}")
         for name, c in facts["components"].items()
     ]
-    tables = [
+    tables: list[Any] = [
         table("What can be pruned", ("component", "blocks", "layers", "parameters", "sparsity now"), rows),
+        table(
+            "Where the blocks are",
+            ("component", "path", "found by"),
+            [(x["component"], x["path"], x["reason"]) for x in facts["found"]],
+            text_columns=3,
+        ),
         table(
             f"What is never pruned (of {facts['parameters']:,} parameters)",
             ("name", "why", "parameters"),
@@ -74,6 +82,7 @@ def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Table]:
             text_columns=2,
         ),
     ]
+    tables += [f"The model has no {name} layers that can be pruned" for name in facts["missing"]]
     if layers:
         named = [(x["name"], x["component"], "×".join(map(str, x["shape"]))) for x in facts["layers"]]
         tables.append(table("Layers", ("name", "component", "out×in"), named, text_columns=2))
@@ -132,6 +141,9 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if facts["ungraded"]:
         names = ", ".join(facts["ungraded"][:3]) + (" ..." if len(facts["ungraded"]) > 3 else "")
         lines.append(f"The loss does not depend on {len(facts['ungraded'])} layers, scored as Wanda does: {names}")
+    if unreached := facts.get("unreached"):
+        names = ", ".join(unreached[:3]) + (" ..." if len(unreached) > 3 else "")
+        lines.append(f"No calibration sample reached {len(unreached)} layers, which stay dense: {names}")
     if facts["pooled"]:
         names = ", ".join(facts["pooled"][:3]) + (" ..." if len(facts["pooled"]) > 3 else "")
         lines.append(f"{len(facts['pooled'])} experts saw too few tokens and took the moments of all: {names}")

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparsight.errors import SparsightError
+from sparsight.model.discover import Discovery, Mark, discover
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
+from sparsight.model.matrices import is_linear, read_elsewhere, stack_of
 
 SPARSE_FROM = 0.01
-FUSED = ("gate_up_proj", "down_proj")  # (experts, out, in) each
-ROUTERS = ("router", "gate")  # names of the layer that chooses experts in mixture-of-experts models
+# parts of names of the maps that choose experts, layers, tokens, or how much a state keeps
+ROUTERS = re.compile(r"(^|_)(router|gate|indexer|altup)s?$|^(in_proj_[ab]|in_proj_ba|f_[ab]_proj|b_proj|beta_proj)$")
 
 
 @dataclass(frozen=True)
 class Layer:
     """One prunable linear map, known by its module name.
 
-    A fused tensor of experts (experts, out, in) is one layer per expert: `expert` is the tensor's name in `module` and
-    the expert's index, and `name` ends in both.
+    A fused tensor of experts is one layer per expert: `expert` is the tensor's name in `module` and the expert's index, and
+    `name` ends in both. `transposed`: the parameter holds (in, out).
     """
 
     name: str
@@ -30,16 +35,22 @@ class Layer:
     block: str
     module: nn.Module
     expert: tuple[str, int] | None = None
+    transposed: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that holds the weights: (out, in), or (experts, out, in)."""
+        """The parameter that holds the weights: a matrix, or one per expert."""
         return cast(nn.Parameter, getattr(self.module, self.expert[0] if self.expert else "weight"))
 
     @property
     def weight(self) -> torch.Tensor:
         """The (out, in) matrix itself, not a copy."""
-        return self.parameter.data[self.expert[1]] if self.expert else self.parameter.data
+        return self.part_of(self.parameter.data)
+
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This layer's part (out, in) of a tensor of its parameter's shape, as of a gradient; not a copy."""
+        part = whole if self.expert is None else whole[self.expert[1]]
+        return part.T if self.transposed else part
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,20 +90,30 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model taken apart; `family` names only paths that the model has."""
+    """A model taken apart; `family` names only paths that the model has, and `marks` says why they are there."""
 
     family: Family
     blocks: tuple[Block, ...]
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
     parameters: int
+    marks: tuple[Mark, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Those of vision and language that have no layer to prune."""
+        return tuple(name for name in ("vision", "language") if not self.component(name))
 
     def __repr__(self) -> str:
         return f"Anatomy({len(self.blocks)} blocks, {len(self.layers)} prunable layers, {self.parameters:,} parameters)"
 
     def __getitem__(self, name: str) -> Layer:
-        """Return the layer of that name."""
-        return next(layer for layer in self.layers if layer.name == name)
+        """Return the layer of that name. **Raises** `KeyError` where there is none."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
 
     def component(self, name: str) -> tuple[Layer, ...]:
         """Return the layers of one component, in forward order of their blocks."""
@@ -107,21 +128,22 @@ class Anatomy:
 def anatomy(model: Any, family: Family | None = None) -> Anatomy:
     """List the blocks and layers of `model`; changes nothing and copies no weight.
 
-    **Raises** `SparsightError` for a model type that is not in the table (with the model's block lists, ready for
-    `family`), and for a path of `family` that the model does not have.
+    The components that `family` does not name are found by `discover`. Vision or language may be missing.
+
+    **Raises** `SparsightError` for a model without blocks of either, and for a path of `family` that is not there.
     """
-    paths = family or FAMILIES.get(model.config.model_type)
-    if paths is None:
-        raise SparsightError(_unknown(model))
-    blocks = tuple(_blocks(model, paths, strict=family is not None))
-    for component in ("vision", "language"):
-        if not any(block.component == component for block in blocks):
-            raise SparsightError(
-                f"no {component} blocks found at {', '.join(paths.paths(component)) or 'any path'}; {_suggestion(model)}"
-            )
+    found = discover(model)
+    paths = _chosen(model, family, found)
+    blocks = tuple(_blocks(model, paths))
+    if not any(block.component in ("vision", "language") for block in blocks):
+        raise SparsightError(
+            f"{type(model).__name__}: no list of blocks with linear layers was found in it; name them with `family`, as in "
+            "vision=PATH,language=PATH"
+        )
     tied = _tied(model)
     component_of = {id(m): block for block in blocks for m in block.module.modules()}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = _output(model)
+    others = {mark.path: mark for mark in found.others}
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     ids: set[int] = set()
@@ -135,32 +157,50 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
             if parameter.dim() < 2:
                 vectors += parameter.numel()
                 continue
-            reason = _reason(name, module, parameter, block, tied, output)
+            reason = _reason(name, module, key, block, tied, output, others)
             full = ".".join(part for part in (name, key) if part)
-            if reason is None and block is not None:
-                experts = range(len(parameter)) if parameter.dim() == 3 else ()
-                layers += [Layer(f"{full}.{i}", block.component, block.name, module, (key, i)) for i in experts] or [
-                    Layer(name, block.component, block.name, module)
+            stack = stack_of(module)
+            if reason is None and block is not None and stack is not None:
+                layers += [
+                    Layer(f"{full}.{i}", block.component, block.name, module, (key, i), stack.transposed)
+                    for i in range(len(parameter))
                 ]
+            elif reason is None and block is not None:
+                layers.append(Layer(name, block.component, block.name, module, None, isinstance(module, Conv1D)))
             else:
                 skipped.append(Skipped(full, block.component if block else "", reason or "", parameter.numel()))
     skipped.append(Skipped("norms and biases", "", "vectors, never pruned", vectors))
     order = {block.name: i for i, block in enumerate(blocks)}
     layers.sort(key=lambda layer: order[layer.block])
     size = sum(p.numel() for p in model.parameters())
-    return Anatomy(_present(paths, blocks), blocks, tuple(layers), tuple(skipped), size)
+    present = _present(paths, blocks)
+    own = {path for component in COMPONENTS for path in family.paths(component)} if family else set()
+    marks = {mark.path: mark for mark in found.marks if mark.path not in own}
+    whys = [marks.get(path) or Mark(path, c, "`family`") for c in COMPONENTS for path in present.paths(c)]
+    return Anatomy(present, blocks, tuple(layers), tuple(skipped), size, tuple(whys))
 
 
-def _blocks(model: nn.Module, family: Family, strict: bool) -> Iterator[Block]:
+def _chosen(model: Any, family: Family | None, found: Discovery) -> Family:
+    """The paths that `family` names, and the discovered ones of the components that it does not name."""
+    if family is None:
+        family = FAMILIES.get(model.config.model_type, Family())
+    own = [path for component in COMPONENTS for path in family.paths(component)]
+    modules = dict(model.named_modules())
+    for path in own:
+        if path not in modules:
+            raise SparsightError(f"`family`: the model has no module {path!r}; {_suggestion(found)}")
+
+    def apart(path: str) -> bool:
+        return not any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in own)
+
+    return Family(*(family.paths(c) or tuple(path for path in found.family.paths(c) if apart(path)) for c in COMPONENTS))
+
+
+def _blocks(model: nn.Module, family: Family) -> Iterator[Block]:
     for component in COMPONENTS:
         for path in family.paths(component):
-            try:
-                module = model.get_submodule(path)
-            except AttributeError:
-                if strict:
-                    raise SparsightError(f"`family`: the model has no module {path!r}; {_suggestion(model)}") from None
-                continue
-            if isinstance(module, nn.ModuleList):
+            module = model.get_submodule(path)
+            if isinstance(module, nn.ModuleList | nn.Sequential):
                 for index, child in enumerate(module):
                     yield Block(f"{path}.{index}", component, child)
             else:
@@ -183,57 +223,50 @@ def _tied(model: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
+def _output(model: Any) -> nn.Module | None:
+    """The output head; None where the model does not say."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def _reason(
     name: str,
     module: nn.Module,
-    parameter: nn.Parameter,
+    key: str,
     block: Block | None,
     tied: set[int],
     output: nn.Module | None,
+    others: Mapping[str, Mark],
 ) -> str | None:
     """Return why a matrix is never pruned, or None."""
+    parameter = module._parameters[key]
     shared = id(parameter) in tied
     if output is not None and parameter is output._parameters.get("weight"):
         return "output head" + (", tied to the embeddings" if shared else "")
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
-        return "convolution (patch embedding)"
-    if parameter.dim() == 3 and block and hasattr(module, "_apply_gate"):  # transformers' mark of fused experts
-        fused = {id(module._parameters.get(key)) for key in FUSED}
-        plain = id(parameter) in fused and not (module.is_transposed or module.has_bias) and module.has_gate
-        return None if plain else "fused experts of an unknown layout"
-    if name.rpartition(".")[2] in ROUTERS and block:
-        return "router"
-    if not isinstance(module, nn.Linear):
+        return "convolution"
+    other = next((mark for path, mark in others.items() if f"{name}.".startswith(f"{path}.")), None)
+    if block is None and other is not None:
+        return f"neither vision nor language ({other.reason})"
+    if block and any(ROUTERS.search(part) for part in name.removeprefix(block.name).split(".")):
+        return "router or gate"
+    stack = stack_of(module)
+    if stack is not None and key in stack.keys:
+        return "linear layer outside the blocks" if block is None else "weight tied to another module" if shared else None
+    if hasattr(module, "_apply_gate") and key.endswith("_proj"):  # transformers' mark of fused experts
+        return "fused experts of an unknown layout"
+    if not is_linear(module) or key != "weight":
         return "bare parameter"
+    if read_elsewhere(module):
+        return "read by `nn.MultiheadAttention` itself"
     if block is None:
         return "linear layer outside the blocks"
     return "weight tied to another module" if shared else None
 
 
-def block_lists(model: nn.Module) -> dict[str, list[str]]:
-    """Return the paths of all lists of equal blocks with linear layers, per component, guessed from words in the path."""
-    lists: dict[str, list[str]] = {"vision": [], "language": []}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(outer + ".") for group in lists.values() for outer in group):
-            continue
-        alike = all(type(child) is type(module[0]) for child in module)
-        if alike and any(isinstance(m, nn.Linear) for m in module[0].modules()):
-            words = name.lower()
-            vision = any(word in words for word in ("vis", "image", "patch", "pixel"))
-            lists["vision" if vision else "language"].append(name)
-    return lists
-
-
-def _suggestion(model: nn.Module) -> str:
-    lists = block_lists(model)
-    ready = ",".join(f"{component}={'+'.join(paths)}" for component, paths in lists.items() if paths)
-    return f"block lists found: `family={ready}`" if ready else "no list of blocks with linear layers was found in it"
-
-
-def _unknown(model: Any) -> str:
-    kind = model.config.model_type
-    return f"model type {kind!r} is not in the table ({', '.join(FAMILIES)}); {_suggestion(model)}"
+def _suggestion(found: Discovery) -> str:
+    return f"found: `family={found.family}`" if str(found.family) else "no list of blocks with linear layers was found in it"

@@ -31,6 +31,8 @@ from sparsight.pruning.journal import Journal
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, prune_from_cache
 
+SAME = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative to the largest logit; less precise dtypes: 2e-2
+
 
 def can_reuse(composition: Composition) -> bool:
     """Whether this way of pruning needs the dense model's moments only."""
@@ -92,6 +94,46 @@ def prune(
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(next(model.parameters()).device)
     return work.record
+
+
+@torch.no_grad()
+def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> None:
+    """Refuse a model whose output a walk would change, as a block that keeps a state of its own does.
+
+    One batch is walked, every block run once more than the model does, and the output compared with that of a plain
+    forward. Does nothing without batches. Changes nothing. Cost: three forwards of one batch.
+
+    **Raises** `SparsightError` where the outputs differ.
+    """
+    if not batches:
+        return
+    outputs: list[torch.Tensor] = []
+
+    def again(name: str, block: nn.Module, calls: Any) -> None:
+        for call in calls.values():
+            call()
+
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = _logits(model(**batches[0].inputs))
+        torch.manual_seed(0)
+        lockstep(
+            model, [(block.name, block.module) for block in anatomy.blocks], [batches[0].inputs],
+            again, on_output=lambda i, output: outputs.append(_logits(output)),
+        )  # fmt: skip
+    actual = outputs[0]
+    limit = SAME.get(expected.dtype, 2e-2) * float(expected.float().nan_to_num().abs().max())
+    if actual.shape != expected.shape or not torch.allclose(actual.float(), expected.float(), 0, limit, equal_nan=True):
+        raise SparsightError(
+            f"{type(model).__name__}: its blocks cannot be run one by one: the logits of such a walk differ from those of a "
+            "plain forward; nothing was pruned. A method that needs no data, as magnitude, can prune it"
+        )
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """The logits of a model's output, or its first tensor."""
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None else logits
 
 
 def collect_moments(

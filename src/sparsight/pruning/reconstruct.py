@@ -167,7 +167,7 @@ def _own(grad: torch.Tensor | None, layer: Layer) -> torch.Tensor:
     """Return the layer's part of its parameter's gradient; zeros if there is none."""
     if grad is None:
         return torch.zeros_like(layer.weight)
-    return grad if layer.expert is None else grad[layer.expert[1]]
+    return layer.part_of(grad)
 
 
 @contextlib.contextmanager

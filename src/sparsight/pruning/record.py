@@ -14,16 +14,17 @@ class PruneRecord:
     """The measurements of pruning: relative output errors ||f'(x) - f(x)|| / ||f(x)|| per layer and per block.
 
     `tokens` counts the calibration tokens of each block (of each layer with `propagate=layer`) per kind, without padding.
-    `pooled` lists experts with too few tokens, pruned with the moments of all; `ungraded` layers on which the loss does
-    not depend, which `snip` and `fisher` score as Wanda does; `permuted` layers whose input channels were reordered.
-    `damping` has the damping of Gram matrices that needed more than 1 % of their mean diagonal; `reconstructed` the errors
-    before and after, per part of a block; `memory` the process's peak in bytes. `plan` and `method` describe the
-    pruning of a model in memory, for `save` and `verify`.
+    `unreached` lists layers that no calibration token reached, which stay dense; `pooled` experts with too few tokens,
+    pruned with the moments of all; `ungraded` layers on which the loss does not depend, which `snip` and `fisher` score as
+    Wanda does; `permuted` layers whose input channels were reordered. `damping` has the damping of Gram matrices that needed
+    more than 1 % of their mean diagonal; `reconstructed` the errors before and after, per part of a block; `memory` the
+    process's peak in bytes. `plan` and `method` describe the pruning of a model in memory, for `save` and `verify`.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
     block_errors: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, dict[str, int]] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
     pooled: list[str] = field(default_factory=list)
     ungraded: list[str] = field(default_factory=list)
     damping: dict[str, float] = field(default_factory=dict)
@@ -43,6 +44,11 @@ class PruneRecord:
     def measured(self) -> dict[str, Any]:
         """What was measured, as plain values."""
         return {key: value for key, value in self.__dict__.items() if key not in ("plan", "method")}
+
+    def pruned(self, plan: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        """The part of a plan that was carried out: all but the layers that no calibration token reached."""
+        dense = {*self.unreached}
+        return {name: pattern for name, pattern in plan.items() if name not in dense}
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """Add the measurements of one stop, in place."""

@@ -35,7 +35,7 @@ from sparsight.model.source import NO_PROCESSOR
 from sparsight.progress import Progress
 from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
 from sparsight.pruning.journal import Journal
-from sparsight.pruning.loop import prune
+from sparsight.pruning.loop import check_walk, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.specs import PlanSpec, PruneSpec
 
@@ -83,9 +83,10 @@ def prune_model(
     _, _, ready, skipped = with_batches(model, data, spec, processor)
     check_labels_of(composition, policy, ready, spec)
     body = anatomy(model, family)
+    check_walk(model, body, ready)
     plan = plan_by(spec, policy, model, body, ready, progress)
     record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
-    record.plan, record.method = plan, describe(spec)
+    record.plan, record.method = record.pruned(plan), describe(spec)
     record.skipped_samples = skipped
     return record
 
@@ -123,6 +124,7 @@ def prune_folder(
     if samples is not None:
         ready, skipped = encode(samples, processor, network, spec)
         settings["fingerprint"] = samples.fingerprint
+    check_walk(network, body, ready)
     plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
     before = {n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}
     before = {**plan_of_zeros(body), **before}
@@ -143,7 +145,7 @@ def prune_folder(
             written = Record(
                 sparsity_record(
                     body,
-                    {**before, **plan},
+                    {**before, **record.pruned(plan)},
                     base_model=(earlier or {}).get("base_model") or whole_name(model),
                     method=" + ".join([*([earlier["method"]] if earlier else []), describe(spec)]),
                     mask_only=composition.mask_only and (earlier or {}).get("mask_only", True),

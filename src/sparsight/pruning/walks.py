@@ -78,12 +78,17 @@ class Work:
             self.progress(name, self.stops, total)
 
     def check_reached(self) -> None:
-        """**Raises** `SparsightError` for a layer that no calibration token reached."""
-        unreached = [layer.name for layer in self.layers if layer.name not in self.record.layer_errors]
-        if unreached:
+        """Record the layers that no calibration token reached, which stay dense.
+
+        **Raises** `SparsightError` where nothing of a component was reached.
+        """
+        unreached = [layer for layer in self.layers if layer.name not in self.record.layer_errors]
+        self.record.unreached = [layer.name for layer in unreached]
+        reached = {layer.component for layer in self.layers if layer.name in self.record.layer_errors}
+        if lost := [layer for layer in unreached if layer.component not in reached]:
             raise SparsightError(
-                f"{unreached[0]}: no calibration sample reached this layer"
-                f"{f' nor {len(unreached) - 1} others' if len(unreached) > 1 else ''}; give samples that use it"
+                f"{lost[0].name}: no calibration sample reached this layer, nor any other of {lost[0].component}; give "
+                f"samples that use it, or name the other components in `sparsity`"
             )
 
     def watch(self, layers: Sequence[Layer], batches: int) -> Watch:
@@ -167,6 +172,7 @@ class BlockWalk:
                 fitting = Reconstruction(name, block, layers, calls, lambda i, X: self._real(i, X, component))
             moments, targets = self._observe(block, layers, calls, fitting)
             facts = start_facts(name, layers, moments)
+            layers = [layer for layer in layers if layer.name in moments]
             generator = work.generator(name)
             if composition.permute:
                 parents = {layer.name: parent(name, block, layer) for layer in layers}
@@ -175,7 +181,7 @@ class BlockWalk:
             if fitting:
                 facts["reconstructed"] = fitting.fit(composition.reconstruct, generator)
             facts["block_errors"] = {name: self._block_error(component, calls, targets)}
-            work.finish_stop(name, layers, facts)
+            work.finish_stop(name, work.of_block(name), facts)
         for p, value in before:
             self.pending.append((p, p.data.clone()))
             p.data.copy_(value)
@@ -240,32 +246,52 @@ class CollectWalk(BlockWalk):
 
 
 class LayerWalk:
-    """Stops in front of every layer, whose inputs are in the stop's arguments: one forward in all."""
+    """Stops in front of every layer, whose inputs are in the stop's arguments: one forward in all.
+
+    Fused experts are one stop: their module runs once for each of its tensors, the later ones on pruned earlier ones.
+    """
 
     def __init__(self, work: Work) -> None:
-        for layer in work.layers:
-            if layer.expert is not None:
-                raise SparsightError(
-                    f"`propagate`: {layer.name} is one of fused experts, and `propagate=layer` stops at layers; use block"
-                )
         self.work = work
-        self.stops = [(layer.name, layer.module) for layer in work.layers]
-        self.by_name = {layer.name: layer for layer in work.layers}
+        self.layers: dict[str, list[Layer]] = {}
+        for layer in work.layers:
+            self.layers.setdefault(stop_name(layer), []).append(layer)
+        self.stops = [(name, layers[0].module) for name, layers in self.layers.items()]
         self.inputs: list[torch.Tensor] = []  # of the last stop: q, k and v are fed the very same tensors
         self.moments: Moments | None = None
 
     def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
-        """Prune one layer in place."""
-        work, layer = self.work, self.by_name[name]
-        if not work.recall(name, [layer]):
-            moments = self._moments(layer, calls)
-            facts = prune_all([layer], {name: moments}, work.prune) | {"tokens": {name: token_counts(moments)}}
-            work.finish_stop(name, [layer], facts)
-        work.report(name, len(work.layers))
+        """Prune one layer, or the fused experts of one module, in place."""
+        work, layers = self.work, self.layers[name]
+        if not work.recall(name, layers):
+            facts: dict[str, Any] = {}
+            if layers[0].expert is None:
+                moments = {name: self._moments(layers[0], calls)}
+                add_to(facts, prune_all(layers, moments, work.prune) | {"tokens": {name: token_counts(moments[name])}})
+            else:
+                for experts in _by_tensor(layers):
+                    moments = self._moments_of_experts(experts, calls)
+                    add_to(facts, start_facts(name, experts, moments))
+                    add_to(facts, prune_all([x for x in experts if x.name in moments], moments, work.prune))
+                self.moments = None
+            work.finish_stop(name, layers, facts)
+        work.report(name, len(self.stops))
 
     def finish(self) -> None:
-        """Refuse to end with a layer that was not reached."""
+        """Record the layers that were not reached."""
         self.work.check_reached()
+
+    def _moments_of_experts(self, layers: Sequence[Layer], calls: Mapping[int, Call]) -> dict[str, Moments]:
+        """The moments of the experts of one tensor: one run of their module."""
+        standing = everywhere(calls)
+        watch = self.work.watch(layers, len(standing))
+        with watch.open():
+            for i in turns(standing):
+                if i in calls:
+                    with watch.during(self.work.batches[i].padding):
+                        calls[i]()
+                watch.exchange()
+        return watch.moments
 
     def _moments(self, layer: Layer, calls: Mapping[int, Call]) -> Moments:
         """The moments of a layer's inputs; those of the layer before where both are fed the same tensors."""
@@ -292,23 +318,29 @@ def prune_from_cache(work: Work, cache: MomentCache) -> None:
         moments = cache.load(block.name, layers, work.composition.tokens.weigh)
         if not work.recall(block.name, layers):
             facts = start_facts(block.name, layers, moments)
-            add_to(facts, prune_all(layers, moments, work.prune))
+            add_to(facts, prune_all([layer for layer in layers if layer.name in moments], moments, work.prune))
             work.finish_stop(block.name, layers, facts)
         work.report(block.name, len(blocks))
     work.check_reached()
 
 
 def start_facts(name: str, layers: list[Layer], moments: dict[str, Moments]) -> dict[str, Any]:
-    """The tokens of a block before it is pruned; experts that saw too few get the moments of all, in place.
-
-    **Raises** `SparsightError` for a layer that no token reached.
-    """
+    """The tokens of a block before it is pruned; experts that saw too few get the moments of all, in place."""
     pooled = pool(layers, moments)
     most = token_counts(max(moments.values(), key=lambda m: m.tokens)) if moments else {}
-    for layer in layers:
-        if layer.name not in moments:
-            raise SparsightError(f"{layer.name}: no calibration sample reached this layer; give samples that use it")
     return {"tokens": {name: most}, "pooled": pooled, "layer_errors": {}, "damping": {}}
+
+
+def stop_name(layer: Layer) -> str:
+    """The name of the module that a walk over layers stops at: the layer's, or that of its fused experts."""
+    return layer.name.rsplit(".", 2)[0] if layer.expert else layer.name
+
+
+def _by_tensor(layers: Sequence[Layer]) -> list[list[Layer]]:
+    tensors: dict[str, list[Layer]] = {}
+    for layer in layers:
+        tensors.setdefault(layer.expert[0] if layer.expert else "", []).append(layer)
+    return list(tensors.values())
 
 
 def token_counts(moments: Moments) -> dict[str, int]:

@@ -24,10 +24,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
+from transformers.pytorch_utils import Conv1D
 
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import pack
 from sparsight.model.anatomy import Layer
+from sparsight.model.matrices import stack_of
 from sparsight.restoring.adapters import ADAPTERS, Factors, effective, project
 
 ADAPTER = "default"  # PEFT's name of the one adapter
@@ -64,10 +66,10 @@ class _Product(torch.autograd.Function):
 
 
 class _Weight(torch.autograd.Function):
-    """The effective weights (experts, out, in) of a fused tensor, for a module that computes its own products."""
+    """The effective weights (experts, out, in) of fused experts, for a module that computes its own products."""
 
     @staticmethod
-    def forward(ctx, W, packed, scaling, adapter, *factors):
+    def forward(ctx, W, packed, scaling, adapter, *factors):  # W (experts, out, in)
         ctx.save_for_backward(W, packed, *factors)
         ctx.scaling, ctx.adapter = scaling, adapter
         each = zip(W, packed, *factors, strict=True)
@@ -173,24 +175,30 @@ class MaskedLinear(MaskedTuner):
 
     keep: torch.Tensor | None  # the packed mask of the weight
 
-    def __init__(self, base_layer: nn.Linear, adapter: str, alpha: float, rank: int, keep: torch.Tensor | None) -> None:
+    def __init__(self, base_layer: nn.Module, adapter: str, alpha: float, rank: int, keep: torch.Tensor | None) -> None:
         super().__init__(base_layer, adapter, alpha, rank)
         self.register_buffer("keep", keep, persistent=False)
-        self._hold("", ADAPTERS[adapter].start(base_layer.weight, keep, rank), base_layer.weight.device)
+        self._hold("", ADAPTERS[adapter].start(self.matrix, keep, rank), self.matrix.device)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The base weight W (out, in); a view of it where the base layer holds (in, out)."""
+        W = cast(torch.Tensor, self.base_layer.weight)
+        return W.T if isinstance(self.base_layer, Conv1D) else W
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
         """y (..., out) of x (..., in)."""
-        base = cast(nn.Linear, self.base_layer)
-        return sparse_linear(x, base.weight, base.bias, self.factors(), self.scaling, self.keep, self.kind)
+        bias = cast("torch.Tensor | None", self.base_layer.bias)
+        return sparse_linear(x, self.matrix, bias, self.factors(), self.scaling, self.keep, self.kind)
 
     def effective(self) -> dict[str, torch.Tensor]:
-        """E (out, in)."""
-        W = cast(nn.Linear, self.base_layer).weight.data
-        return {"weight": effective(self.kind, W, self.factors(), self.scaling, self.keep)}
+        """E in the layout of the base weight."""
+        E = effective(self.kind, self.matrix.data, self.factors(), self.scaling, self.keep)
+        return {"weight": E.T.contiguous() if isinstance(self.base_layer, Conv1D) else E}
 
 
 class MaskedExperts(MaskedTuner):
-    """Fused experts under masks: every 3-D tensor (experts, out, in) has one of each factor per expert.
+    """Fused experts under masks: every tensor of them has one of each factor per expert.
 
     The module computes its own products, so autograd keeps the effective weights of the tensors until backward; with
     gradient checkpointing those of one block only.
@@ -201,22 +209,29 @@ class MaskedExperts(MaskedTuner):
     ) -> None:
         super().__init__(base_layer, adapter, alpha, rank)
         self.names = tuple(keep)
+        stack = stack_of(base_layer)
+        self.transposed = stack is not None and stack.transposed
         for name, masks in keep.items():
             self.register_buffer(f"keep_{name}", torch.stack(masks), persistent=False)
-            W = getattr(base_layer, name)
+            W = self.matrices(name)
             each = [ADAPTERS[adapter].start(w, bits, rank) for w, bits in zip(W, masks, strict=True)]
             # experts may keep different numbers of weights: short lists of values end in zeros that are never read
             self._hold(f"_{name}", tuple(pad_sequence(list(own), True) for own in zip(*each, strict=True)), W.device)
 
+    def matrices(self, name: str) -> torch.Tensor:
+        """The base weights (experts, out, in) of a tensor; a view of it where it holds (experts, in, out)."""
+        W = getattr(self.base_layer, name)
+        return W.transpose(1, 2) if self.transposed else W
+
     def effective(self) -> dict[str, torch.Tensor]:
-        """E (experts, out, in) of every tensor."""
-        return {
-            name: _Weight.apply(
-                getattr(self.base_layer, name), getattr(self, f"keep_{name}"), self.scaling, self.kind,
-                *self.factors(f"_{name}"),
+        """E of every tensor, in the layout of the base weights."""
+        made = {}
+        for name in self.names:
+            E = _Weight.apply(
+                self.matrices(name), getattr(self, f"keep_{name}"), self.scaling, self.kind, *self.factors(f"_{name}")
             )
-            for name in self.names
-        }  # fmt: skip
+            made[name] = E.transpose(1, 2).contiguous() if self.transposed else E
+        return made
 
     def forward_adapted(self, *args: Any, **kwargs: Any) -> Any:
         """The experts' own forward with the effective weights."""
@@ -247,12 +262,13 @@ def add_adapters(model: nn.Module, targets: Sequence[AdapterTarget], *, alpha: f
         if first.layer.expert:
             adapter = "sparselora" if ADAPTERS[first.adapter].stock else first.adapter
             return MaskedExperts(module, adapter, alpha, first.rank, _by_tensor([first, *others], module))
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, Conv1D):
             raise SparsightError(
                 f"{first.layer.name} is {type(module).__name__} and not a plain linear layer (a quantized base?); "
                 "load the model in float32, bfloat16 or float16"
             )
         if ADAPTERS[first.adapter].stock:
+            kwargs |= {"fan_in_fan_out": isinstance(module, Conv1D)}
             return LoraLinear(module, adapter_name, **{**kwargs, "r": first.rank})
         return MaskedLinear(module, first.adapter, alpha, first.rank, first.keep)
 

@@ -89,7 +89,7 @@ def masked_hashes(model: nn.Module, anatomy: Anatomy, masks: Masks) -> dict[str,
         if id(parameter) in pruned:
             W = W.clone()
             for layer, packed in pruned[id(parameter)]:
-                part = W[layer.expert[1]] if layer.expert else W
+                part = layer.part_of(W)
                 part.masked_fill_(~unpack(packed, part.shape), 0)
         hashes[name] = weight_hash(W)
     return hashes

@@ -129,7 +129,7 @@ def _save(splits: Splits, cell: Cell, done: SearchResult, spec: SearchSpec, targ
     """Prune once more by the best plan and write the model, with `search.json` beside it."""
     bench, plan = splits.bench, done.chosen.plan
     record = bench.prune(cell, plan)
-    record.skipped_samples = len(bench.encoder.skipped)
+    record.skipped_samples, plan = len(bench.encoder.skipped), record.pruned(plan)
     try:
         facts = sparsity_record(
             bench.body, plan, base_model=whole_name(bench.recipe["model"]), method=describe(cell.pruning),

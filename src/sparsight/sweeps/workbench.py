@@ -40,7 +40,7 @@ from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.load import load
 from sparsight.model.source import ModelSource
 from sparsight.pruning.compose import describe
-from sparsight.pruning.loop import can_reuse, collect_moments, prune
+from sparsight.pruning.loop import can_reuse, check_walk, collect_moments, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.verb import as_samples, encode
 from sparsight.recipe import spec_of
@@ -89,6 +89,7 @@ class Workbench:
             samples = as_samples(self.data, spec)
             assert samples is not None
             ready, _ = encode(samples, self.processor, self.model, spec)
+            check_walk(self.model, self.body, ready)
             self._calibrations = {key: Calibration(ready, Probe(self.model, self.body, ready, seed=spec.seed))}
         return self._calibrations[key]
 
@@ -147,6 +148,7 @@ class Workbench:
         try:
             plan = self.plan(first)
             record = self.prune(first, plan)
+            plan = record.pruned(plan)
             costs = {"prune": self._cost(began)}
             if any(cell.restore is not None for cell in cells):
                 self._save(first, plan)
