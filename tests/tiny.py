@@ -32,7 +32,7 @@ _PARTS = (  # the first word in the name of a part of a config says what it is
     ("qformer", "qformer"), ("audio", "audio"), ("vision", "vision"), ("vq_", "vision"), ("sam_", "vision"),
     ("encoder_config", "vision"), ("adapter", "vision"), ("text", "text"), ("decoder", "text"), ("dit", "text"),
 )  # fmt: skip
-_TOKENS = re.compile(r"^(.+)_(token_id|token_index|id|index)$")
+_TOKENS = re.compile(r"^(.+?)_(token_id|token_index|id|index)$")
 _FIRST_TOKENS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "image": 3, "video": 4, "audio": 5}
 _NO_TOKENS = {"altup_active_idx", "forced_eos_token_id"}
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types")
@@ -68,8 +68,10 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"sliding_window(_size)?|attention_chunk_size|chunk_size", 16),
     (r"sliding_window_pattern", 2),
     (r"index_topk", 8),
+    (r"insert_layer_id", 0),
+    (r"(post_conv|proj_conv)_mid_channels", 24),
     (r"num_embeddings|codebook_size", 64),
-    (r"base_channels", 32),
+    (r"base_channels|latent_channels|downsample_hidden_size", 32),
     (r"output_channels", 16),
     (r"(text|decoder|image_text)_hidden_size|out_hidden_size|projector_(in|out)put_dim|(adapter_)?out_dim|output_dim", TEXT),
     (r"vision_hidden_size|encoder_hidden_size", VISION),
@@ -151,7 +153,7 @@ def _list(key: str, value: Any, old: int | None, layers: list[int]) -> Any:
         return list(range(len(layers)))
     if len(value) == old:
         return type(value)(value[i] for i in layers)
-    if re.search("index|attn_idxs|attention_layers", key):
+    if re.search("index|indices|attn_idxs|attention_layers", key):
         return type(value)([1])
     matched = next((size for pattern, size in _SIZE if pattern.match(key)), None)
     return value if matched is None else type(value)(matched for _ in value)
@@ -166,6 +168,8 @@ def _size(key: str, value: Any, part: str, values: dict[str, Any]) -> Any:
         return False  # the models use the patches, not the pooled picture
     if isinstance(value, bool) or not isinstance(value, int):
         return value
+    if value == 0:
+        return 0
     width = _WIDTHS[part]
     if key in ("hidden_size", "d_model", "embed_dim"):
         return width
@@ -219,7 +223,9 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
                 p.add_(torch.empty_like(p).normal_(0, 0.1, generator=generator))
             elif constant:  # gates, scales of layers
                 p.uniform_(0.3, 0.9, generator=generator)
-    words = model.get_input_embeddings()
-    head = model.get_output_embeddings()
+    try:
+        words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return
     if words is not None and head is not None and words.weight is head.weight:
         words.weight.mul_(0.5)  # else the model only says its last token again

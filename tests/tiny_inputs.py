@@ -30,7 +30,8 @@ def _batch(model: Any, number: int, size: int, generator: torch.Generator) -> di
     for row, picture in enumerate(pixels):
         holes = [marked(model, picture)] if picture else []
         rows.append(_text(model, holes, 3 + (number + row) % 3, 2 + (number + 2 * row) % 3, generator))
-    batch = {key: torch.cat([picture[key] for picture in pixels]) for key in pixels[0]}
+    axis = {"pixel_values": -1} if "target_sizes" in pixels[0] else {}  # one strip
+    batch = {key: torch.cat([picture[key] for picture in pixels], axis.get(key, 0)) for key in pixels[0]}
     pad = number_of(model.config, "pad") or 0
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((size, width), pad)
@@ -42,7 +43,7 @@ def _batch(model: Any, number: int, size: int, generator: torch.Generator) -> di
         labels[row, len(words) - answer : len(words)] = words[len(words) - answer :]
     batch |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
     seen = (ids == (-1 if image_token(model.config) is None else image_token(model.config))).long()
-    for key in ("mm_token_type_ids", "token_type_ids"):
+    for key in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if key in wanted:
             batch[key] = (labels != -100).long() if kind == "paligemma" else seen
     if _encodes(model.config):
@@ -50,7 +51,7 @@ def _batch(model: Any, number: int, size: int, generator: torch.Generator) -> di
         batch["labels"][1::2, 4:] = -100
     if kind in TOKENS:
         TOKENS[kind](model, batch)
-    return {key: value for key, value in batch.items() if key in wanted}
+    return {key: value for key, value in batch.items() if key in wanted or key in pixels[0]}
 
 
 def _text(model: Any, holes: list[list[int]], before: int, answer: int, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -84,12 +85,12 @@ def features(model: Any, picture: dict[str, Tensor]) -> int:
     """How many vectors the language model gets for one picture."""
     if model.config.model_type in COUNTS:
         return COUNTS[model.config.model_type](model, picture)
-    find = model.get_image_features if hasattr(model, "get_image_features") else model.model.get_image_features
+    inner = getattr(model, "model", model)
+    find = inner.get_image_features if hasattr(inner, "get_image_features") else model.get_image_features
     known = set(inspect.signature(find).parameters)
-    if "args" in known:
-        known |= set(picture)
     made = find(**{key: value for key, value in picture.items() if key in known})
-    made = getattr(made, "pooler_output", made)
+    pooled = getattr(made, "pooler_output", made)
+    made = made.last_hidden_state if pooled is None else pooled
     while isinstance(made, list | tuple) and len(made) == 1:
         made = made[0]
     if isinstance(made, list | tuple):
@@ -99,12 +100,14 @@ def features(model: Any, picture: dict[str, Tensor]) -> int:
 
 def image_token(config: Any) -> int | None:
     """The token in whose place vision features come."""
-    return number_of(config, "image")
+    image = number_of(config, "image")
+    return number_of(config, "video") if image is None else image
 
 
 def number_of(config: Any, name: str) -> int | None:
     """The special token of that name, wherever the config has it."""
-    for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
+    parts = [getattr(config, f"{name}_config", None) for name in ("vlm", "vision")]
+    for part in (config, config.get_text_config(), *parts):
         for suffix in ("token_id", "token_index"):
             value = getattr(part, f"{name}_{suffix}", None)
             if isinstance(value, int):

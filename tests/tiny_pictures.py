@@ -29,7 +29,7 @@ def pictures(model: Any, number: int, generator: torch.Generator) -> dict[str, T
     patch = patch if isinstance(patch, int) else patch[0]
     if "image_grid_thw" in wanted:
         rows, columns = _GRIDS[number % 3]
-        per = getattr(vision, "temporal_patch_size", 1) * 3 * patch * patch
+        per = getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)) * 3 * patch * patch
         return {"pixel_values": random(rows * columns, per), "image_grid_thw": torch.tensor([[1, rows, columns]])}
     if hasattr(config, "image_grid_pinpoints"):
         return {
@@ -104,7 +104,67 @@ def _two_sizes(model: Any, number: int, random: Random) -> dict[str, Tensor]:
     return {"pixel_values": random(1, 3, SIDE, SIDE), "high_res_pixel_values": random(1, 3, high, high)}
 
 
+def _placed(model: Any, number: int, random: Random) -> dict[str, Tensor]:
+    """Patches with their places."""
+    rows, columns = _grid(number)
+    places = torch.full((1, 64, 2), -1)
+    places[0, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    pixels = random(1, 64, _patch_width(model)) * (places[..., :1] >= 0)
+    return {"pixel_values": pixels.sigmoid(), "image_position_ids": places}
+
+
+def _patch_width(model: Any) -> int:
+    vision = model.config.vision_config
+    side = vision.patch_size
+    if model.config.model_type == "gemma4_unified":
+        side *= vision.pooling_kernel_size
+    return 3 * side * side
+
+
+def _hw(model: Any, number: int, random: Random) -> dict[str, Tensor]:
+    rows, columns = _grid(number)
+    return {"pixel_values": random(rows * columns, 48), "image_grid_hw": torch.tensor([[rows, columns]])}
+
+
+def _robot(model: Any, number: int, random: Random) -> dict[str, Tensor]:
+    """A picture, the state of a robot, and the actions to learn."""
+    config = model.config
+    made = {"pixel_values": random(1, 1, 3, SIDE, SIDE), "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
+    shape = (1, config.chunk_size, config.max_action_dim)
+    made |= {"state": random(1, config.max_state_dim), "noise": random(*shape), "actions": random(*shape)}
+    return {**made, "timestep": random(1).sigmoid()}
+
+
+def _pooled(model: Any, number: int, random: Random) -> dict[str, Tensor]:
+    """Patches, and which of them are pooled to one token: two by two."""
+    grid = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
+    grids = torch.tensor([[0, 0, 4, 4]])
+    made = {"pixel_values": random(1, 64, 48), "image_token_pooling": grid, "image_grids": grids}
+    return {**made, "image_num_crops": torch.ones(1, dtype=torch.long)}
+
+
+def _noisy(model: Any, number: int, random: Random) -> dict[str, Tensor]:
+    """A picture for the prompt, and a noisy text to be refined."""
+    canvas = random(1, model.config.canvas_length).mul(20).long().clamp(-50, 49) + 150
+    return {**_placed(model, number, random), "decoder_input_ids": canvas}
+
+
 FORMS: dict[str, Form] = {
+    "diffusion_gemma": _noisy,
+    "emu3": lambda model, number, random: {
+        "pixel_values": random(1, 3, SIDE, SIDE), "image_sizes": torch.tensor([[SIDE, SIDE]])
+    },
+    "gemma4": _placed,
+    "gemma4_unified": _placed,
+    "inkling2": lambda model, number, random: {
+        "pixel_values": random(_grid(number)[0] * _grid(number)[1], 8, 8, 3),
+        "image_grid_thw": torch.tensor([[1, *_grid(number)]]),
+    },
+    "inkling_mm_model": lambda model, number, random: {"pixel_values": random(4, 2, 2, 2, 3)},
+    "perception_lm": lambda model, number, random: {"pixel_values": random(1, 1, 3, SIDE, SIDE)},
+    "molmo2": _pooled,
+    "nemotron_h_omni": _hw,
+    "pi0": _robot,
     "deepseek_vl_hybrid": _two_sizes,
     "fuyu": lambda model, number, random: {"image_patches": random(1, 16, 48)},
     "granite_docling": lambda model, number, random: {
@@ -139,7 +199,9 @@ COUNTS: dict[str, Callable[[Any, dict[str, Tensor]], int]] = {
     "blip-2": _queries,
     "instructblip": _queries,
     "instructblipvideo": _queries,
-    "mistral4": lambda model, picture: 0,
+    "fuyu": lambda model, picture: 16,
+    "pi0": lambda model, picture: 64,
+    "perception_lm": lambda model, picture: 64,
 }
 
 
@@ -166,6 +228,19 @@ def _queried(model: Any, batch: dict[str, Tensor]) -> None:
     batch["image_embeds_position_mask"] = (batch["input_ids"] == 6).long()
 
 
+def _patches_alone(model: Any, batch: dict[str, Tensor]) -> None:
+    """The encoder reads patches, not words."""
+    batch["attention_mask"] = (batch["flattened_patches"].abs().sum(-1) > 0).long()
+
+
+def _boxes(model: Any, batch: dict[str, Tensor]) -> None:
+    """Where each word stands on the page."""
+    count = batch["input_ids"].numel()
+    corner = torch.arange(count) % 8 / 10
+    boxes = torch.stack([corner, corner, corner + 0.1, corner + 0.1], -1)
+    batch["bbox"] = boxes.view(*batch["input_ids"].shape, 4)
+
+
 # what else a batch needs, in place
 TOKENS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
     "idefics": _seen_by_all,
@@ -174,4 +249,6 @@ TOKENS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
     "kosmos-2": _queried,
     "kosmos-2.5": _queried,
     "mllama": _crossed,
+    "pix2struct": _patches_alone,
+    "udop": _boxes,
 }
