@@ -1,0 +1,105 @@
+"""What the rule of `tiny.py` does not get right, by type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SECTIONS = {"text_config.rope_parameters.mrope_section": [4, 2, 2]}
+_HALF_SECTIONS = {"text_config.rope_parameters.mrope_section": [2, 1, 1]}
+_VISION_MARKS = {"vision_start_token_id": 20, "vision_end_token_id": 21}
+
+# type: {path of a setting in the small config: its value}
+CHANGES: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {64: 16}, "max_value_projector_patch_to_query_dict": 16},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 3, **{f"IMGIMG{''.join('ABCDEFGHIJ'[int(c)] for c in str(i))}Z": 30 + i for i in range(64)}},
+        "vq_config.channel_multiplier": [1, 1, 2],
+        "vq_config.latent_channels": 32,
+    },
+    "cohere_compass": {"text_config.rope_parameters": {
+        name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+        for name in ("sliding_attention", "full_attention")
+    }, "text_config.layer_types": ["sliding_attention", "full_attention"]},
+    "deepseek_ocr2": {
+        "vision_config.sam_config.downsample_channels": [24, 32],"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 32,
+        "vision_config.pooling_kernel_size": 2, "canvas_length": 8,
+    },
+    "dots3_note": {"text_config.head_dim": 24},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 3, "<|extra_200|>": 6, **{f"<|visual token {i:06d}|>": 30 + i for i in range(64)}
+        },
+        "vq_config.channel_multiplier": [1, 1],
+        "vq_config.attn_resolutions": [1],
+    },
+    "ernie4_5_vl_moe": {
+        "text_config.num_hidden_layers": 3, "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "text_config.rope_parameters.mrope_section": [3, 3, 2],
+    },
+    "florence2": {
+        "vision_config.depths": [1, 1], "vision_config.patch_size": [7, 3], "vision_config.patch_stride": [4, 2],
+        "vision_config.patch_padding": [3, 1], "vision_config.patch_prenorm": [False, True], "vision_config.embed_dim": [16, 32],
+        "vision_config.num_heads": [2, 2], "vision_config.num_groups": [2, 2], "vision_config.window_size": 4,
+    },
+    "gemma4": {"vision_config.pooling_kernel_size": 2},
+    "gemma4_unified": {
+        "vision_config.mm_embed_dim": 32, "vision_config.mm_posemb_size": 16, "vision_config.output_proj_dims": 32,
+        "vision_config.pooling_kernel_size": 2,
+    },
+    "fast_vlm": {
+        "vision_config": {"model_type": "convnext", "hidden_sizes": [16, 32], "depths": [2, 2], "hidden_size": 32},
+    },
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+            "image_size": 32, "patch_size": 4, "model_args": {"embed_dim": 32},
+        },
+    },
+    "glm46v": _SECTIONS,
+    "glm4v": _SECTIONS,
+    "glm4v_moe": _HALF_SECTIONS,
+    "glm_ocr": _SECTIONS,
+    "glmga": _SECTIONS,
+    "glm5_next": {"text_config.index_kpool": 4},
+    "granite4_vision": {
+        "vision_config.hidden_size": 64, "vision_config.intermediate_size": 96, "qformer_config.hidden_size": 64,"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [-1, 1]]},
+    "idefics": {"freeze_text_layers": False, "freeze_vision_layers": False},
+    "janus": {"vq_config.channel_multiplier": [1, 1], "vq_config.num_patches": 8},
+    "kimi_k25": {"text_config.head_dim": 8, "projection_hidden_size": 32},
+    "llama4": {
+        "vision_config.intermediate_size": 128, "vision_config.projector_input_dim": 64,
+        "vision_config.projector_output_dim": 64, "vision_config.vision_output_dim": 64,
+    },
+    "mllama": {"text_config.cross_attention_layers": [1], "vision_config.vision_output_dim": 64},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
+    "inkling_mm_model": {"vision_config.patch_size": 2, "text_config.logits_mup_width_multiplier": 1.0},
+    "instructblipvideo": {"video_token_index": 4},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {"out_hidden_size": 128, "audio_config.hidden_sizes": [8, 16, 24, 32], "audio_config.depths": [1, 1, 1, 1]},
+    "nemotron_h_omni": {"text_config.n_groups": 2, "text_config.ssm_state_size": 16},
+    "pix2struct": {"vision_config.hidden_size": 64, "vision_config.num_attention_heads": 4},
+    "pp_formulanet": {"vision_config.post_conv_in_channels": 16, "vision_config.post_conv_out_channels": 24},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "paddleocr_vl": _SECTIONS,
+    "qwen2_5_vl": _SECTIONS,
+    "qwen2_vl": {**_SECTIONS, "vision_config.hidden_size": 64},
+    "qwen2_5_omni_thinker": {**_SECTIONS, **_VISION_MARKS},
+    "qwen3_omni_moe_thinker": {**_SECTIONS, **_VISION_MARKS},
+    "qwen4_exp": {
+        "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 16,
+        "text_config.indexer_budget": 16, "text_config.indexer_compress_ratio": 4,
+    },
+    "step3p7": {"text_config.sliding_window": 16},
+    "udop": {"decoder_start_token_id": 0},
+    "unlimited_ocr": {"vision_config.sam_config.downsample_channels": [24, 32]},
+    "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "vipllava": {"vision_feature_layer": [-1, -2, 0]},
+}  # fmt: skip
+
+# types that have no tiny model, and why
+RESIST: dict[str, str] = {
+    "evolla": "reads proteins, not pictures; `AutoModelForMultimodalLM` does not map its config",
+    "gemma3n": "its vision tower is a model of timm, which the tests do not need",
+}
