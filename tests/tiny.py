@@ -14,7 +14,8 @@ import zoo  # isort: skip  # noqa: F401  # before transformers
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
+import transformers as hf
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tiny_exceptions import CHANGES, RESIST
@@ -34,7 +35,7 @@ _PARTS = (  # the first word in the name of a part of a config says what it is
 )  # fmt: skip
 _TOKENS = re.compile(r"^(.+?)_(token_id|token_index|id|index)$")
 _FIRST_TOKENS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "image": 3, "video": 4, "audio": 5}
-_NO_TOKENS = {"altup_active_idx", "forced_eos_token_id"}
+_NO_TOKENS = ("forced_eos_token_id", "insert_layer_id")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types")
 
 # name of a setting: what it becomes, whatever the part; the first that matches counts
@@ -57,6 +58,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"num_experts_per_tok|moe_k|moe_topk|top_k_experts", 2),
     (r"n_shared_experts|moe_num_shared_experts|n_group|topk_group", 1),
     (r"first_k_dense_replace", 1),
+    (r"moe_hidden_size", 48),
     (r"moe_.*intermediate_size|shared_.*intermediate_size|share_expert_dim", 32),
     (r"linear_num_(key|value)_heads|linear_num_heads|index_n_heads|indexer_n_heads|mamba_num_heads", 4),
     (r"num_query_tokens|latent_query_num|resampler_n_latents|resampler_num_latents", 4),
@@ -86,9 +88,13 @@ def build(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> An
     """Make the model of one type, in eval mode; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForMultimodalLM.from_config(config(kind), dtype=torch.float32)
+        model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
     _fill(model, torch.Generator().manual_seed(seed))
-    return model.to(dtype).eval()
+    for tensor in model.state_dict(keep_vars=True).values():  # as loading does: what is not saved keeps its precision
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
 
 
 def config(kind: str) -> Any:
@@ -100,7 +106,7 @@ def config(kind: str) -> Any:
             values[key] = CONFIG_MAPPING[f"{kind}_vision"]().to_dict()
         elif value is None and re.match("(image|video)_token_(id|index)$", key):
             values[key] = None  # which `to_dict` may leave out
-    small = _smaller(values, "text")
+    small = _smaller(values, "text", dict(_FIRST_TOKENS))
     for path, value in CHANGES.get(kind, {}).items():
         *parts, last = path.split(".")
         where = small
@@ -110,7 +116,7 @@ def config(kind: str) -> Any:
     return CONFIG_MAPPING[kind](**{key: value for key, value in small.items() if key != "model_type"})
 
 
-def _smaller(values: dict[str, Any], part: str) -> dict[str, Any]:
+def _smaller(values: dict[str, Any], part: str, tokens: dict[str, int]) -> dict[str, Any]:
     """The same settings made small; `part` is what they describe: text, vision, qformer or audio."""
     old = next((values[key] for key in ("num_hidden_layers", "depth", "num_layers") if values.get(key)), None)
     layers = _layers_to_keep(values, old)
@@ -118,18 +124,23 @@ def _smaller(values: dict[str, Any], part: str) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             inner = next((name for word, name in _PARTS if word in key), part)
-            small[key] = _smaller(value, inner)
+            small[key] = _smaller(value, inner, tokens)
         elif key == "rope_parameters" or key == "rope_scaling":
             small[key] = _rope(value)
         elif key == "per_layer_config" and value:
-            changes = {int(i): _smaller(change, part) for i, change in value.items()}
+            changes = {int(i): _smaller(change, part, tokens) for i, change in value.items()}
             small[key] = {layers.index(i): change for i, change in changes.items() if i in layers}
         elif isinstance(value, list | tuple):
             small[key] = _list(key, value, old, layers)
         elif key.endswith(("layers", "depth")) and value == old:
             small[key] = len(layers)
         else:
-            small[key] = _size(key, value, part, values)
+            token = _TOKENS.match(key)
+            if token and key not in _NO_TOKENS and (value is None or isinstance(value, int)):
+                named = value is not None or token[1] in ("pad", "image", "video")
+                small[key] = tokens.setdefault(token[1], len(tokens)) if named else None
+            else:
+                small[key] = _size(key, value, part, values)
     return small
 
 
@@ -161,9 +172,6 @@ def _list(key: str, value: Any, old: int | None, layers: list[int]) -> Any:
 
 def _size(key: str, value: Any, part: str, values: dict[str, Any]) -> Any:
     """A number made small by its name; other values stay."""
-    token = _TOKENS.match(key)
-    if token and key not in _NO_TOKENS and "layer" not in key and (value is None or isinstance(value, int)):
-        return _token(token[1]) if value is not None or token[1] in ("pad", "image", "video") else None
     if key == "vision_use_head":
         return False  # the models use the patches, not the pooled picture
     if isinstance(value, bool) or not isinstance(value, int):
@@ -181,13 +189,6 @@ def _size(key: str, value: Any, part: str, values: dict[str, Any]) -> Any:
     if re.fullmatch(r"(num_|swa_num_|encoder_|num_sliding_|conf_num_)?(attention_)?heads", key):
         return 4 if part == "text" else 2
     return next((size for pattern, size in _SIZE if pattern.match(key)), value)
-
-
-def _token(name: str) -> int:
-    """The token of that name: the same in every part of a config, and not the same as another's."""
-    if name not in _FIRST_TOKENS:
-        _FIRST_TOKENS[name] = len(_FIRST_TOKENS)
-    return _FIRST_TOKENS[name]
 
 
 def _rope(value: Any) -> Any:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+
+def _letters(number: int) -> str:
+    return "".join("ABCDEFGHIJ"[int(digit)] for digit in str(number))
+
+
 _SECTIONS = {"text_config.rope_parameters.mrope_section": [4, 2, 2]}
 _HALF_SECTIONS = {"text_config.rope_parameters.mrope_section": [2, 1, 1]}
 _VISION_MARKS = {"vision_start_token_id": 20, "vision_end_token_id": 21}
@@ -12,9 +17,8 @@ _VISION_MARKS = {"vision_start_token_id": 20, "vision_end_token_id": 21}
 CHANGES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {64: 16}, "max_value_projector_patch_to_query_dict": 16},
     "chameleon": {
-        "vocabulary_map": {"<image>": 3, **{f"IMGIMG{''.join('ABCDEFGHIJ'[int(c)] for c in str(i))}Z": 30 + i for i in range(64)}},
+        "vocabulary_map": {"<image>": 3, **{f"IMGIMG{_letters(i)}Z": 30 + i for i in range(64)}},
         "vq_config.channel_multiplier": [1, 1, 2],
-        "vq_config.latent_channels": 32,
     },
     "cohere_compass": {"text_config.rope_parameters": {
         name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
@@ -26,7 +30,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 32,
         "vision_config.pooling_kernel_size": 2, "canvas_length": 8,
     },
-    "dots3_note": {"text_config.head_dim": 24},
+    "dots3_note": {
+        "text_config.head_dim": 24, "vision_config.adapter_in_dim": 32, "audio_config.adapter_input_size": 24,
+    },
     "emu3": {
         "vocabulary_map": {
             "<image>": 3, "<|extra_200|>": 6, **{f"<|visual token {i:06d}|>": 30 + i for i in range(64)}
@@ -49,7 +55,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config.pooling_kernel_size": 2,
     },
     "fast_vlm": {
-        "vision_config": {"model_type": "convnext", "hidden_sizes": [16, 32], "depths": [2, 2], "hidden_size": 32},
+        "vision_config": {"model_type": "convnext", "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "hidden_size": 32},
     },
     "perception_lm": {
         "vision_config": {
@@ -64,8 +70,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "glmga": _SECTIONS,
     "glm5_next": {"text_config.index_kpool": 4},
     "granite4_vision": {
-        "vision_config.hidden_size": 64, "vision_config.intermediate_size": 96, "qformer_config.hidden_size": 64,"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [-1, 1]]},
-    "idefics": {"freeze_text_layers": False, "freeze_vision_layers": False},
+        "vision_config.hidden_size": 64, "vision_config.intermediate_size": 96, "qformer_config.hidden_size": 64,"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [-1, 1]],
+        "text_config.num_hidden_layers": 6, "spatial_target_layers": [2, 3, 4, 5]},
+    "idefics": {"use_resampler": True, "perceiver_config.use_resampler": True, "freeze_text_layers": False, "freeze_vision_layers": False},
     "janus": {"vq_config.channel_multiplier": [1, 1], "vq_config.num_patches": 8},
     "kimi_k25": {"text_config.head_dim": 8, "projection_hidden_size": 32},
     "llama4": {
@@ -74,14 +81,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "mllama": {"text_config.cross_attention_layers": [1], "vision_config.vision_output_dim": 64},
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
-    "inkling_mm_model": {"vision_config.patch_size": 2, "text_config.logits_mup_width_multiplier": 1.0},
+    "inkling_mm_model": {"vision_config.patch_size": 2, "text_config.logits_mup_width_multiplier": 1.0, "audio_config.mel_vocab_size": 16},
     "instructblipvideo": {"video_token_index": 4},
     "muse_glimmer": {"out_hidden_size": 128},
-    "muse_spark": {"out_hidden_size": 128, "audio_config.hidden_sizes": [8, 16, 24, 32], "audio_config.depths": [1, 1, 1, 1]},
+    "muse_spark": {"out_hidden_size": 128, "audio_config.hidden_sizes": [8, 16, 24, 32], "audio_config.depths": [1, 1, 1, 1], "audio_config.num_hidden_layers": 4, "audio_config.patch_sizes": [4, 4, 2, 2]},
     "nemotron_h_omni": {"text_config.n_groups": 2, "text_config.ssm_state_size": 16},
     "pix2struct": {"vision_config.hidden_size": 64, "vision_config.num_attention_heads": 4},
     "pp_formulanet": {"vision_config.post_conv_in_channels": 16, "vision_config.post_conv_out_channels": 24},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "ovis2": {"visual_indicator_token_ids": [10, 11, 12, 13, 14]},
     "paddleocr_vl": _SECTIONS,
     "qwen2_5_vl": _SECTIONS,
     "qwen2_vl": {**_SECTIONS, "vision_config.hidden_size": 64},

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 SIDE = 32
+Random = Callable[..., Tensor]  # random(*shape)
+Form = Callable[[Any, int, Random], dict[str, Tensor]]  # form(model, number of the sample, random)
+
 _GRIDS = ((8, 8), (4, 8), (8, 4))  # in patches; even, so that two by two of them can be merged
 
 
@@ -44,10 +47,6 @@ def pictures(model: Any, number: int, generator: torch.Generator) -> dict[str, T
     if "pixel_values" in wanted:
         return {"pixel_values": random(1, 3, SIDE, SIDE)}
     return {}
-
-
-Random = Callable[..., Tensor]
-Form = Callable[[Any, int, Random], dict[str, Tensor]]
 
 
 def _grid(number: int) -> tuple[int, int]:
@@ -166,6 +165,10 @@ FORMS: dict[str, Form] = {
     "nemotron_h_omni": _hw,
     "pi0": _robot,
     "deepseek_vl_hybrid": _two_sizes,
+    "evolla": lambda model, number, random: {
+        "protein_input_ids": random(1, 12).mul(20).long().clamp(-50, 49) + 100,
+        "protein_attention_mask": torch.ones(1, 12, dtype=torch.long),
+    },
     "fuyu": lambda model, number, random: {"image_patches": random(1, 16, 48)},
     "granite_docling": lambda model, number, random: {
         "pixel_values": random(1, 2, 3, SIDE, SIDE), "pixel_attention_mask": torch.tensor([[True, number % 2 == 0]])
@@ -194,12 +197,19 @@ def _queries(model: Any, picture: dict[str, Tensor]) -> int:
     )
 
 
+@torch.no_grad()
+def _deepstack(model: Any, picture: dict[str, Tensor]) -> int:
+    return len(model.model.get_image_features(**picture).deepstack_features[0][1][0])
+
+
 # how many tokens a picture takes, where `get_image_features` does not say
 COUNTS: dict[str, Callable[[Any, dict[str, Tensor]], int]] = {
     "blip-2": _queries,
     "instructblip": _queries,
     "instructblipvideo": _queries,
+    "diffusion_gemma": lambda model, picture: int((picture["image_position_ids"][..., 0] >= 0).sum()) // 4,
     "fuyu": lambda model, picture: 16,
+    "granite4_vision": _deepstack,
     "pi0": lambda model, picture: 64,
     "perception_lm": lambda model, picture: 64,
 }
@@ -213,6 +223,12 @@ def _asked(model: Any, batch: dict[str, Tensor]) -> None:
 
 def _crossed(model: Any, batch: dict[str, Tensor]) -> None:
     batch["cross_attention_mask"] = batch["aspect_ratio_mask"][:, None].repeat(1, batch["input_ids"].shape[1], 1, 1)
+
+
+def _apart(model: Any, batch: dict[str, Tensor]) -> None:
+    """The numbers of patches go on from one sample to the next."""
+    start = torch.arange(len(batch["input_ids"])).repeat_interleave(16)[:, None]
+    batch["image_token_pooling"] = batch["image_token_pooling"] + 64 * start
 
 
 def _seen_by_all(model: Any, batch: dict[str, Tensor]) -> None:
@@ -233,6 +249,13 @@ def _patches_alone(model: Any, batch: dict[str, Tensor]) -> None:
     batch["attention_mask"] = (batch["flattened_patches"].abs().sum(-1) > 0).long()
 
 
+def _decoded(model: Any, batch: dict[str, Tensor]) -> None:
+    """A decoder that reads no prompt."""
+    del batch["input_ids"], batch["attention_mask"]
+    start = torch.full((len(batch["labels"]), 1), model.config.text_config.decoder_start_token_id)
+    batch["decoder_input_ids"] = torch.cat([start, batch["labels"][:, :-1].clamp(min=0)], 1)
+
+
 def _boxes(model: Any, batch: dict[str, Tensor]) -> None:
     """Where each word stands on the page."""
     count = batch["input_ids"].numel()
@@ -249,6 +272,8 @@ TOKENS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
     "kosmos-2": _queried,
     "kosmos-2.5": _queried,
     "mllama": _crossed,
+    "molmo2": _apart,
     "pix2struct": _patches_alone,
+    "pp_formulanet": _decoded,
     "udop": _boxes,
 }
