@@ -7,14 +7,15 @@ rule does not get right stands in `tiny_exceptions.py`, one entry per type. `tin
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import zoo  # isort: skip  # noqa: F401  # before transformers
 
 import torch
-from torch import nn
 import transformers as hf
+from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -45,7 +46,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(encoder|decoder)_attention_heads", 4),
     (r"image_size|resolution|force_image_size|max_image_size|max_img_size", 32),
     (r"patch_size|encoder_stride", 4),
-    (r"num_position_embeddings|num_patches|num_image_tokens|image_seq_length|seq_len", 64),
+    (r"num_position_embeddings|position_embedding_size|num_patches|num_image_tokens|image_seq_length|seq_len", 64),
     (r"max_num_patches|max_vit_seq_len|img_max_token_num", 256),
     (r"max_(2d_)?position_embeddings|max_source_positions", 1024),
     (r"window_size", 16),
@@ -86,6 +87,8 @@ _SIZE = [(re.compile(f"({pattern})$"), value) for pattern, value in _SIZES]
 
 def build(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Make the model of one type, in eval mode; the same seed gives the same weights."""
+    if kind in RESIST:
+        raise ValueError(f"{kind}: {RESIST[kind]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
@@ -107,7 +110,7 @@ def config(kind: str) -> Any:
         elif value is None and re.match("(image|video)_token_(id|index)$", key):
             values[key] = None  # which `to_dict` may leave out
     small = _smaller(values, "text", dict(_FIRST_TOKENS))
-    for path, value in CHANGES.get(kind, {}).items():
+    for path, value in copy.deepcopy(CHANGES.get(kind, {})).items():
         *parts, last = path.split(".")
         where = small
         for part in parts:

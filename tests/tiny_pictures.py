@@ -24,7 +24,7 @@ def pictures(model: Any, number: int, generator: torch.Generator) -> dict[str, T
     kind = config.model_type
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(model.dtype)
 
     if kind in FORMS:
         return FORMS[kind](model, number, random)
@@ -265,7 +265,7 @@ def _boxes(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 # what else a batch needs, in place
-TOKENS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
+EXTRAS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
     "idefics": _seen_by_all,
     "instructblip": _asked,
     "instructblipvideo": _asked,
