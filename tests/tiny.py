@@ -89,15 +89,29 @@ def build(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> An
     """Make the model of one type, in eval mode; the same seed gives the same weights."""
     if kind in RESIST:
         raise ValueError(f"{kind}: {RESIST[kind]}")
+    model = _empty(kind, seed, torch.float32)
+    _fill(model, torch.Generator().manual_seed(seed))
+    if dtype != torch.float32:
+        full, model = model, _empty(kind, seed, dtype)
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            if any(re.search(rf"(^|\.){word}(\.|$)", key) for word in model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.float()
+        model.load_state_dict(full.state_dict())
+    return model.eval()
+
+
+def _empty(kind: str, seed: int, dtype: torch.dtype) -> Any:
+    """The model as its class makes it, in the precision in which loading makes it."""
+    usual = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
-    _fill(model, torch.Generator().manual_seed(seed))
-    for tensor in model.state_dict(keep_vars=True).values():  # as loading does: what is not saved keeps its precision
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+        torch.set_default_dtype(dtype)
+        try:
+            model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
+        finally:
+            torch.set_default_dtype(usual)
     model.config.dtype = dtype
-    return model.eval()
+    return model
 
 
 def config(kind: str) -> Any:

@@ -85,7 +85,7 @@ def _flat(model: Any, number: int, random: Random) -> dict[str, Tensor]:
     """Patches with row and column in front; zeros where there is no patch."""
     rows, columns = _grid(number)
     places = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1)).float()
-    patches = torch.zeros(1, 64, 50)
+    patches = torch.zeros(1, 64, 50, dtype=model.dtype)
     patches[0, : rows * columns] = torch.cat([places, random(rows * columns, 48)], 1)
     return {"flattened_patches": patches}
 
