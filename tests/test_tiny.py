@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
@@ -16,14 +14,6 @@ COMMON = (
     "idefics3", "glm4v", "llama4", "mllama",
 )  # fmt: skip
 PIXELS = ("pixel_values", "flattened_patches", "image_patches")
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """The libraries warn of what they do themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def test_every_type_has_a_model_or_a_reason():

@@ -42,13 +42,14 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_la
 # name of a setting: what it becomes, whatever the part; the first that matches counts
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size(_per_layer_input)?|unpadded_vocab_size", VOCABULARY),
-    (r"(num_)?(hidden_layers|layers|decoder_layers|encoder_layers)|depth|n_layers|conf_num_hidden_layers", 2),
+    (r"(num_)?(hidden_layers|layers|decoder_layers|encoder_layers)|depth|n_layers|num_global_layers", 2),
     (r"(encoder|decoder)_attention_heads", 4),
     (r"image_size|resolution|force_image_size|max_image_size|max_img_size", 32),
     (r"patch_size|encoder_stride", 4),
     (r"num_position_embeddings|position_embedding_size|num_patches|num_image_tokens|image_seq_length|seq_len", 64),
     (r"max_num_patches|max_vit_seq_len|img_max_token_num", 256),
     (r"max_(2d_)?position_embeddings|max_source_positions", 1024),
+    (r"pos_emb_(height|width)", 8),
     (r"window_size", 16),
     (r"head_dim|(swa|global|linear_key|linear_value|linear|index|indexer|mamba)_head_dim", 16),
     (r"d_kv|v_head_dim|qk_nope_head_dim", 16),

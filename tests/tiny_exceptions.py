@@ -37,6 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "dots3_note": {
         "text_config.head_dim": 24, "vision_config.adapter_in_dim": 32, "audio_config.adapter_input_size": 24,
+        "audio_config.conv_output_size": 512,
     },
     "emu3": {
         "vocabulary_map": {
@@ -77,6 +78,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "glmga": _SECTIONS,
     "granite4_vision": {
         "vision_config.hidden_size": 64, "vision_config.intermediate_size": 96, "qformer_config.hidden_size": 64,
+        "qformer_config.num_hidden_layers": 1,
         "downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [-1, 1]], "text_config.num_hidden_layers": 6,
         "spatial_target_layers": [2, 3, 4, 5],
     },
