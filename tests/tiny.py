@@ -7,14 +7,15 @@ rule does not get right stands in `tiny_exceptions.py`, one entry per type. `tin
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import zoo  # isort: skip  # noqa: F401  # before transformers
 
 import torch
-from torch import nn
 import transformers as hf
+from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -41,13 +42,14 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_la
 # name of a setting: what it becomes, whatever the part; the first that matches counts
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size(_per_layer_input)?|unpadded_vocab_size", VOCABULARY),
-    (r"(num_)?(hidden_layers|layers|decoder_layers|encoder_layers)|depth|n_layers|conf_num_hidden_layers", 2),
+    (r"(num_)?(hidden_layers|layers|decoder_layers|encoder_layers)|depth|n_layers|num_global_layers", 2),
     (r"(encoder|decoder)_attention_heads", 4),
     (r"image_size|resolution|force_image_size|max_image_size|max_img_size", 32),
     (r"patch_size|encoder_stride", 4),
-    (r"num_position_embeddings|num_patches|num_image_tokens|image_seq_length|seq_len", 64),
+    (r"num_position_embeddings|position_embedding_size|num_patches|num_image_tokens|image_seq_length|seq_len", 64),
     (r"max_num_patches|max_vit_seq_len|img_max_token_num", 256),
     (r"max_(2d_)?position_embeddings|max_source_positions", 1024),
+    (r"pos_emb_(height|width)", 8),
     (r"window_size", 16),
     (r"head_dim|(swa|global|linear_key|linear_value|linear|index|indexer|mamba)_head_dim", 16),
     (r"d_kv|v_head_dim|qk_nope_head_dim", 16),
@@ -86,15 +88,31 @@ _SIZE = [(re.compile(f"({pattern})$"), value) for pattern, value in _SIZES]
 
 def build(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Make the model of one type, in eval mode; the same seed gives the same weights."""
+    if kind in RESIST:
+        raise ValueError(f"{kind}: {RESIST[kind]}")
+    model = _empty(kind, seed, torch.float32)
+    _fill(model, torch.Generator().manual_seed(seed))
+    if dtype != torch.float32:
+        full, model = model, _empty(kind, seed, dtype)
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            if any(re.search(rf"(^|\.){word}(\.|$)", key) for word in model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.float()
+        model.load_state_dict(full.state_dict())
+    return model.eval()
+
+
+def _empty(kind: str, seed: int, dtype: torch.dtype) -> Any:
+    """The model as its class makes it, in the precision in which loading makes it."""
+    usual = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
-    _fill(model, torch.Generator().manual_seed(seed))
-    for tensor in model.state_dict(keep_vars=True).values():  # as loading does: what is not saved keeps its precision
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+        torch.set_default_dtype(dtype)
+        try:
+            model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
+        finally:
+            torch.set_default_dtype(usual)
     model.config.dtype = dtype
-    return model.eval()
+    return model
 
 
 def config(kind: str) -> Any:
@@ -107,7 +125,7 @@ def config(kind: str) -> Any:
         elif value is None and re.match("(image|video)_token_(id|index)$", key):
             values[key] = None  # which `to_dict` may leave out
     small = _smaller(values, "text", dict(_FIRST_TOKENS))
-    for path, value in CHANGES.get(kind, {}).items():
+    for path, value in copy.deepcopy(CHANGES.get(kind, {})).items():
         *parts, last = path.split(".")
         where = small
         for part in parts:

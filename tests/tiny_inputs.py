@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_pictures import COUNTS, TOKENS, WITHOUT, pictures
+from tiny_pictures import COUNTS, EXTRAS, WITHOUT, pictures
 
 WORDS = (100, 200)  # ordinary words; special tokens are below
 
@@ -49,8 +49,8 @@ def _batch(model: Any, number: int, size: int, generator: torch.Generator) -> di
     if _encodes(model.config):
         batch["labels"] = torch.randint(*WORDS, (size, 5), generator=generator)
         batch["labels"][1::2, 4:] = -100
-    if kind in TOKENS:
-        TOKENS[kind](model, batch)
+    if kind in EXTRAS:
+        EXTRAS[kind](model, batch)
     return {key: value for key, value in batch.items() if key in wanted or key in pixels[0]}
 
 

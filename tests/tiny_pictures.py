@@ -24,7 +24,7 @@ def pictures(model: Any, number: int, generator: torch.Generator) -> dict[str, T
     kind = config.model_type
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(model.dtype)
 
     if kind in FORMS:
         return FORMS[kind](model, number, random)
@@ -85,7 +85,7 @@ def _flat(model: Any, number: int, random: Random) -> dict[str, Tensor]:
     """Patches with row and column in front; zeros where there is no patch."""
     rows, columns = _grid(number)
     places = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1)).float()
-    patches = torch.zeros(1, 64, 50)
+    patches = torch.zeros(1, 64, 50, dtype=model.dtype)
     patches[0, : rows * columns] = torch.cat([places, random(rows * columns, 48)], 1)
     return {"flattened_patches": patches}
 
@@ -265,7 +265,7 @@ def _boxes(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 # what else a batch needs, in place
-TOKENS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
+EXTRAS: dict[str, Callable[[Any, dict[str, Tensor]], None]] = {
     "idefics": _seen_by_all,
     "instructblip": _asked,
     "instructblipvideo": _asked,
