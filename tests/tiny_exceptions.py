@@ -124,7 +124,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 16,
         "text_config.indexer_budget": 16, "text_config.indexer_compress_ratio": 4,
     },
-    "step3p7": {"text_config.sliding_window": 16},
+    "step3p7": {"text_config.sliding_window": 16, "vision_config.hidden_size": 48},
     "udop": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config.sam_config.downsample_channels": [24, 32]},
     "vipllava": {"vision_feature_layer": [-1, -2, 0]},

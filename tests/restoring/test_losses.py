@@ -191,6 +191,12 @@ def test_the_head_of_every_family(name, zoo_folder):
         torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(model(**batch.inputs, use_cache=False).logits, expected)
         head.check(model, batch.inputs)
-        head.linear.register_forward_hook(lambda module, args, output: output * 2)
+        hook = head.linear.register_forward_hook(lambda module, args, output: output * 0.5)
+        head.check(model, batch.inputs)
+        assert head.scale == pytest.approx(0.5, rel=1e-3)
+        half = model(**batch.inputs, use_cache=False).logits
+        torch.testing.assert_close(head.logits(head.hidden(model, batch.inputs)), half, rtol=1e-4, atol=1e-4)
+        hook.remove()
+        head.linear.register_forward_hook(lambda module, args, output: output.relu())
         with pytest.raises(SparsightError, match="changes its logits behind the output head"):
             head.check(model, batch.inputs)

@@ -34,7 +34,7 @@ class Batch:
     @property
     def rows(self) -> int:
         """The number of sequences."""
-        return len(self.inputs["input_ids"])
+        return len(next(self.inputs[key] for key in TOKENS if key in self.inputs))
 
     @property
     def shifted(self) -> bool:
@@ -57,10 +57,19 @@ def select_answers(logits: Tensor, labels: Tensor, shifted: bool, *, all_positio
     predicts token t + 1, as in decoder-only models; without it label t, as in encoder-decoders. `all_positions` selects
     every position.
     """
+    logits = logits[:, logits.shape[1] - labels.shape[1] :]  # a model may put image positions in front of the text
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     where = torch.ones_like(labels, dtype=torch.bool) if all_positions else labels != -100
     return logits[where], labels[where]
+
+
+TOKENS = ("input_ids", "decoder_input_ids", "labels")  # inputs with a row per sequence
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a model's labels are the outputs of a decoder of their own, and not on its input tokens."""
+    return bool(getattr(config, "is_encoder_decoder", False) or config.get_text_config().is_encoder_decoder)
 
 
 Write = Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
@@ -113,7 +122,7 @@ class Encoder:
     @property
     def shifted(self) -> bool:
         """Whether the labels lie on the input tokens, as in `Batch.shifted`; not in encoder-decoders."""
-        return not self.config.get_text_config().is_encoder_decoder
+        return not is_encoder_decoder(self.config)
 
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """Encode questions with their answers, padded on the right.
@@ -206,19 +215,38 @@ class Encoder:
 
 def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Return the masks of real tokens of an encoded batch, as in `Batch.padding`."""
-    masks = {"text": inputs["attention_mask"].bool()}
-    image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if image_token is not None:
-        masks["image"] = inputs["input_ids"] == image_token
+    masks: dict[str, Tensor] = {}
+    if "input_ids" in inputs:
+        masks["text"] = inputs["attention_mask"].bool()
+        image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        if image_token is not None:
+            masks["image"] = inputs["input_ids"] == image_token
+        if config.model_type in IMAGE_FIRST and "pixel_values" in inputs:
+            masks |= _with_image_first(masks["text"], inputs["pixel_values"], config.vision_config)
+    elif "attention_mask" in inputs:  # that of patches, as in Pix2Struct
+        masks["vision"] = inputs["attention_mask"].bool()
     if "decoder_attention_mask" in inputs:
         masks["decoder"] = inputs["decoder_attention_mask"].bool()
     if "qformer_attention_mask" in inputs:
         question = inputs["qformer_attention_mask"].bool()
         masks["instruction"] = question
         masks["queries"] = torch.cat([question.new_ones(len(question), config.num_query_tokens), question], dim=1)
-    if "pixel_attention_mask" in inputs:
+    mask, pixels = inputs.get("pixel_attention_mask"), inputs.get("pixel_values")
+    if mask is not None and pixels is not None and mask.dim() == 4:
         masks["vision"] = _real_patches(inputs, config.vision_config.patch_size)
-    return masks
+    elif mask is not None and pixels is not None and mask.dim() == 2 and pixels.dim() == 3:
+        masks["vision"] = mask.bool()  # (images, patches), as in Siglip 2
+    return masks  # a mask of whole images, (B, images), says nothing of the patches of one
+
+
+IMAGE_FIRST = ("git",)  # the positions of the image stand in front of the tokens, without tokens of their own
+
+
+def _with_image_first(text: Tensor, pixels: Tensor, vision: Any) -> dict[str, Tensor]:
+    """The masks "text" and "image" (B, positions of the image + T), of `pixels` (B, [frames,] channels, H, W)."""
+    frames = pixels.shape[1] if pixels.dim() == 5 else 1
+    image = text.new_ones(len(text), frames * ((vision.image_size // vision.patch_size) ** 2 + 1))
+    return {"text": torch.cat([image, text], 1), "image": torch.cat([image, torch.zeros_like(text)], 1)}
 
 
 def _real_patches(inputs: dict[str, Tensor], size: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsight.data.encoding import Batch, padding_masks
+from sparsight.data.encoding import TOKENS, Batch, is_encoder_decoder, padding_masks
 from sparsight.data.qformer import separate_lengths
 from sparsight.data.sample import Sample
 from sparsight.data.sources import Samples, Source, read
@@ -132,16 +132,17 @@ def _as_batch(model: nn.Module, number: int, batch: Any, device: Any) -> Batch:
         if not isinstance(value, Tensor):
             raise SparsightError(f"`data`: batch {number}: {key} is {type(value).__name__} and not a tensor; leave it out")
         inputs[key] = value.to(device, parameter.dtype if value.is_floating_point() else None)
-    if "input_ids" not in inputs:
-        raise SparsightError(f"`data`: batch {number} has no input_ids; give what `model(**batch)` takes")
     config: Any = model.config
+    if "input_ids" not in inputs and not (is_encoder_decoder(config) and any(key in inputs for key in TOKENS)):
+        raise SparsightError(f"`data`: batch {number} has no input_ids; give what `model(**batch)` takes")
     _check_shapes(inputs, number, config)
     if "qformer_input_ids" in inputs:
         inputs["qformer_attention_mask"] = _mask(inputs, "qformer_input_ids", "qformer_attention_mask", number, config)
     inputs = _with_own_widths(inputs, config)
     masks = dict(inputs)
-    masks["attention_mask"] = _mask(inputs, "input_ids", "attention_mask", number, config)
-    if config.get_text_config().is_encoder_decoder:
+    if "input_ids" in inputs:
+        masks["attention_mask"] = _mask(inputs, "input_ids", "attention_mask", number, config)
+    if is_encoder_decoder(config):
         masks["decoder_attention_mask"] = _decoder_mask(inputs, number, config)
     return Batch(inputs, padding_masks(masks, config), ())
 
@@ -149,7 +150,7 @@ def _as_batch(model: nn.Module, number: int, batch: Any, device: Any) -> Batch:
 def _check_shapes(inputs: Mapping[str, Tensor], number: int, config: Any) -> None:
     """Refuse tokens that are not (rows, tokens), and masks and labels of another shape than their tokens."""
     likes = {"attention_mask": "input_ids", "qformer_attention_mask": "qformer_input_ids"}
-    likes |= {"labels": "input_ids"} if not config.get_text_config().is_encoder_decoder else {}
+    likes |= {"labels": "input_ids"} if not is_encoder_decoder(config) else {}
     likes |= {"decoder_attention_mask": "labels" if "labels" in inputs else "decoder_input_ids"}
     for key, tensor in inputs.items():
         if key in ("input_ids", "qformer_input_ids", "labels", "decoder_input_ids") and tensor.dim() != 2:
@@ -167,7 +168,7 @@ def _mask(inputs: Mapping[str, Tensor], ids: str, key: str, number: int, config:
     if key in inputs:
         return inputs[key]
     tokens = inputs[ids]
-    pad = config.get_text_config().pad_token_id if ids != "qformer_input_ids" else None
+    pad = _pad(config) if ids != "qformer_input_ids" else None
     alone = len(tokens) == 1
     unpadded = pad is not None and not bool(((tokens[:, 0] == pad) | (tokens[:, -1] == pad)).any())
     if not alone and not unpadded:
@@ -178,10 +179,15 @@ def _mask(inputs: Mapping[str, Tensor], ids: str, key: str, number: int, config:
     return tokens.new_ones(tokens.shape)
 
 
+def _pad(config: Any) -> Any:
+    """The padding token; None where the configuration names none."""
+    return getattr(config.get_text_config(), "pad_token_id", None)
+
+
 def _decoder_mask(inputs: Mapping[str, Tensor], number: int, config: Any) -> Tensor:
     if "decoder_attention_mask" in inputs:
         return inputs["decoder_attention_mask"]
-    pad = config.get_text_config().pad_token_id
+    pad = _pad(config)
     if "labels" in inputs:
         if len(inputs["labels"]) > 1 and bool((inputs["labels"] == pad).any()):
             raise SparsightError(f"`data`: batch {number} has the padding token {pad} in its labels; put -100 in its place")
@@ -196,9 +202,9 @@ def _decoder_mask(inputs: Mapping[str, Tensor], number: int, config: Any) -> Ten
 
 def _with_own_widths(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Pad the decoder's tokens, or the Q-Former's, by one where their number is that of other inputs: masks go by number."""
-    if config.get_text_config().is_encoder_decoder:
+    if is_encoder_decoder(config) and "input_ids" in inputs:
         width = inputs["input_ids"].shape[1]
-        fill = {"labels": -100, "decoder_input_ids": config.get_text_config().pad_token_id, "decoder_attention_mask": 0}
+        fill = {"labels": -100, "decoder_input_ids": _pad(config) or 0, "decoder_attention_mask": 0}
         for key, value in fill.items():
             if key in inputs and inputs[key].shape[1] == width:
                 inputs[key] = nn.functional.pad(inputs[key], (0, 1), value=value)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsight.errors import SparsightError
 from sparsight.model.discover import Discovery, Mark, discover
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
-from sparsight.model.matrices import is_linear, read_elsewhere, stack_of
+from sparsight.model.matrices import is_linear, output_head, read_elsewhere, stack_of
 
 SPARSE_FROM = 0.01
 # parts of names of the maps that choose experts, layers, tokens, or how much a state keeps
@@ -142,7 +142,7 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
         )
     tied = _tied(model)
     component_of = {id(m): block for block in blocks for m in block.module.modules()}
-    output = _output(model)
+    output = output_head(model)
     others = {mark.path: mark for mark in found.others}
     layers: list[Layer] = []
     skipped: list[Skipped] = []
@@ -221,14 +221,6 @@ def _tied(model: nn.Module) -> set[int]:
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {key for key, count in owners.items() if count > 1}
-
-
-def _output(model: Any) -> nn.Module | None:
-    """The output head; None where the model does not say."""
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _reason(

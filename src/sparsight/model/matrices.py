@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 UP = ("gate_up_proj", "up_proj", "gate_proj")  # names of the tensors that a stack of experts multiplies its inputs with
@@ -35,6 +36,19 @@ def is_linear(module: nn.Module) -> bool:
 def read_elsewhere(module: nn.Module) -> bool:
     """Whether another module reads this one's weight: the output map of `nn.MultiheadAttention` is never called."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output head: the model's own, or that of the first model inside it that has one; None without one."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                head = module.get_output_embeddings()
+            except (AttributeError, NotImplementedError):
+                continue
+            if head is not None:
+                return head
+    return None
 
 
 def holds_matrices(module: nn.Module) -> bool:

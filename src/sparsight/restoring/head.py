@@ -13,22 +13,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsight.data.encoding import is_encoder_decoder
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import weight_hash
+from sparsight.model.matrices import output_head
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest logit
 
 
 class Head:
-    """The head of `model`, which may be wrapped later. It adds a forward pre-hook to the head, until `remove`."""
+    """The head of `model`, which may be wrapped later. It adds a forward pre-hook to the head, until `remove`.
 
-    def __init__(self, model: Any) -> None:
-        self.linear: nn.Module = model.get_output_embeddings()
+    `scale` is what the model multiplies its logits by, in front of their cap; `check` finds it.
+
+    **Raises** `SparsightError` for a model without a head.
+    """
+
+    def __init__(self, model: Any, scale: float = 1.0) -> None:
+        head = output_head(model)
+        if head is None:
+            raise SparsightError(f"{type(model).__name__}: names no output head to transformers; it cannot be restored")
+        self.linear: nn.Module = head
         text = model.config.get_text_config()
         self.cap: float | None = getattr(text, "final_logit_softcapping", None)
-        self.encoder_decoder = bool(text.is_encoder_decoder)
-        self.start: Any = getattr(text, "decoder_start_token_id", None)
-        self.pad: Any = text.pad_token_id
+        self.encoder_decoder = is_encoder_decoder(model.config)
+        self.scale = scale
+        names = (getattr(config, "decoder_start_token_id", None) for config in (model.config, text))
+        self.start: Any = next((token for token in names if token is not None), None)
+        if self.start is None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            self.start = int(model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long))[0, 0])
+        self.pad: Any = getattr(text, "pad_token_id", None)
         self._capturing = False
         self._states: torch.Tensor | None = None
         self._hook = self.linear.register_forward_pre_hook(self._capture)
@@ -48,7 +62,7 @@ class Head:
         return getattr(self.linear, "bias", None)
 
     def hidden(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the hidden states (B, T, d) in front of the head; T is the decoder's in an encoder-decoder.
+        """Return the hidden states (B, T, d) in front of the head, times `scale`; T is the decoder's in an encoder-decoder.
 
         `inputs` are `Batch.inputs`; `model` is the model itself or a wrapper of it. Cost: one forward without the head.
         **Raises** `SparsightError` if the forward does not use the head.
@@ -61,7 +75,7 @@ class Head:
         states, self._states = self._states, None
         if states is None:
             raise SparsightError(f"{type(model).__name__}: its forward does not use its output head; it cannot be restored")
-        return states
+        return states if self.scale == 1 else states * self.scale
 
     def hash(self) -> str:
         """Return the hashes of weight and bias, joined by a space."""
@@ -77,15 +91,26 @@ class Head:
 
     @torch.no_grad()
     def check(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Refuse a model that changes its logits behind the head: **raises** `SparsightError`. Cost: two forwards."""
+        """Find `scale`, and refuse a model that changes its logits behind the head otherwise. Cost: two forwards.
+
+        **Raises** `SparsightError` where the logits are not those of the hidden states.
+        """
         expected = model(**self._without_labels(inputs), use_cache=False).logits.float()
         actual = self.logits(self.hidden(model, inputs).flatten(0, 1)).view_as(expected)
         limit = TOLERANCE.get(self.weight.dtype, 1e-4) * float(expected.abs().max())
-        if float((actual - expected).abs().max()) > limit:
+        if float((actual - expected).abs().max()) > limit and self.bias is None:
+            bare, wish = self._uncapped(actual).flatten().double(), self._uncapped(expected).flatten().double()
+            self.scale *= float((bare @ wish) / (bare @ bare).clamp_min(1e-30))
+            actual = self.logits(self.hidden(model, inputs).flatten(0, 1)).view_as(expected)
+        if not float((actual - expected).abs().max()) <= limit:
             raise SparsightError(
                 f"{type(model).__name__} changes its logits behind the output head in a way that Sparsight does not know; "
                 "it cannot be restored"
             )
+
+    def _uncapped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Undo `capped`, up to nearly the cap."""
+        return logits if self.cap is None else self.cap * torch.atanh((logits / self.cap).clamp(-0.999, 0.999))
 
     def _capture(self, module: nn.Module, args: tuple) -> tuple | None:
         if not self._capturing:
@@ -96,9 +121,13 @@ class Head:
     def _without_labels(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Drop the labels, so that the model computes no loss; shifted by one, they are the inputs of a decoder."""
         rest = {key: value for key, value in inputs.items() if key != "labels"}
-        if self.encoder_decoder:
+        if self.encoder_decoder and "decoder_input_ids" not in rest:
+            if self.start is None:
+                raise SparsightError(
+                    "the configuration has no decoder_start_token_id; set it, or add decoder_input_ids to the batches"
+                )
             labels = inputs["labels"]
-            ids = labels.masked_fill(labels == -100, self.pad)
+            ids = labels.masked_fill(labels == -100, self.pad or 0)
             first = ids.new_full((len(ids), 1), self.start)
             rest["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
         return rest

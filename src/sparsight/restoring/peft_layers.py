@@ -10,9 +10,10 @@ Built on stock PEFT through one private seam, `LoraConfig._register_custom_modul
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -118,6 +119,13 @@ class MaskedTuner(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(f"lora_{name}" for name in ADAPTERS[adapter].names)
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [ADAPTER], []
         self._unmerged: dict[str, torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper does not have is the base layer's: a model may read `in_features` of its layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn the adapter on or off."""
@@ -284,7 +292,32 @@ def add_adapters(model: nn.Module, targets: Sequence[AdapterTarget], *, alpha: f
         # PEFT 0.21 uses a name that transformers 5.23 has deprecated
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        with _names_as_they_are(model):
+            return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def _names_as_they_are(model: Any) -> Iterator[None]:
+    """Keep PEFT from renaming targets: for some types it turns them into those of a checkpoint of transformers 4.
+
+    A model that does not know its input embeddings, which PEFT asks for, has its first embedding as such meanwhile.
+    """
+    kind = model.config.model_type
+    model.config.model_type = ""
+    try:
+        model.get_input_embeddings()
+        asks = False
+    except NotImplementedError:
+        asks = True
+        model.get_input_embeddings = lambda: next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    try:
+        yield
+    finally:
+        if asks:
+            del model.get_input_embeddings
+        del model.config.model_type
+        if model.config.model_type != kind:  # it was the configuration's own, and not its class's
+            model.config.model_type = kind
 
 
 def adapted_modules(model: nn.Module) -> dict[str, LoraLinear | MaskedTuner]:

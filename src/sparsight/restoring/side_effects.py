@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from sparsight.calibration.gradients import evaluating
+from sparsight.model.matrices import output_head
 
 
 @contextlib.contextmanager
@@ -21,7 +22,9 @@ def unchanged(*models: Any) -> Iterator[None]:
     A head's hooks are left where training fails.
     """
     flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
-    hooks = [(head._forward_pre_hooks, set(head._forward_pre_hooks)) for head in map(_head, models)]
+    hooks = [
+        (head._forward_pre_hooks, set(head._forward_pre_hooks)) for head in map(output_head, models) if head is not None
+    ]
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
@@ -50,7 +53,3 @@ def unchanged_process(device: torch.device | str) -> Iterator[None]:
             for now, before in states:
                 now.clear()
                 now.update(before)
-
-
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings()

@@ -183,7 +183,7 @@ def make_student(
             _copy_parameters(base, model)
         else:
             model = base
-    student = _build(facts, model, anatomy(model, facts.family), Head(model), spec, mode, modes)
+    student = _build(facts, model, anatomy(model, facts.family), Head(model, head.scale), spec, mode, modes)
     student.cache, student.refit_errors = stored, errors
     if live is not None:
         student.teacher, student.teacher_head = live, head
