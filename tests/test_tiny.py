@@ -13,7 +13,8 @@ COMMON = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "internvl", "gemma3", "gemma4", "mistral3", "llava_next",
     "idefics3", "glm4v", "llama4", "mllama",
 )  # fmt: skip
-PIXELS = ("pixel_values", "flattened_patches", "image_patches")
+EVERY = [kind for kind in (*tiny.TYPES, *tiny.MORE) if kind not in tiny.RESIST]
+PIXELS = ("pixel_values", "image_pixel_values", "flattened_patches", "image_patches")
 
 
 def test_every_type_has_a_model_or_a_reason():
@@ -51,7 +52,7 @@ def test_batches_are_padded_and_labelled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in tiny.TYPES if kind not in tiny.RESIST])
+@pytest.mark.parametrize("kind", EVERY)
 def test_any_type(kind, tmp_path):
     model = check(kind)
     again = tiny.build(kind)
@@ -68,7 +69,7 @@ def test_any_type(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in tiny.TYPES if kind not in tiny.RESIST])
+@pytest.mark.parametrize("kind", EVERY)
 def test_any_type_in_half_precision(kind):
     model = tiny.build(kind, dtype=torch.bfloat16)
     with torch.no_grad():

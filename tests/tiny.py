@@ -17,14 +17,18 @@ import torch
 import transformers as hf
 from torch import nn
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from tiny_exceptions import CHANGES, RESIST
 from tiny_inputs import batches
 
-__all__ = ["RESIST", "TYPES", "batches", "build", "config"]
+__all__ = ["MORE", "RESIST", "TYPES", "batches", "build", "config"]
 
 TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+MORE = ("phi4_multimodal",)  # reads pictures, too, and is mapped as multimodal alone
 
 VOCABULARY = 200
 TEXT, VISION, QFORMER, AUDIO = 64, 32, 48, 24  # four widths, so that none is taken for another
@@ -42,9 +46,9 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_la
 # name of a setting: what it becomes, whatever the part; the first that matches counts
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size(_per_layer_input)?|unpadded_vocab_size", VOCABULARY),
-    (r"(num_)?(hidden_layers|layers|decoder_layers|encoder_layers)|depth|n_layers|num_global_layers", 2),
+    (r"(num_)?(hidden_layers|layers|decoder_layers|encoder_layers)|depth|n_layers|num_blocks|num_global_layers", 2),
     (r"(encoder|decoder)_attention_heads", 4),
-    (r"image_size|resolution|force_image_size|max_image_size|max_img_size", 32),
+    (r"image_size|crop_size|resolution|force_image_size|max_image_size|max_img_size", 32),
     (r"patch_size|encoder_stride", 4),
     (r"num_position_embeddings|position_embedding_size|num_patches|num_image_tokens|image_seq_length|seq_len", 64),
     (r"max_num_patches|max_vit_seq_len|img_max_token_num", 256),
@@ -108,7 +112,7 @@ def _empty(kind: str, seed: int, dtype: torch.dtype) -> Any:
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
-            model = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])(config(kind))
+            model = getattr(hf, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind])(config(kind))
         finally:
             torch.set_default_dtype(usual)
     model.config.dtype = dtype

@@ -114,6 +114,10 @@ CHANGES: dict[str, dict[str, Any]] = {
             "intermediate_size": 48, "image_size": 32, "patch_size": 4, "model_args": {"embed_dim": 32},
         },
     },
+    "phi4_multimodal": {
+        "audio_config.ext_pw_out_channel": 24, "audio_config.depthwise_separable_out_channel": 24,
+        "audio_config.nemo_conv_channels": 24, "audio_config.bias_max_distance": 16,
+    },
     "pix2struct": {"vision_config.hidden_size": 64, "vision_config.num_attention_heads": 4},
     "pp_formulanet": {"vision_config.post_conv_in_channels": 16, "vision_config.post_conv_out_channels": 24},
     "qwen2_5_omni_thinker": {**_SECTIONS, **_VISION_MARKS},

@@ -42,7 +42,8 @@ def _batch(model: Any, number: int, size: int, generator: torch.Generator) -> di
         mask[row, : len(words)] = 1
         labels[row, len(words) - answer : len(words)] = words[len(words) - answer :]
     batch |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    seen = (ids == (-1 if image_token(model.config) is None else image_token(model.config))).long()
+    token = image_token(model.config)
+    seen = torch.zeros_like(ids) if token is None else (ids == token).long()
     for key in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if key in wanted:
             batch[key] = (labels != -100).long() if kind == "paligemma" else seen
@@ -106,8 +107,7 @@ def image_token(config: Any) -> int | None:
 
 def number_of(config: Any, name: str) -> int | None:
     """The special token of that name, wherever the config has it."""
-    parts = [getattr(config, f"{name}_config", None) for name in ("vlm", "vision")]
-    for part in (config, config.get_text_config(), *parts):
+    for part in (config, config.get_text_config(), *(getattr(config, key, None) for key in ("vlm_config", "vision_config"))):
         for suffix in ("token_id", "token_index"):
             value = getattr(part, f"{name}_{suffix}", None)
             if isinstance(value, int):

@@ -148,6 +148,13 @@ def _noisy(model: Any, number: int, random: Random) -> dict[str, Tensor]:
     return {**_placed(model, number, random), "decoder_input_ids": canvas}
 
 
+def _crops(model: Any, number: int, random: Random) -> dict[str, Tensor]:
+    """The whole picture, and two crops side by side or one above the other."""
+    size = [(SIDE, 2 * SIDE), (2 * SIDE, SIDE)][number % 2]
+    made = {"image_pixel_values": random(1, 3, 3, SIDE, SIDE), "image_sizes": torch.tensor([size])}
+    return {**made, "image_attention_mask": torch.ones(1, 3, 8, 8, dtype=torch.long)}
+
+
 FORMS: dict[str, Form] = {
     "diffusion_gemma": _noisy,
     "emu3": lambda model, number, random: {
@@ -163,6 +170,7 @@ FORMS: dict[str, Form] = {
     "perception_lm": lambda model, number, random: {"pixel_values": random(1, 1, 3, SIDE, SIDE)},
     "molmo2": _pooled,
     "nemotron_h_omni": _hw,
+    "phi4_multimodal": _crops,
     "pi0": _robot,
     "deepseek_vl_hybrid": _two_sizes,
     "evolla": lambda model, number, random: {
@@ -210,6 +218,7 @@ COUNTS: dict[str, Callable[[Any, dict[str, Tensor]], int]] = {
     "diffusion_gemma": lambda model, picture: int((picture["image_position_ids"][..., 0] >= 0).sum()) // 4,
     "fuyu": lambda model, picture: 16,
     "granite4_vision": _deepstack,
+    "phi4_multimodal": lambda model, picture: 21 + (36 if picture["image_sizes"][0, 0] == SIDE else 40),
     "pi0": lambda model, picture: 64,
     "perception_lm": lambda model, picture: 64,
 }
