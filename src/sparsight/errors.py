@@ -14,3 +14,7 @@ class NotWritten(SparsightError):
 
 class Interrupted(BaseException):
     """Work that was stopped by Ctrl-C and can go on: the line says how. No `except Exception` swallows it."""
+
+
+class Notice(UserWarning):
+    """What a user should know and is no error; the command line prints it as one line."""

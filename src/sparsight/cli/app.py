@@ -19,7 +19,7 @@ from sparsight.cli.commands import COMMANDS, LazyHelp, make
 from sparsight.cli.flags import with_flags
 from sparsight.cli.output import launched_rank, show
 from sparsight.cli.progress import progress_display
-from sparsight.errors import Interrupted, SparsightError
+from sparsight.errors import Interrupted, Notice, SparsightError
 from sparsight.options import options
 from sparsight.specs import PruneSpec
 from sparsight.version import VERSION
@@ -92,8 +92,8 @@ def main() -> None:
 
 
 def _show_warning(otherwise: Callable, message: Any, category: Any, *where: Any, **more: Any) -> None:
-    """Print the warning about a renamed field as one line, any other warning as usual."""
-    if issubclass(category, FutureWarning) and "is the old name of" in str(message):
+    """Print a notice, and the warning about a renamed field, as one line; any other warning as usual."""
+    if issubclass(category, Notice) or (issubclass(category, FutureWarning) and "is the old name of" in str(message)):
         print(f"sparsight: {with_flags(str(message))}", file=sys.stderr)
     else:
         otherwise(message, category, *where, **more)

@@ -52,7 +52,7 @@ STAGES = {  # the imports of the verbs
 def main(where: str, dtype: str) -> None:
     """Print the peak bytes of this process after each stage's imports and one small step, as JSON."""
     from PIL import Image
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForMultimodalLM
 
     from sparsight.data import Encoder, Sample, Turn
     from sparsight.demo import MODELS
@@ -60,7 +60,7 @@ def main(where: str, dtype: str) -> None:
 
     for name in STAGES["prune"]:
         import_module(name)
-    AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(where))]  # imports the model's own code
+    AutoModelForMultimodalLM._model_mapping[type(AutoConfig.from_pretrained(where))]  # imports the model's own code
     load_processor(where)
     peaks = {"load": peak_memory() or 0}
     model, processor = load(MODELS["llava"], dtype=dtype)

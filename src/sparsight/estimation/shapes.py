@@ -25,7 +25,8 @@ from sparsight.estimation import trace
 from sparsight.estimation.stages import LayerShape, Shapes, Work
 from sparsight.estimation.stubs import hollow
 from sparsight.model.anatomy import Anatomy
-from sparsight.model.load import check_folder, parse_dtype, quiet
+from sparsight.model.files import check_config, check_files
+from sparsight.model.load import parse_dtype, quiet
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.specs import RestoreSpec
 
@@ -72,18 +73,21 @@ def gather_shapes(
 def open_hollow(where: str, dtype: str) -> Any:
     """The model of a folder's or hub name's configuration, in the dtype it would be loaded in; weights need not be there.
 
-    **Raises** `SparsightError` if there is no configuration that can be read.
+    **Raises** `SparsightError` if there is no configuration that can be read, or that of a quantized model.
     """
     target = parse_dtype(dtype)
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise SparsightError(f"{where}: no config.json in this folder; give a folder that save_pretrained wrote")
     if not Path(where).is_dir():
-        check_folder(where)
+        check_files(where)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+            check_config(where, config.to_dict())
             stored = getattr(config, "dtype", None) or torch.float32
             return hollow(config, stored if target == "auto" else target)
+    except SparsightError:
+        raise
     except Exception as error:  # the file can be wrong in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SparsightError(f"{where}: no model could be made of its configuration: {reason}") from error

@@ -159,10 +159,10 @@ def even(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 def hollow(config: Any, dtype: torch.dtype) -> Any:
     """The model of a configuration, in eval mode, without weights."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForMultimodalLM
 
     with torch.device(META):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = AutoModelForMultimodalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "_apply_gate"):
             module.forward = even(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def evaluate(
     samples of kind "caption" get CIDEr-D and exact match, all others exact match and VQA accuracy. With `answers` the
     right answers are measured token by token, too. `seed` is the bootstrap's.
 
-    **Raises** `SparsightError` for an unknown metric, and for no samples.
+    **Raises** `SparsightError` for an unknown metric, for no samples, and for a value that is NaN or infinite.
     """
     if not samples:
         raise SparsightError("nothing to evaluate: no samples")
@@ -162,5 +163,10 @@ def _rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int
 
 
 def _row(kind: str, metric: str, value: float, interval: tuple[float, float] | None, n: int) -> dict[str, Any]:
+    if not math.isfinite(value):
+        raise SparsightError(
+            f"{metric}: is {value}; the model computes NaN or infinity in this dtype, or its weights are damaged: try "
+            "`dtype=float32`, and look at the weights"
+        )
     low, high = interval or (None, None)
     return {"kind": kind, "metric": metric, "value": value, "low": low, "high": high, "n": n}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from sparsight.errors import SparsightError
+from sparsight.errors import Notice, SparsightError
+from sparsight.model.discover import discover
+from sparsight.model.files import check_config, check_files, check_unexpected
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +45,7 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
     _config(where)
     with quiet():
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForMultimodalLM.from_pretrained(
                 where,
                 dtype=torch_dtype,
                 use_safetensors=True,
@@ -63,10 +66,18 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
     if absent := sorted(info["missing_keys"]):
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise SparsightError(f"{where}: weights missing from the files: {', '.join(absent[:3])}{more}; save the model again")
+    if note := check_unexpected(where, info["unexpected_keys"], _lists(model)):
+        warnings.warn(note, Notice, stacklevel=2)
     try:
         return model.eval().to(device)
     except RuntimeError as error:
         raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
+
+
+def _lists(model: Any) -> list[str]:
+    """The paths of all lists of blocks."""
+    found = discover(model)
+    return [mark.path for mark in (*found.marks, *found.others)]
 
 
 def load_processor(path: str | Path) -> Any:
@@ -113,32 +124,19 @@ def check_device(device: str, one_gpu: bool = False) -> None:
         raise SparsightError(f"`device`: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and `device=cuda`")
 
 
-def check_folder(where: str) -> None:
-    """Refuse what is neither a folder with config.json and safetensors nor a hub name; **raises** `SparsightError`."""
-    folder = Path(where)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SparsightError(f"{where}: no config.json in this folder; give a folder that save_pretrained wrote")
-        if not any(folder.glob("*.safetensors")):
-            raise SparsightError(f"{where}: no .safetensors file; convert the weights with save_pretrained first")
-    elif folder.exists():
-        raise SparsightError(f"{where}: is a file; give the folder of a model or a hub name")
-    elif where.startswith((".", "/", "~")) or where.count("/") != 1:
-        raise SparsightError(f"{where}: no such folder; give the folder of a model or a hub name such as owner/model")
-
-
 def _config(where: str) -> None:
     """Refuse a folder or a hub name without a readable configuration."""
     try:
-        check_folder(where)
+        check_files(where)
     except OSError as error:  # a name too long, no permission
         reason = error.strerror or _reason(error)
         raise SparsightError(f"{where}: cannot be opened ({reason}); give the folder of a model or a hub name") from error
     try:
         with quiet():
-            AutoConfig.from_pretrained(where, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # the file can be wrong in any way
         raise SparsightError(f"{where}: no model configuration could be read: {_reason(error)}") from error
+    check_config(where, config.to_dict())
 
 
 def _reason(error: BaseException) -> str:

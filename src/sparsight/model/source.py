@@ -26,6 +26,11 @@ def check_model(model: Any, field: str = "model", *, adapters: bool = False) -> 
         raise SparsightError(
             f"`{field}`: {type(model).__name__} is no transformers model; give one in memory, a folder or a hub name"
         )
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+        raise SparsightError(
+            f"`{field}`: is quantized: its weights are codes, which cannot be pruned; load the original in bfloat16 or "
+            "float32, and quantize the sparse model"
+        )
     if not adapters and hasattr(model, "peft_config"):
         raise SparsightError(f"`{field}`: has adapters that are not merged; merge them first, as `sparsight.merge` does")
 

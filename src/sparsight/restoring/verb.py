@@ -36,7 +36,8 @@ from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import Family
-from sparsight.model.load import check_device, check_folder
+from sparsight.model.files import check_files
+from sparsight.model.load import check_device
 from sparsight.model.source import NO_PROCESSOR, ModelSource, check_model
 from sparsight.progress import Progress
 from sparsight.restoring.adapter_files import save_adapter
@@ -163,7 +164,7 @@ def restore_folder(
     one writes. **Raises** `SparsightError` as `sparsight.restore` does.
     """
     check_restore(spec)
-    check_folder(str(sparse))
+    check_files(str(sparse))
     record = read_record(sparse)
     earlier = (read_metrics(sparse), read_recipe(sparse))
     original = whole_name(teacher) if teacher is not None else (record or {}).get("base_model")
@@ -174,7 +175,7 @@ def restore_folder(
         raise SparsightError(f"`teacher`: {sparse} does not say what it was pruned from; name the dense model, or `kl=0`")
     if taught and teacher is None:
         try:
-            check_folder(str(original))
+            check_files(str(original))
         except SparsightError as error:
             raise SparsightError(
                 f"`teacher`: {sparse} was pruned from {original}, which is not there; name the dense model, or `kl=0`"

@@ -1,0 +1,148 @@
+"""Look into a model's folder before it is loaded: what cannot be pruned is refused there, in one line with the remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+from sparsight.errors import SparsightError
+
+POINTER = b"version https://git-lfs"
+QUANTIZED = ("quantization_config", "compression_config", "quantize_config.json", "quant_config.json")
+# the last words of tensors that stand for quantized weights, and the dtypes that they are stored in
+PACKED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "quant_map", "SCB", "g_idx")
+LOW = ("F8_", "F4", "F6_", "I4", "U4")
+SUPPORTED = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+BUFFERS = ("inv_freq", "position_ids", "masked_bias", "attn.bias")  # of older versions; computed anew, and no weights
+
+
+def check_files(where: str) -> None:
+    """Refuse what is neither a folder with a model nor a hub name, and a folder whose model cannot be pruned.
+
+    **Raises** `SparsightError`: for an adapter, quantized weights, pointers of Git LFS, a configuration that is not JSON,
+    and a type of model that transformers does not have or that takes no images.
+    """
+    folder = Path(where)
+    if folder.is_dir():
+        _check_adapter(folder)
+        if not (folder / "config.json").is_file():
+            raise SparsightError(f"{where}: no config.json in this folder; give a folder that save_pretrained wrote")
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise SparsightError(f"{where}: no .safetensors file; convert the weights with save_pretrained first")
+        for path in (folder / "config.json", *weights):
+            _check_pointer(path)
+        check_config(where, _read_config(folder / "config.json"))
+        for name in QUANTIZED[2:]:
+            if (folder / name).is_file():
+                raise SparsightError(f"{where}: is quantized ({name}); {_remedy({})}")
+        for path in weights:
+            _check_tensors(path)
+    elif folder.exists():
+        raise SparsightError(f"{where}: is a file; give the folder of a model or a hub name")
+    elif where.startswith((".", "/", "~")) or where.count("/") != 1:
+        raise SparsightError(f"{where}: no such folder; give the folder of a model or a hub name such as owner/model")
+
+
+def check_config(where: str, config: dict[str, Any]) -> None:
+    """Refuse the configuration of a model that cannot be pruned; `config` is the content of its config.json.
+
+    **Raises** `SparsightError` for quantized weights, and for a type of model that cannot be loaded here.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in QUANTIZED[:2]:
+            if isinstance(found := part.get(key), dict):
+                method = found.get("quant_method") or found.get("quant_type") or found.get("format") or key
+                raise SparsightError(f"{where}: is quantized ({method}); {_remedy(config)}")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in SUPPORTED:
+        return
+    code = config.get("auto_map")
+    if kind not in CONFIG_MAPPING:
+        raise SparsightError(
+            f"{where}: is of type {kind!r}, which this version of transformers does not have"
+            + (", and needs code of its own, which Sparsight does not run" if code else "")
+            + "; give a checkpoint that was converted for transformers (its name often ends in -hf), or update transformers"
+        )
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise SparsightError(
+            f"{where}: is a language model ({kind}) and takes no images; give a vision-language model, or prune it in "
+            "memory with batches of your own: `sparsight.prune(model, batches)`"
+        )
+
+
+def check_unexpected(where: str, names: Iterable[str], blocks: Iterable[str]) -> str | None:
+    """What to say of tensors in the files that the model does not name; None where there are none.
+
+    `blocks` are the paths of its lists of blocks. **Raises** `SparsightError` for tensors that belong to blocks.
+    """
+    left = sorted(name for name in names if not name.endswith(BUFFERS))
+    if not left:
+        return None
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    lists = tuple(f"{path}." for path in blocks)
+    if inside := [name for name in left if name.startswith(lists)]:
+        others = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
+        raise SparsightError(
+            f"{where}: the files hold weights of blocks that config.json does not name: {inside[0]}{others}; give the "
+            "config.json that was saved with the weights"
+        )
+    return f"{where}: the files hold tensors that the model does not use, and a new folder does not get: {left[0]}{more}"
+
+
+def _check_adapter(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    base = _read_config(path).get("base_model_name_or_path") or "its base model"
+    how = "merge it first, `PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged)`"
+    if (folder / "config.json").is_file():
+        raise SparsightError(
+            f"{folder}: holds an adapter beside the model (adapter_config.json), which would be loaded with it; {how}, or "
+            "move the adapter's files away"
+        )
+    raise SparsightError(f"{folder}: is an adapter of {str(base)[:80]} and no model; {how}, and give the merged folder")
+
+
+def _check_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise SparsightError(f"{path}: is a pointer of Git LFS and not the file; run `git lfs pull` in its folder")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SparsightError(f"{path}: no model configuration could be read: it is not JSON ({error})") from error
+    return config if isinstance(config, dict) else {}  # transformers says what is wrong with anything else
+
+
+def _check_tensors(path: Path) -> None:
+    """Refuse tensors of a quantized model, by the header of a file; one that cannot be read is left to transformers."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < path.stat().st_size else {}
+    except ValueError:
+        return
+    for name, entry in header.items():
+        dtype = entry.get("dtype", "") if isinstance(entry, dict) else ""
+        if name.rpartition(".")[2] in PACKED or dtype.startswith(LOW):
+            raise SparsightError(f"{path.parent}: is quantized ({path.name} holds {name} as {dtype}); {_remedy({})}")
+
+
+def _remedy(config: dict[str, Any]) -> str:
+    base = config.get("base_model_name_or_path") or config.get("_name_or_path")
+    original = f"the original {str(base)[:80]}" if isinstance(base, str) and base else "the original, unquantized model"
+    return f"its weights are codes, which cannot be pruned; prune {original}, and quantize the sparse model"
