@@ -1,5 +1,9 @@
 """The errors a person is meant to read."""
 
+from typing import Any
+
+QUOTED, LINE = 80, 200  # characters
+
 
 class SparsightError(Exception):
     """What was given, what is allowed and what to do, in one line.
@@ -18,3 +22,18 @@ class Interrupted(BaseException):
 
 class Notice(UserWarning):
     """What a user should know and is no error; the command line prints it as one line."""
+
+
+def quote(value: Any) -> str:
+    """A value of the user's for a message: its `repr`, of which at most 80 characters are shown."""
+    if isinstance(value, str | bytes):
+        value = value[: QUOTED + 1]  # the repr of a long text is as long
+    text = repr(value)
+    return text if len(text) <= QUOTED else text[: QUOTED - 4] + "..." + text[0] * (text[0] in "'\"")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, at most 200 characters of it; the class of one that says nothing."""
+    said = error.strerror if isinstance(error, OSError) and error.filename else str(error)  # without the path
+    text = (str(said).strip().splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= LINE else text[: LINE - 3] + "..."

@@ -47,7 +47,8 @@ class Option:
 
     `help` may hold `{names}`, the names in `tables`; only these, and functions, are then allowed. A table is a tuple of
     words or "module:TABLE". `fits` tests a value and `says` completes "VALUE is not ...". `cost`: True, the estimate
-    reads the field; False, the field changes the cost and is not counted. `work`: whether it changes what a verb writes.
+    reads the field; False, the field changes the cost and is not counted. `work`: whether it changes what a verb writes;
+    None, if it does where it is set.
     """
 
     help: str
@@ -55,7 +56,7 @@ class Option:
     fits: Callable[[Any], bool] = lambda value: True
     says: str = ""
     cost: bool | None = None
-    work: bool = True
+    work: bool | None = True
 
     def names(self) -> tuple[str, ...]:
         """The names that are allowed; empty where there is no table."""
@@ -112,12 +113,18 @@ class Spec:
             raise SparsightError(
                 f"`spec`: {type(spec).__name__} is no record of settings; name fields, as in `sparsity=0.5`"
             )
-        shared = {name: getattr(spec, name) for name in options(cls) if hasattr(spec, name)}
+        own = {"split"} if type(spec) is not cls else set()  # of the data of one verb
+        shared = {name: getattr(spec, name) for name in options(cls) if hasattr(spec, name) and name not in own}
         return spec if type(spec) is cls and not settings else cls.of({**shared, **settings})
 
     def facts(self) -> dict[str, Any]:
         """The fields that change what a verb writes, as values that YAML and JSON can hold."""
-        return {name: plain_value(getattr(self, name)) for name, (_, option) in options(type(self)).items() if option.work}
+        fields = {name: (getattr(self, name), option.work) for name, (_, option) in options(type(self)).items()}
+        return {
+            name: plain_value(value)
+            for name, (value, work) in fields.items()
+            if work or (work is None and value is not None)
+        }
 
 
 def options(spec: Any) -> dict[str, tuple[Any, Option]]:

@@ -20,7 +20,7 @@ from sparsight.checkpoint.folder import family_of, identity, read_record
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checkpoint.verify import Zeros, verify
-from sparsight.data import Source, read
+from sparsight.data import Source, read, read_with
 from sparsight.errors import Interrupted, NotWritten, SparsightError
 from sparsight.evaluation.record import SCORES
 from sparsight.evaluation.verb import evaluate_folder
@@ -73,15 +73,19 @@ class _Pipeline:
     def __init__(self, settings: dict[str, Any], folder: Path, scored: bool, progress: Progress | None) -> None:
         self.settings, self.folder, self.scored, self.progress = settings, folder, scored, progress
         self.spec = spec_of(settings, "evaluate")
-        self.sources: dict[str, Source] = {}
+        self.sources: dict[Any, Source] = {}
+        self.read: dict[str, Any] = {}  # what was read of the data, where that is not all
         self.loaded: tuple[str, Any, Any] | None = None  # the name of the model, the model, its processor
         self.zeros: Zeros | None = None  # those of the pruned model
 
-    def source(self, data: Any) -> Source | None:
-        """A data source, opened once."""
-        if data is not None and str(data) not in self.sources:
-            self.sources[str(data)] = Source(data)
-        return None if data is None else self.sources[str(data)]
+    def source(self, data: Any, spec: Any, *, held_out: bool = False) -> Source | None:
+        """A data source as settings read it, opened once; `held_out` for one to score on."""
+        if data is None:
+            return None
+        key = (str(data), spec.split, str(spec.images), held_out)
+        if key not in self.sources:
+            self.sources[key] = Source(data, spec.split, images=spec.images, held_out=held_out)
+        return self.sources[key]
 
     def model(self, name: str, path: str | Path) -> tuple[Any, Any]:
         """The model of a stage and its processor, in memory."""
@@ -97,13 +101,18 @@ class _Pipeline:
         """
         settings, folder = self.settings, self.folder
         self.facts = {**settings, "files": identity(settings["model"])}
-        for key in ("data", "held_out") if self.scored else ("data",):
-            if (source := self.source(settings.get(key))) is not None:
-                self.facts[f"{key}_fingerprint"] = read(source, skip_bad=bool(settings.get("skip_bad"))).fingerprint
+        first = next((verb for verb in ("prune", "search", "restore") if stages_of(settings, verb)), "prune")
+        learned = spec_of(settings, first, next(iter(stages_of(settings, first)), {}))
+        specs = {"data": learned, **({"held_out": self.spec} if self.scored else {})}
+        for key, spec in specs.items():
+            if (source := self.source(settings.get(key), spec, held_out=key == "held_out")) is not None:
+                samples = read(source, skip_bad=spec.skip_bad)
+                self.facts[f"{key}_fingerprint"] = samples.fingerprint
+                self.read |= {key: samples.facts} if samples.facts else {}
         facts = json.loads(json.dumps(self.facts, default=str))
         earlier = recipes.read_state(folder, FILE, "run")
         begun = {"restore": any(folder.glob(f"{RESTORED}*")), "evaluate": any(folder.glob(f"*/{SCORES}"))}
-        free = {"data", "held_out", *(key for key, done in begun.items() if not done)}
+        free = {"data", "held_out", "images", *(key for key, done in begun.items() if not done)}
         for key in {**(earlier or {}), **facts}.keys() - free:
             if earlier is not None and earlier.get(key) != facts.get(key):
                 raise SparsightError(
@@ -150,13 +159,13 @@ class _Pipeline:
 
     def check_fingerprint(self, section: Mapping[str, Any], spec: Any, seed: int | None) -> None:
         """Refuse other samples than those that a recipe was written from."""
-        source = self.samples_of(section)
+        source = self.samples_of(section, spec)
         if source is None or "fingerprint" not in section:
             return
         parts = [read(source, limit=spec.samples, seed=seed, skip_bad=spec.skip_bad)]
         other = getattr(spec, "held_out", None)
         if other is not None and held_out_count(other) is None:
-            parts.append(read(other, skip_bad=spec.skip_bad))
+            parts.append(read_with(other, spec, held_out=True))
         if "".join(part.fingerprint for part in parts) != section["fingerprint"]:
             raise SparsightError(
                 f"{source}: holds other samples than those that the recipe was written from; give those, or take "
@@ -182,8 +191,9 @@ class _Pipeline:
                 begun = target.with_name(f"{target.name}.unfinished").is_dir()
                 loaded = self.model(model, model)
                 self.loaded = None  # it is changed from here on
+                spec = spec_of(self.settings, "prune", section)
                 prune_folder(
-                    model, target, spec_of(self.settings, "prune", section), data=self.samples_of(section), resume=begun,
+                    model, target, spec, data=self.samples_of(section, spec), resume=begun,
                     loaded=loaded, progress=prefix(self.progress, "prune"),
                 )  # fmt: skip
                 self.loaded = (str(target), *loaded)
@@ -200,20 +210,20 @@ class _Pipeline:
             self.zeros = self.zeros or Zeros.of(self.loaded[1], str(sparse))
         self.loaded = None
         restore_folder(
-            sparse, out, spec, data=self.samples_of(section), teacher=section.get("teacher", self.settings["model"]),
+            sparse, out, spec, data=self.samples_of(section, spec), teacher=section.get("teacher", self.settings["model"]),
             resume=out.with_name(f"{out.name}.unfinished").is_dir(), progress=prefix(self.progress, "restore"),
             source=source,
         )  # fmt: skip
 
-    def samples_of(self, section: Mapping[str, Any]) -> Source | None:
+    def samples_of(self, section: Mapping[str, Any], spec: Any) -> Source | None:
         """The data of a section: its own, or the recipe's."""
-        return self.source(section.get("data", self.settings.get("data")))
+        return self.source(section.get("data", self.settings.get("data")), spec)
 
     def evaluate(self, name: str, model: str | Path, record: bool | Path = True) -> None:
         """Score a model and record the scores, unless they are there."""
         if self.scored and not (self.folder / name / SCORES).is_file():
             evaluate_folder(
-                model, self.source(self.settings["held_out"]), self.spec, record=record,
+                model, self.source(self.settings["held_out"], self.spec, held_out=True), self.spec, record=record,
                 loaded=self.model(str(model), model), progress=prefix(self.progress, name),
             )  # fmt: skip
 
@@ -224,6 +234,7 @@ class _Pipeline:
         proof = verify(last, (self.zeros or pruned) if restorations and masked else None, read_back)
         shown = [self.folder / DENSE, pruned, *([last] if restorations else [])] if self.scored else []
         done = {"out": str(self.folder), "runs": [str(path) for path in shown], "verify": proof, "report": None}
+        done |= {"data": self.read} if self.read else {}
         if self.scored:
             from sparsight.reporting.report import report
 

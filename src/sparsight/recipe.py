@@ -143,11 +143,11 @@ def _load(path: str | Path) -> dict[str, Any]:
         raise SparsightError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise SparsightError(f"{path}: holds no `key: value` lines; give a recipe, such as those in recipes/")
-    _resolve(recipe, Path(path).parent, PATHS)
+    _resolve(recipe, Path(path).parent, (*PATHS, "images"))
     for verb in SECTIONS:
         for section in stages_of(recipe, verb):
             if isinstance(section, dict):
-                _resolve(section, Path(path).parent, ("data", "held_out", "teacher", "teacher_cache"))
+                _resolve(section, Path(path).parent, ("data", "held_out", "images", "teacher", "teacher_cache"))
     return recipe
 
 

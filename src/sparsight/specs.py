@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from sparsight.checks import SEEDS
+from sparsight.checks import SEEDS, check_paths
 from sparsight.errors import SparsightError
 from sparsight.options import Budget, Name, Option, Ranks, Spec, options
 
@@ -44,6 +44,10 @@ Seed = Annotated[
 ]
 BatchSize = Annotated[int, _count("Samples per batch.", cost=True)]
 Samples = Annotated[int | None, _count("How many samples to draw from the data. [default: all]", cost=True)]
+Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
+_SCORED = "[default: test, else validation; never train]"
+ScoredSplit = Annotated[str | None, Option(f"Split to read, of data that has several. {_SCORED}", cost=True, work=None)]
+HeldOutSplit = Annotated[str | None, Option(f"Split of the held-out data to read. {_SCORED}", work=None)]
 NewTokens = Annotated[int, _count("Longest answer, in tokens.", cost=True)]
 
 
@@ -67,6 +71,13 @@ class SharedSpec(FamilySpec):
     ] = "auto"
     device: Annotated[str, Option("cpu, cuda or cuda:N.", work=False)] = "cpu"
     skip_bad: Annotated[bool, Option("Leave broken samples out, and count them.", cost=True, work=False)] = False
+    images: Annotated[
+        Any, Option("Folder that images may lie in, too; absolute paths must lie below it.", cost=True, work=False)
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_paths(images=self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,7 @@ class SparsitySpec(SharedSpec):
     pattern: Annotated[Name, Option("row, tensor, or n:m (n kept of every m inputs).", cost=True)] = "row"
     ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
     samples: Annotated[int, _count("Calibration samples.", cost=True)] = 128
+    split: Split = None
     batch_size: BatchSize = 8
     seed: Seed = 0
 
@@ -153,6 +165,7 @@ class SearchSpec(MethodSpec, SparsitySpec):
     metric: Annotated[str, Option("Score held-out answers by: {names}.", (METRICS,))] = "exact_match"
     max_new_tokens: NewTokens = 32
     held_out_samples: Annotated[int | None, _count("How many held-out samples to draw. [default: all]")] = None
+    held_out_split: HeldOutSplit = None
 
     def prune(self, **changes: Any) -> PruneSpec:
         """The settings of pruning, with `changes`."""
@@ -226,12 +239,14 @@ class RestoreSpec(SharedSpec):
     batch_size: BatchSize = 32
     accumulate: Annotated[int, _count("Batches per optimizer step.", cost=True)] = 1
     samples: Samples = None
+    split: Split = None
     held_out: Annotated[
         Any,
         Option(
             "Samples to score at every checkpoint, the best of which is kept: a number of them, or other data.", cost=False
         ),
     ] = None  # fmt: skip
+    held_out_split: HeldOutSplit = None
     patience: Annotated[int | None, _count("Stop after so many checkpoints without a better one.")] = None
     save_every: Annotated[int, _count("Steps between checkpoints for `resume`.")] = 100
     report_to: Annotated[
@@ -291,6 +306,7 @@ class EvaluateSpec(SharedSpec):
     max_new_tokens: NewTokens = 32
     batch_size: BatchSize = 32
     samples: Samples = None
+    split: ScoredSplit = None
     seed: Seed = 0
 
 

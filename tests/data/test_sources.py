@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsight.data import Sample, Turn, read
-from sparsight.data.records import BadRecord, in_memory
+from sparsight.data.images import BadRecord, in_memory
 from sparsight.errors import SparsightError
 
 import zoo
@@ -134,7 +134,7 @@ BAD = [
     ({"prompt": "q"}, "missing 'answer' (or 'answers')"),
     ({"answer": "a"}, "missing 'prompt'"),
     ({"promt": "q", "answer": "a"}, "unknown key 'promt'; did you mean 'prompt'?"),
-    ({**GOOD, "zzz": 1}, "unknown key 'zzz'; known keys: prompt, answer"),
+    ({**GOOD, "Kind": "vqa"}, "unknown key 'Kind'; did you mean 'kind'?"),
     ({**GOOD, "prompt": ""}, "empty prompt"),
     ({**GOOD, "prompt": "<image>"}, "empty prompt"),
     ({**GOOD, "prompt": ["q"]}, "'prompt' must be a string, got a list"),
@@ -145,7 +145,7 @@ BAD = [
     ({**GOOD, "kind": 2}, "'kind' must be a string"),
     ({"messages": [], "conversations": []}, "cannot stand together"),
     ({"messages": []}, "'messages' must be a non-empty list"),
-    ({"messages": [{"role": "system", "content": "x"}]}, "messages[0]: 'role' must be 'user', got 'system'"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "'messages' must end with an answer of 'assistant'"),
     ({"messages": [{"role": "user", "content": "x"}]}, "must end with an answer"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: the text must be a string or a list of parts"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part must be a text or an image"),

@@ -30,6 +30,8 @@ def add_stage(
     earlier = dict(recipe) if "model" in recipe and not (verb == "prune" and "restore" in recipe) else {}
     made |= {"model": earlier.get("model", whole_name(model)), "data": earlier.get("data") or source}
     section = {**spec.facts(), **{key: plain_value(value) for key, value in settings.items()}}
+    if getattr(spec, "images", None) is not None:
+        section["images"] = whole_name(spec.images)  # type: ignore[attr-defined]
     family = section.pop("family", None)
     made |= {"family": earlier.get("family", family)} if earlier.get("family", family) else {}
     for key, shared in (("data", source), ("teacher", section.get("teacher"))):

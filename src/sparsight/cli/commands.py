@@ -214,7 +214,7 @@ def _evaluated(result: Any, values: Values) -> Shown:
     title = f"{values['model']} on {len(result.predictions)} samples"
     return (
         json.loads(result.to_json()),
-        [tables.scores_table(result.rows, title), *tables.skipped_line(result.skipped)],
+        [tables.scores_table(result.rows, title), *tables.data_lines(result.data), *tables.skipped_line(result.skipped)],
         True,
     )
 

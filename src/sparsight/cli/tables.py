@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from sparsight.allocation.plan import PlanRow
 from sparsight.checkpoint.card import component_totals
+from sparsight.errors import quote
 from sparsight.evaluation.evaluate import headline
 from sparsight.evaluation.metrics import title_of
 from sparsight.masks.pattern import Pattern
@@ -147,7 +149,20 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if facts["pooled"]:
         names = ", ".join(facts["pooled"][:3]) + (" ..." if len(facts["pooled"]) > 3 else "")
         lines.append(f"{len(facts['pooled'])} experts saw too few tokens and took the moments of all: {names}")
+    lines += data_lines(facts.get("data", {}))
     return [*lines, *skipped_line(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
+
+
+def data_lines(facts: Mapping[str, Any], noun: str = "data") -> list[str]:
+    """What was read of the data, where that is not all."""
+    lines = [f"Read the split {facts['split']!r} of the {noun}"] if "split" in facts else []
+    if ignored := facts.get("ignored_keys"):
+        lines.append("Ignored keys: " + ", ".join(f"{quote(key)} ({count} samples)" for key, count in ignored.items()))
+    return lines + ([f"Left out {facts['empty_answers']} empty answers"] if "empty_answers" in facts else [])
+
+
+def _read_lines(read: Mapping[str, Any]) -> list[str]:
+    return [*data_lines(read.get("data", {})), *data_lines(read.get("held_out", {}), "held-out data")]
 
 
 def skipped_line(count: int) -> list[str]:
@@ -167,6 +182,7 @@ def restore_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if facts["teacher_modes"]:
         modes = (f"{mode} {_sizes(needs)}" for mode, needs in facts["teacher_modes"].items())
         lines.append(f"Teacher {facts['teacher']}; weights of both would take: {' · '.join(modes)}")
+    lines += [*data_lines(facts.get("data", {})), *data_lines(facts.get("held_out_data", {}), "held-out data")]
     return [*lines, *skipped_line(facts["skipped_samples"]), f"{facts['seconds']:.1f} s · wrote {out}"]
 
 
@@ -221,7 +237,7 @@ def run_tables(facts: Mapping[str, Any]) -> list[Any]:
     columns = ("model", "zeros per component", f"{metric}, 95 % interval", "packed MB")
     scores = [table("Models", columns, rows)] if rows else []
     page = [f"Report: {facts['report']}"] if facts["report"] else []
-    return [*scores, *verify_lines(facts["verify"]), *page]
+    return [*scores, *_read_lines(facts.get("data", {})), *verify_lines(facts["verify"]), *page]
 
 
 def sweep_tables(records: Sequence[Mapping[str, Any]], out: str) -> list[Any]:
@@ -246,7 +262,14 @@ def sweep_tables(records: Sequence[Mapping[str, Any]], out: str) -> list[Any]:
     seconds = sum(sum(record["seconds"].values()) for record in records)
     wrong = [f"{r['label']}, seed {r['cell']['seed']}" for r in records if not r["verified"]]
     lost = [f"NOT every zero is where the plan says: {name}" for name in wrong]
-    return [table(f"{len(records)} cells", columns, rows), *lost, f"{seconds:.0f} s of work · results in {out}"]
+    state = Path(out) / "sweep.json"
+    read = json.loads(state.read_text(encoding="utf-8")).get("read", {}) if state.is_file() else {}
+    return [
+        table(f"{len(records)} cells", columns, rows),
+        *_read_lines(read),
+        *lost,
+        f"{seconds:.0f} s of work · results in {out}",
+    ]
 
 
 def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
@@ -271,6 +294,7 @@ def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
     better = facts["chosen_score"]["value"] - facts["given_score"]["value"]
     note = f"the chosen plan is {factor * better:+.1f} points from the given split" if better else "both score the same"
     cost = f"{facts['measurements']} divergences, {facts['evaluations']} evaluations, {facts['seconds']:.0f} s"
+    lines += _read_lines(facts.get("data", {}))
     return [*lines, f"{note} · {cost} · wrote {out}"]
 
 

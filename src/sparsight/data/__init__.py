@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsight.data.sample import Sample, Turn
-from sparsight.data.sources import Samples, Source, read
+from sparsight.data.sources import Samples, Source, read, read_with
 
 if TYPE_CHECKING:
     from sparsight.data.batching import batches
     from sparsight.data.encoding import Batch, Encoder
 
-__all__ = ["Batch", "Encoder", "Sample", "Samples", "Source", "Turn", "batches", "read"]
+__all__ = ["Batch", "Encoder", "Sample", "Samples", "Source", "Turn", "batches", "read", "read_with"]
 
 _LATER = {"Batch": "encoding", "Encoder": "encoding", "batches": "batching"}
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sparsight.data.pixels import converts
 from sparsight.data.sample import PLACEHOLDER, Sample
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, quote
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -37,9 +38,14 @@ def refuse(sample: Sample) -> str | None:
     return f"{count} {PLACEHOLDER} in the prompts but {len(sample.images)} images"
 
 
-def messages(sample: Sample) -> list[Message]:
-    """Turn a sample into messages of user and assistant; images stand where the placeholders are, else first."""
-    dialogue: list[Message] = []
+def messages(processor: Any, sample: Sample) -> list[Message]:
+    """Turn a sample into messages of user and assistant; images stand where the placeholders are, else first.
+
+    A system text is a message of its own, in the form that the template takes, or else the start of the first prompt.
+    """
+    written = system_message(processor, sample.system) if sample.system else None
+    dialogue: list[Message] = [written] if written else []
+    sample = sample if written else sample.with_system_in_prompt()
     for i, turn in enumerate(sample.turns):
         pieces = [piece.strip() for piece in turn.prompt.split(PLACEHOLDER)]
         content: list[dict[str, str]] = []
@@ -55,16 +61,39 @@ def messages(sample: Sample) -> list[Message]:
     return dialogue
 
 
+def system_message(processor: Any, text: str) -> Message | None:
+    """The message of a system text that the template writes as such; None for a template without that role.
+
+    A template has the role if it writes the text once, and otherwise than as a turn of the user or of the assistant.
+    """
+    ask, mark = {"role": "user", "content": [{"type": "text", "text": "?"}]}, "8c5e1f"
+    parts = [{"type": "text", "text": mark}]
+    for content in (parts, mark):
+        whole = _attempt(processor, [{"role": "system", "content": content}, ask])
+        if whole is not None and whole.count(mark) == 1 and "'type'" not in whole:
+            others = [_attempt(processor, [{"role": role, "content": parts}, ask]) for role in ("user", "assistant")]
+            own = text if content is mark else [{"type": "text", "text": text}]
+            return None if whole in others else {"role": "system", "content": own}
+    return None
+
+
+def _attempt(processor: Any, dialogue: list[Message]) -> str | None:
+    try:
+        return _render(processor, dialogue)
+    except Exception:  # a template may refuse a role in any way
+        return None
+
+
 def prompts(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
     """Encode dialogues up to the start of the last answer, padded on the left."""
-    texts = [_render(processor, messages(sample)[:-1]) for sample in samples]
-    return _call(processor, texts, [sample.load_images() for sample in samples], side="left")
+    texts = [_render(processor, messages(processor, sample)[:-1]) for sample in samples]
+    return _call(processor, texts, _images(processor, samples), side="left")
 
 
 def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
     """Encode whole dialogues, padded on the right, with the answers as labels."""
     written = [_find_answers(processor, sample) for sample in samples]
-    images = [sample.load_images() for sample in samples]
+    images = _images(processor, samples)
     inputs = _call(processor, [text for text, _ in written], images, side="right")
     labels = torch.full_like(inputs["input_ids"], -100)
     for row, (sample, (text, spans)) in enumerate(zip(samples, written, strict=True)):
@@ -72,6 +101,11 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
         for start, stop in _token_spans(processor, sample.id, text, spans, images[row], ids):
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
     return {**inputs, "labels": labels}
+
+
+def _images(processor: Any, samples: Sequence[Sample]) -> list[list[Any]]:
+    alpha = converts(processor)
+    return [sample.load_images(alpha=alpha) for sample in samples]
 
 
 def _render(processor: Any, dialogue: list[Message], ask: bool = True) -> str:
@@ -97,18 +131,19 @@ def _find_answers(processor: Any, sample: Sample) -> tuple[str, list[Span]]:
 
     A span starts where a prompt would stop: it may begin with the space before the answer.
     """
-    dialogue = messages(sample)
+    dialogue = messages(processor, sample)
+    before = len(dialogue) - 2 * len(sample.turns)  # 1 for a system message
     text, marked = _render_marked(processor, dialogue)
     added = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
     end = re.compile(" ?(?:" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")" if added else r"(?!)")
     spans: list[Span] = []
     for turn in range(len(sample.turns)):
-        answer = dialogue[2 * turn + 1]["content"][0]["text"]
-        prompt = text[: marked[turn][0]].rstrip(" ") if marked else _render(processor, dialogue[: 2 * turn + 1])
+        answer = dialogue[before + 2 * turn + 1]["content"][0]["text"]
+        prompt = text[: marked[turn][0]].rstrip(" ") if marked else _render(processor, dialogue[: before + 2 * turn + 1])
         at = len(prompt) + len(text[len(prompt) :]) - len(text[len(prompt) :].lstrip())
         if not text.startswith(prompt) or not text.startswith(answer, at):
             raise SparsightError(
-                f"sample {sample.id!r}: the chat template writes an answer not right behind the prompt that asks for "
+                f"sample {quote(sample.id)}: the chat template writes an answer not right behind the prompt that asks for "
                 f"it, so the answer's tokens cannot be told; mark them in the template with {{% generation %}}"
             )
         stop = at + len(answer)
@@ -162,11 +197,11 @@ def _token_spans(processor: Any, sample: str, text: str, spans: list[Span], imag
         before, through = count(text[:start]), count(text[:stop])
         if whole[: len(before)] != before or whole[: len(through)] != through:
             raise SparsightError(
-                f"sample {sample!r}: the tokenizer joins an answer with the text around it ({text[start:stop]!r}), so "
-                f"its tokens are not those the model would be asked to write"
+                f"sample {quote(sample)}: the tokenizer joins an answer with the text around it "
+                f"({quote(text[start:stop])}), so its tokens are not those the model would be asked to write"
             )
         places.append((shift + len(before), shift + len(through)))
     first = places[0][0]
     if shift < 0 or ids[first:] != whole[first - shift :]:
-        raise SparsightError(f"sample {sample!r}: the processor encodes the answers otherwise than its tokenizer does")
+        raise SparsightError(f"sample {quote(sample)}: the processor encodes the answers otherwise than its tokenizer does")
     return places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsight.data import chat, paligemma, qformer
 from sparsight.data.sample import Sample
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, quote
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Encoder:
         """Encode like `encode`, but return None where every sample is skipped."""
         rows = list(samples)
         if not self.style.turns:
-            rows = [Sample(s.id, s.images, (turn,), s.kind) for s in rows for turn in s.turns]
+            rows = [replace(s, turns=(turn,)) for s in rows for turn in s.turns]
         rows = self._without(rows, [self.refusal(sample) for sample in rows])
         while rows:
             inputs = self._call(self.style.encode, rows)
@@ -158,9 +158,9 @@ class Encoder:
         """
         for sample in samples:
             if reason := self.refusal(sample):
-                raise SparsightError(f"sample {sample.id!r}: {reason}")
+                raise SparsightError(f"sample {quote(sample.id)}: {reason}")
         if not self.style.turns:
-            samples = [Sample(s.id, s.images, s.turns[-1:], s.kind) for s in samples]
+            samples = [replace(s, turns=s.turns[-1:]) for s in samples]
         return self._call(self.style.prompts, samples)
 
     def usable(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -209,7 +209,7 @@ class Encoder:
                 if (sample.id, reason) not in self.skipped:  # every epoch meets it again
                     self.skipped.append((sample.id, reason))
             else:
-                raise SparsightError(f"sample {sample.id!r}: {reason}")
+                raise SparsightError(f"sample {quote(sample.id)}: {reason}")
         return kept
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsight.data.encoding import TOKENS, Batch, is_encoder_decoder, padding_masks
 from sparsight.data.qformer import separate_lengths
 from sparsight.data.sample import Sample
-from sparsight.data.sources import Samples, Source, read
+from sparsight.data.sources import Samples, Source, read_with
 from sparsight.errors import SparsightError
 
 NOT_BATCHES = "give a list of dicts, a DataLoader, or a data source and `processor`"
@@ -42,16 +42,22 @@ def as_batches(
     return own
 
 
-def as_samples(data: Any, spec: Any) -> Samples | None:
-    """The samples of a data source, as many as settings ask for, or of a list of `Sample`; None for what is neither."""
+def as_samples(data: Any, spec: Any, *, held_out: bool = False) -> Samples | None:
+    """The samples of a data source, as many as settings ask for, or of a list of `Sample`; None for what is neither.
+
+    `held_out` samples are to be scored.
+    """
     if isinstance(data, str | Path | Source):
-        return read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
+        seed = spec.seed if spec.samples else None
+        return read_with(data, spec, held_out=held_out, limit=spec.samples, seed=seed)
     if isinstance(data, list | tuple) and data and all(isinstance(sample, Sample) for sample in data):
         return Samples(tuple(data), "samples in memory", "")
     return data if isinstance(data, Samples) else None
 
 
-def as_samples_or_batches(model: nn.Module, data: Any, spec: Any, most: int | None = None) -> Samples | OwnBatches:
+def as_samples_or_batches(
+    model: nn.Module, data: Any, spec: Any, most: int | None = None, *, held_out: bool = False
+) -> Samples | OwnBatches:
     """Samples of a source, or a user's own batches in their place; `spec` says how many samples to draw.
 
     The batches stay on the CPU, and no more than `most` of them are read.
@@ -60,7 +66,7 @@ def as_samples_or_batches(model: nn.Module, data: Any, spec: Any, most: int | No
     """
     if data is None:
         raise SparsightError("`data`: is missing; give training samples, or batches of your own")
-    samples = as_samples(data, spec)
+    samples = as_samples(data, spec, held_out=held_out)
     if samples is not None:
         return samples
     check_unused(data, spec)
@@ -74,7 +80,7 @@ def check_unused(data: Any, spec: Any, *fields: str) -> None:
     defaults = type(spec)()
     if isinstance(data, list | tuple) and spec.samples != defaults.samples:
         raise SparsightError("`samples`: a list of batches is taken whole; leave it out, or give fewer batches")
-    for field in ("batch_size", "skip_bad", *fields):
+    for field in ("batch_size", "skip_bad", "images", "split", *fields):
         if getattr(spec, field) != getattr(defaults, field):
             raise SparsightError(f"`{field}`: means nothing for batches of your own; leave it out")
 

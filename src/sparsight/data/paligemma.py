@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsight.data.pixels import converts
 from sparsight.data.sample import PLACEHOLDER, Sample
 
 
@@ -30,7 +31,8 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
 
 
 def _call(processor: Any, samples: Sequence[Sample], **options: Any) -> dict[str, Tensor]:
+    samples = [sample.with_system_in_prompt() for sample in samples]
     texts = [PLACEHOLDER * len(s.images) + s.prompt.replace(PLACEHOLDER, " ").strip() for s in samples]
-    images = [sample.load_images() for sample in samples]
+    images = [sample.load_images(alpha=converts(processor)) for sample in samples]
     # tensors only afterwards: the processor makes the labels with numpy, which warns about tensors
     return dict(processor(images=images, text=texts, padding=True, **options).convert_to_tensors("pt"))

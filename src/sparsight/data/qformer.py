@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsight.data.pixels import converts
 from sparsight.data.sample import PLACEHOLDER, Sample
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, quote
 
 
 def refuse(sample: Sample) -> str | None:
@@ -50,7 +51,7 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
         before, whole = tokenizer(prompt)["input_ids"], tokenizer(f"{prompt} {answer}")["input_ids"]
         if whole[: len(before)] != before or question[len(question) - len(before) :] != before:
             raise SparsightError(
-                f"sample {sample.id!r}: the tokenizer does not begin prompt and answer as it does the prompt alone, so "
+                f"sample {quote(sample.id)}: the tokenizer does not begin prompt and answer as it does the prompt alone, so "
                 f"the answer's tokens are not those the model would be asked to write"
             )
         rows.append([*whole[len(before) :], end])
@@ -65,7 +66,7 @@ def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
             f"{type(processor).__name__} has no num_query_tokens, so it writes no image tokens; set it to the value in "
             f"the model's config and save the processor again"
         )
-    images = [image for sample in samples for image in sample.load_images()]
+    images = [image for sample in samples for image in sample.load_images(alpha=converts(processor))]
     texts = [_prompt(sample) for sample in samples]
     return dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
 
@@ -94,7 +95,7 @@ def _features(vision: Any) -> int:
 
 
 def _prompt(sample: Sample) -> str:
-    return sample.prompt.replace(PLACEHOLDER, " ").strip()
+    return sample.with_system_in_prompt().prompt.replace(PLACEHOLDER, " ").strip()
 
 
 def _end(processor: Any, config: Any) -> int:

@@ -2,141 +2,120 @@
 
 A record has one of three forms (keys in brackets may be missing):
 
-    {"prompt": ..., "answer": ... or "answers": [...], ["image" or "images"], ["id"], ["kind"]}
+    {"prompt": ..., "answer": ... or "answers": [...], ["image" or "images"], ["id"], ["kind"], ["system"]}
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...], [same keys]}
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...], [same keys]}
 
-`content` is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "image", "image": path}` (or
-`path`, or `url` with a relative path; with no path the part takes the next of the record's `images`). A prompt may say
-with `<image>` where an image belongs. `file_name` is another name of `image`, as in the metadata.jsonl of `datasets`.
+`question` is another name of `prompt`, and `file_name` of `image`, as in the metadata.jsonl of `datasets`. A dialogue may
+begin with turns of the role `system`. Either dialogue may use the other's names of keys and roles.
+
+`content` is a string or a list of parts: `{"type": "text", "text": ...}`, and `{"type": "image", "image": ...}` (or `path`,
+`url`, `base64`, `image_url`; without any, the part takes the next of the record's `images`). An image is a path, a data
+URI, base64, or `{"bytes": ..., "path": ...}`. A prompt may say with `<image>` where an image belongs.
+
+Other keys are ignored and counted, unless they look like a misspelt one.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import io
 import re
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from sparsight.data.sample import PLACEHOLDER, Sample, Turn, upright
-
-Find = Callable[[Any], tuple[Path | Image.Image, str]]  # an image entry -> the image and the hash of its content
+from sparsight.data.images import BadRecord, Find, kind_of
+from sparsight.data.sample import PLACEHOLDER, Sample, Turn
+from sparsight.errors import quote
 
 _IMAGES = ("image", "images", "file_name")
-_FLAT = ("prompt", "answer", "answers")
-_ROLES = {"messages": ("role", "user", "assistant"), "conversations": ("from", "human", "gpt")}
-_KEYS = (*_FLAT, *_ROLES, *_IMAGES, "id", "kind")
+_FLAT = ("prompt", "question", "answer", "answers")
+_FORMS = {"messages": ("role", "user", "assistant"), "conversations": ("from", "human", "gpt")}
+_KEYS = (*_FLAT, *_FORMS, *_IMAGES, "id", "kind", "system")
+_MEDIA = ("video", "videos", "audio", "audios")  # what no sample holds
+_SILENT = ("model",)  # LLaVA's files name the model that wrote the text
+_ASKS = ("user", "human")
+_ANSWERS = ("assistant", "gpt", "chatgpt", "model", "bot", "bing", "bard")
+_SYSTEM = ("system", "developer")
+_SOURCES = ("image", "path", "url", "base64", "image_url", "source")  # keys of an image part
 
 
-class BadRecord(ValueError):
-    """Why a record cannot be used; the reader adds the file and the line."""
+@dataclass(frozen=True)
+class Parsed:
+    """A sample, the content hashes of its images, the keys that were ignored, and the number of empty answers."""
+
+    sample: Sample
+    images: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    empty: int = 0
 
 
-def parse(record: Any, number: int, find: Find) -> tuple[Sample, tuple[str, ...]]:
-    """Make the sample of one record, and the content hashes of its images. `number` names a record without an id.
+def parse(record: Any, number: int, find: Find) -> Parsed:
+    """Make the sample of one record. `number` names a record without an id.
 
-    **Raises** `BadRecord` for anything missing, unknown, empty or of a wrong type, and for images that `find` refuses.
+    **Raises** `BadRecord` for anything missing, misspelt, empty or of a wrong type, and for images that `find` refuses.
     """
     if not isinstance(record, dict):
-        raise BadRecord(f"expected an object, got {_type(record)}")
-    _check_keys(record)
+        raise BadRecord(f"expected an object, got {kind_of(record)}")
+    ignored, empty = _check_keys(record), 0
     entries = _entries(record)
-    if "messages" in record:
-        turns, entries = _dialogue(record, "messages", entries)
-    elif "conversations" in record:
-        turns, entries = _dialogue(record, "conversations", entries)
+    system = _system(record)
+    form = next((form for form in _FORMS if form in record), None)
+    if form:
+        turns, entries, first = _dialogue(record, form, entries)
+        if system and first:
+            raise BadRecord(f"the key 'system' and a turn of the role 'system' in {form!r} cannot stand together")
+        system = system or first
     else:
-        turns = [Turn(_text(record, "prompt"), _answers(record))]
+        answers, empty = _answers(record)
+        turns = [Turn(_text(record, "question" if "prompt" not in record else "prompt"), answers)]
+    if "image_id" in ignored and not entries:
+        raise BadRecord("'image_id' without 'image'; say which file it is")
+    if PLACEHOLDER in system:
+        raise BadRecord(f"a system text cannot hold {PLACEHOLDER}")
     turns = _place(turns, len(entries))
     images = [find(entry) for entry in entries]
     identity = record.get("id", str(number))
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
     if not isinstance(identity, str) or not identity:
-        raise BadRecord(f"'id' must be a non-empty string or a whole number, got {_type(identity)}")
+        raise BadRecord(f"'id' must be a non-empty string or a whole number, got {kind_of(identity)}")
     kind = record.get("kind", "")
     if not isinstance(kind, str):
-        raise BadRecord(f"'kind' must be a string, got {_type(kind)}")
-    sample = Sample(identity, tuple(image for image, _ in images), tuple(turns), kind)
-    return sample, tuple(digest for _, digest in images)
+        raise BadRecord(f"'kind' must be a string, got {kind_of(kind)}")
+    sample = Sample(identity, tuple(image for image, _ in images), tuple(turns), kind, system)
+    return Parsed(sample, tuple(digest for _, digest in images), ignored, empty)
 
 
-def finder(folder: Path) -> Find:
-    """Return a function that opens images by their path relative to `folder`; it reads nothing outside the folder.
-
-    It raises `BadRecord` for absolute paths, `..`, addresses, links that lead out, and what Pillow cannot decode whole.
-    """
-    root = folder.resolve()
-    decoded: set[str] = set()  # hashes of whole images
-
-    def find(entry: Any) -> tuple[Path, str]:
-        if not isinstance(entry, str) or not entry or "\0" in entry:
-            raise BadRecord(f"an image must be a relative path, got {_type(entry)}")
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", entry):
-            raise BadRecord(f"image {entry!r} is an address; only files beside the data are read")
-        if PurePosixPath(entry).is_absolute() or PureWindowsPath(entry).is_absolute():
-            raise BadRecord(f"image path {entry!r} is absolute; give it relative to the data file")
-        path = folder / entry
-        try:
-            if ".." in PurePosixPath(entry).parts or not path.resolve().is_relative_to(root):
-                raise BadRecord(f"image path {entry!r} leaves the folder of the data file")
-            if not path.is_file():
-                raise BadRecord(f"image {entry!r} does not exist")
-            content = path.read_bytes()
-        except (OSError, RuntimeError) as error:  # a loop of links, a name too long, no permission
-            raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in decoded:  # several questions about one image
-            return path, digest
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                image.verify()
-            with Image.open(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
-                upright(image)
-        except UnidentifiedImageError as error:
-            raise BadRecord(f"image {entry!r} cannot be read: not an image that Pillow knows") from error
-        except Exception as error:  # Pillow raises nearly everything on a broken file
-            raise BadRecord(f"image {entry!r} cannot be read: {_first_line(error)}") from error
-        decoded.add(digest)
-        return path, digest
-
-    return find
-
-
-def in_memory(entry: Any) -> tuple[Image.Image, str]:
-    """Return an image that a dataset has already decoded, and the hash of its pixels; **raises** `BadRecord` for others."""
-    if not isinstance(entry, Image.Image):
-        raise BadRecord(f"the image column must hold images, got {_type(entry)}")
-    try:
-        content = entry.tobytes()
-        upright(entry)
-    except Exception as error:  # it may be decoded only now
-        raise BadRecord(f"the image cannot be read: {_first_line(error)}") from error
-    digest = hashlib.sha256(f"{entry.mode} {entry.size} ".encode())
-    digest.update(content)
-    return entry, digest.hexdigest()
-
-
-def _check_keys(record: dict[str, Any]) -> None:
-    forms = [key for key in ("messages", "conversations", "prompt") if key in record]
+def _check_keys(record: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse keys that contradict each other or are misspelt; return those that are ignored."""
+    forms = [key for key in (*_FORMS, "prompt", "question") if key in record]
+    others = [key for key in record if key not in _KEYS]
+    if forms[:1] != ["question"] and forms[:1] != ["prompt"] and "question" in forms:
+        forms.remove("question")  # beside a dialogue it is one of the other keys
+        others.append("question")
     if len(forms) > 1:
         raise BadRecord(f"{forms[0]!r} and {forms[1]!r} cannot stand together")
-    extra = ("model",) if "conversations" in record else ()  # LLaVA's files name the model that wrote the text
-    allowed = [key for key in (*_KEYS, *extra) if forms[:1] != ["messages"] or key not in _FLAT]
-    for key in record:
-        if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, 1)
-            hint = f"did you mean {close[0]!r}?" if close else "known keys: " + ", ".join(allowed)
-            raise BadRecord(f"unknown key {key!r}; {hint}")
-    if forms and forms[0] != "prompt" and (clash := [key for key in ("answer", "answers") if key in record]):
+    for key in others:
+        if key not in _KEYS and (near := next((known for known in _KEYS if _is_near(str(key), known)), None)):
+            raise BadRecord(f"unknown key {quote(key)}; did you mean {near!r}?")
+        if key in _MEDIA and record[key] not in (None, "", []):
+            raise BadRecord(f"{key!r}: only images and texts are read; leave the record out")
+    if forms and forms[0] in _FORMS and (clash := [key for key in ("answer", "answers") if key in record]):
         raise BadRecord(f"{forms[0]!r} and {clash[0]!r} cannot stand together")
     if not forms:
         raise BadRecord("missing 'prompt' (or 'messages', or 'conversations')")
+    return tuple(str(key) for key in others if record[key] is not None and key not in _SILENT)
+
+
+def _is_near(key: str, known: str) -> bool:
+    """Whether a key is a known one but for case, or for one letter too many, too few, wrong or swapped with the next."""
+    a, b = key.strip().lower(), known
+    if a == b:
+        return True
+    if len(b) < 4 or abs(len(a) - len(b)) > 1:
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest, other = a[start:], b[start:]
+    return rest[1:] == other or rest == other[1:] or rest[1:] == other[1:] or rest[1::-1] + rest[2:] == other
 
 
 def _entries(record: dict[str, Any]) -> list[Any]:
@@ -147,27 +126,38 @@ def _entries(record: dict[str, Any]) -> list[Any]:
         return []
     value = record[keys[0]]
     if keys[0] == "images" and not isinstance(value, list):
-        raise BadRecord(f"'images' must be a list, got {_type(value)}")
+        raise BadRecord(f"'images' must be a list, got {kind_of(value)}")
     return list(value) if isinstance(value, list) else [value]
 
 
-def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+def _system(record: dict[str, Any]) -> str:
+    value = record.get("system")
+    if value is not None and not isinstance(value, str):
+        raise BadRecord(f"'system' must be a string, got {kind_of(value)}")
+    return (value or "").strip()
+
+
+def _answers(record: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """The answers that are not empty, and how many are."""
     keys = [key for key in ("answer", "answers") if key in record]
     if len(keys) != 1:
         raise BadRecord("'answer' and 'answers' cannot stand together" if keys else "missing 'answer' (or 'answers')")
     values = record[keys[0]]
     if keys[0] == "answer":
-        values = [values]
+        return (_answer(values),), 0
     if not isinstance(values, list) or not values:
-        raise BadRecord(f"'answers' must be a non-empty list of strings, got {_type(values)}")
+        raise BadRecord(f"'answers' must be a non-empty list of strings, got {kind_of(values)}")
     # people's answers as the VQA files write them: {"answer": "red", "answer_confidence": "yes", "answer_id": 1}
     values = [value.get("answer") if isinstance(value, dict) else value for value in values]
-    return tuple(_answer(value) for value in values)
+    full = [value for value in values if not isinstance(value, str) or value.strip()]
+    if not full:
+        raise BadRecord("empty answer" if len(values) == 1 else f"all {len(values)} answers are empty")
+    return tuple(_answer(value) for value in full), len(values) - len(full)
 
 
 def _answer(value: Any) -> str:
     if not isinstance(value, str):
-        raise BadRecord(f"an answer must be a string, got {_type(value)}")
+        raise BadRecord(f"an answer must be a string, got {kind_of(value)}")
     if not value.strip():
         raise BadRecord("empty answer")
     if PLACEHOLDER in value:
@@ -176,56 +166,72 @@ def _answer(value: Any) -> str:
 
 
 def _text(record: dict[str, Any], key: str) -> str:
-    if key not in record:
-        raise BadRecord(f"missing {key!r}")
     if not isinstance(record[key], str):
-        raise BadRecord(f"{key!r} must be a string, got {_type(record[key])}")
+        raise BadRecord(f"{key!r} must be a string, got {kind_of(record[key])}")
     return record[key]
 
 
-def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[list[Turn], list[Any]]:
-    """Read alternating questions and answers; image parts with a path of their own add to the images."""
-    who, asks, answers = _ROLES[form]
+def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[list[Turn], list[Any], str]:
+    """Read alternating questions and answers, and the system text before; image parts with an image of their own add to
+    the images."""
+    who, asks, answers = _FORMS[form]
     messages = record[form]
     if not isinstance(messages, list) or not messages:
-        raise BadRecord(f"{form!r} must be a non-empty list, got {_type(messages)}")
+        raise BadRecord(f"{form!r} must be a non-empty list, got {kind_of(messages)}")
     texts: list[str] = []
+    system: list[str] = []
     paths: list[Any] = []  # of image parts; None for one without a path
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise BadRecord(f"{form}[{i}] must be an object, got {_type(message)}")
-        expected = answers if i % 2 else asks
-        if message.get(who) != expected:
-            raise BadRecord(f"{form}[{i}]: {who!r} must be {expected!r}, got {message.get(who)!r}")
-        content = message.get("content" if form == "messages" else "value")
-        texts.append(_content(content, f"{form}[{i}]", paths if form == "messages" else None))
-    if len(texts) % 2:
+            raise BadRecord(f"{form}[{i}] must be an object, got {kind_of(message)}")
+        role = next((message[key] for key in (who, "role", "from") if message.get(key) is not None), None)
+        key = "content" if message.get("content") is not None or (form == "messages" and "value" not in message) else "value"
+        if role in _SYSTEM and not texts:
+            system.append(_content(message.get(key), f"{form}[{i}]", [], parts=key == "content").strip())
+            continue
+        if role not in (_ANSWERS if len(texts) % 2 else _ASKS):
+            late = "; a system turn must stand first" if role in _SYSTEM else ""
+            expected = answers if len(texts) % 2 else asks
+            raise BadRecord(f"{form}[{i}]: {who!r} must be {expected!r}, got {quote(role)}{late}")
+        texts.append(_content(message.get(key), f"{form}[{i}]", paths, parts=key == "content"))
+    if not texts or len(texts) % 2:
         raise BadRecord(f"{form!r} must end with an answer of {answers!r}")
     own = [path for path in paths if path is not None]
     if own and entries:
         raise BadRecord("give image paths either in 'images' or in the messages, not in both")
     turns = [Turn(texts[i], (_answer(texts[i + 1]),)) for i in range(0, len(texts), 2)]
-    return turns, own or entries
+    return turns, own or entries, "\n\n".join(filter(None, system))
 
 
-def _content(content: Any, where: str, paths: list[Any] | None) -> str:
-    """Return the text of one message, and add the paths of its images to `paths`, in place; None allows no parts."""
+def _content(content: Any, where: str, paths: list[Any], *, parts: bool) -> str:
+    """Return the text of one message, and add the images of its parts to `paths`, in place."""
     if isinstance(content, str):
         return content
-    if paths is None or not isinstance(content, list):
-        allowed = "a string" if paths is None else "a string or a list of parts"
-        raise BadRecord(f"{where}: the text must be {allowed}, got {_type(content)}")
+    if not parts or not isinstance(content, list):
+        allowed = "a string or a list of parts" if parts else "a string"
+        raise BadRecord(f"{where}: the text must be {allowed}, got {kind_of(content)}")
     pieces = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        if isinstance(part, str):
+            pieces.append(part)
+        elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             pieces.append(part["text"])
-        elif kind == "image":
-            paths.append(next((part[key] for key in ("image", "path", "url") if key in part), None))
+        elif kind in ("image", "image_url", "input_image"):
+            paths.append(_part_image(part))
             pieces.append(PLACEHOLDER)
         else:
-            raise BadRecord(f"{where}: a part must be a text or an image, got {part!r}"[:200])
+            raise BadRecord(f"{where}: a part must be a text or an image, got {quote(part)}")
     return "".join(pieces)
+
+
+def _part_image(part: dict[str, Any]) -> Any:
+    """The image of a part: what stands under its key, or inside the object there; None where the part names none."""
+    key = next((key for key in _SOURCES if part.get(key) is not None), None)
+    value = None if key is None else part[key]
+    if isinstance(value, dict) and key in ("image_url", "source"):
+        value = next((value[inner] for inner in ("url", "data") if value.get(inner) is not None), value)
+    return {"bytes": value} if key == "base64" else value
 
 
 def _place(turns: list[Turn], images: int) -> list[Turn]:
@@ -239,14 +245,3 @@ def _place(turns: list[Turn], images: int) -> list[Turn]:
     if any(not turn.prompt.replace(PLACEHOLDER, "").strip() for turn in turns):
         raise BadRecord("empty prompt")
     return turns
-
-
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
-    if value in ([], ""):
-        return f"an empty {'list' if value == [] else 'string'}"
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

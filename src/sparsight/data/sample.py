@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from sparsight.errors import SparsightError
+from sparsight.data.pixels import upright
+from sparsight.errors import SparsightError, first_line, quote
 
 PLACEHOLDER = "<image>"
 
@@ -30,14 +32,16 @@ class Turn:
 class Sample:
     """Images with one or more turns about them.
 
-    The images stand before the first prompt, unless prompts hold `<image>` placeholders, one per image and in the
-    order of `images`, which say where each belongs. `kind` groups samples in an evaluation ("caption", "vqa", ...).
+    An image is a file, the bytes of one, or an image in memory. The images stand before the first prompt, unless prompts
+    hold `<image>` placeholders, one per image and in the order of `images`, which say where each belongs. `kind` groups
+    samples in an evaluation ("caption", "vqa", ...). `system` is an instruction that stands before the dialogue.
     """
 
     id: str
-    images: tuple[Path | Image.Image, ...]
+    images: tuple[Path | bytes | Image.Image, ...]
     turns: tuple[Turn, ...]
     kind: str = ""
+    system: str = ""
 
     @property
     def prompt(self) -> str:
@@ -49,21 +53,26 @@ class Sample:
         """The last turn's answers."""
         return self.turns[-1].answers
 
-    def load_images(self) -> list[Image.Image]:
-        """Open the images as RGB, turned upright as their EXIF data says; **raises** `SparsightError` if one is damaged."""
-        return [self._load(image) for image in self.images]
+    def with_system_in_prompt(self) -> Sample:
+        """The same sample with the system text before its first prompt, and an empty line between them."""
+        if not self.system:
+            return self
+        first = Turn(f"{self.system}\n\n{self.turns[0].prompt}", self.turns[0].answers)
+        return replace(self, turns=(first, *self.turns[1:]), system="")
 
-    def _load(self, image: Path | Image.Image) -> Image.Image:
+    def load_images(self, *, alpha: bool = False) -> list[Image.Image]:
+        """Open the images as RGB, turned upright as their EXIF data says; transparent ones are laid on white.
+
+        With `alpha` transparent images stay RGBA. **Raises** `SparsightError` if one is damaged.
+        """
+        return [self._load(image, alpha) for image in self.images]
+
+    def _load(self, image: Path | bytes | Image.Image, alpha: bool) -> Image.Image:
         try:
             if isinstance(image, Image.Image):
-                return upright(image)
-            with Image.open(image) as opened:
-                return upright(opened)
+                return upright(image, alpha=alpha)
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return upright(opened, alpha=alpha)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             name = image if isinstance(image, Path) else "an image in memory"
-            raise SparsightError(f"sample {self.id!r}: cannot decode {name}: {error}") from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Decode an image as RGB, turned as its EXIF data says."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+            raise SparsightError(f"sample {quote(self.id)}: cannot decode {name}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Read samples from a JSONL file, a LLaVA JSON list, a folder with metadata.jsonl or a `datasets` name."""
+"""Read samples from a file, a folder or a `datasets` name."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from sparsight.data.records import BadRecord, Find, finder, in_memory, parse
+from sparsight.data.annotations import records_of
+from sparsight.data.images import BadRecord, Find, finder
+from sparsight.data.records import Parsed, parse
 from sparsight.data.sample import Sample
-from sparsight.errors import SparsightError
+from sparsight.data.tables import Rows, dataset_rows
+from sparsight.errors import SparsightError, quote
 
 _SPACE = re.compile(r"\s*")
-
-Rows = Sequence[tuple[int, Callable[[], Any]]]  # a line, or a row of a table, and the function that reads its record
+_NAMES = re.compile(r"""\b(image|image path|[a-z]+\[)(?: (?:'[^']*'|"[^"]*")|\d+(?=\]))""")  # of images, places of messages
+_REASONS = 5  # shown where every record is bad
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,18 @@ class Samples(Sequence[Sample]):
     """Samples in the order of their source.
 
     `skipped` has (file, line, reason) of every record left out; `fingerprint` is a hash of all texts and image bytes,
-    the same wherever the files lie.
+    the same wherever the files lie. `split` is the part of a dataset that was read, "" where there are none; `ignored`
+    counts records by key that is not used, `empty` the empty answers left out; `hashes` has the image hashes by sample.
     """
 
     items: tuple[Sample, ...]
     source: str
     fingerprint: str
     skipped: list[tuple[str, int, str]] = field(default_factory=list)
+    split: str = ""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    empty: int = 0
+    hashes: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -47,17 +56,35 @@ class Samples(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.items)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was read otherwise than as it stands there, as plain values; empty where nothing was."""
+        made = {"split": self.split, "ignored_keys": dict(self.ignored), "empty_answers": self.empty}
+        return {key: value for key, value in made.items() if value}
+
 
 class Source:
     """A data source that is opened once: a record that was read is not read again.
 
-    Works wherever a source does. **Raises** `SparsightError` for what is no source.
+    Works wherever a source does. `images` is a further folder that images may lie in; `split` and `held_out` choose a part
+    of a dataset as in `read`. **Raises** `SparsightError` for what is no source.
     """
 
-    def __init__(self, source: str | Path, split: str = "train") -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        split: str | None = None,
+        *,
+        images: str | Path | None = None,
+        held_out: bool = False,
+    ) -> None:
         self.source = str(source)
-        self.name, self.rows, self._find = _open(source, split)
-        self._records: dict[int, tuple[Sample, tuple[str, ...]] | BadRecord] = {}
+        if images is not None and not Path(images).is_dir():
+            raise SparsightError(f"`images`: {images} is no folder; name the one that the images lie in")
+        place = None if images is None else Path(images)
+        self.chosen = split is not None or held_out  # not the default for training
+        self.name, self.rows, self._find, self.split = _open(source, split, held_out, place)
+        self._records: dict[int, Parsed | BadRecord] = {}
 
     def __fspath__(self) -> str:
         return self.source
@@ -65,7 +92,7 @@ class Source:
     def __str__(self) -> str:
         return self.source
 
-    def record(self, position: int) -> tuple[Sample, tuple[str, ...]]:
+    def record(self, position: int) -> Parsed:
         """The sample in a place, and hashes of its images. **Raises** `BadRecord` for what is none."""
         if position not in self._records:
             number, load = self.rows[position]
@@ -84,14 +111,20 @@ def read(
     *,
     limit: int | None = None,
     skip_bad: bool = False,
-    split: str = "train",
+    split: str | None = None,
     seed: int | None = None,
+    images: str | Path | None = None,
+    held_out: bool = False,
 ) -> Samples:
     """Read every sample, and check every image, of a source.
 
-    `source` is a `.jsonl` file, a `.json` file with a list, a folder with `metadata.jsonl`, a folder that `datasets`
-    has saved or with parquet files, or the name of a dataset on the Hub ("name" or "name:configuration"). For the last
-    two `split` selects a part, and unknown columns are ignored; `question` counts as `prompt`. A `Source` is opened already.
+    `source` is a `.jsonl` file, a `.json` file with a list or with published annotations (VQA, COCO captions), a folder
+    with `metadata.jsonl`, a `.parquet` file or a folder of them, a folder that `datasets` has saved, or the name of a
+    dataset on the Hub ("name" or "name:configuration"). Unknown columns of the last four are ignored. A `Source` is
+    opened already.
+
+    `split` is the part of a dataset to read: by default "train", for `held_out` samples "test", else "validation", and
+    never "train". Images lie beside the data, or below the folder `images`.
 
     `limit` takes the first good samples; with `seed` it takes random ones, the same for a seed, in the source's order.
 
@@ -99,10 +132,16 @@ def read(
     out and listed in `.skipped`. A source without any good sample is an error either way.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise SparsightError(f"limit must be a whole number of at least 1, got {limit!r}")
-    opened = source if isinstance(source, Source) else Source(source, split)
+        raise SparsightError(f"limit must be a whole number of at least 1, got {quote(limit)}")
+    opened = source if isinstance(source, Source) else Source(source, split, images=images, held_out=held_out)
     name, rows = opened.name, opened.rows
-    good: dict[int, tuple[Sample, tuple[str, ...]]] = {}
+    if split is not None and opened.split != split:
+        raise SparsightError(f"{name}: was opened for another split than {quote(split)}; open it with that")
+    if held_out and opened.split and not opened.chosen:
+        raise SparsightError(
+            f"{name}: was opened to train on; open it with `held_out=True` to score on it, or with a `split`"
+        )
+    good: dict[int, Parsed] = {}
     skipped: list[tuple[str, int, str]] = []
     for position in _order(len(rows), seed):
         if limit is not None and len(good) == limit:
@@ -114,11 +153,33 @@ def read(
             if not skip_bad:
                 raise SparsightError(f"{name}:{number}: {bad}") from bad
             skipped.append((name, number, str(bad)))
-    if not good:
-        raise SparsightError(f"{name}: no samples" + (f"; all {len(skipped)} records are bad" if skipped else ""))
-    usable = [good[position] for position in sorted(good)]
     skipped.sort(key=lambda entry: entry[1])
-    return Samples(tuple(sample for sample, _ in usable), str(source), _fingerprint(usable), skipped)
+    if not good:
+        why = f"; all {len(skipped)} records are bad: {reasons(reason for _, _, reason in skipped)}" if skipped else ""
+        raise SparsightError(f"{name}: no samples{why}")
+    usable = [good[position] for position in sorted(good)]
+    ignored = Counter(key for each in usable for key in each.ignored)
+    return Samples(
+        tuple(each.sample for each in usable), str(source), _fingerprint(usable), skipped, opened.split,
+        dict(ignored.most_common()), sum(each.empty for each in usable), tuple(each.images for each in usable),
+    )  # fmt: skip
+
+
+def read_with(source: str | Path | Source, spec: Any, *, held_out: bool = False, **how: Any) -> Samples:
+    """Read a source by the settings of a verb; `held_out` samples by those for data to score on. **Raises** as `read`."""
+    split = getattr(spec, "held_out_split", None) if held_out and hasattr(spec, "held_out_split") else spec.split
+    return read(source, skip_bad=spec.skip_bad, images=spec.images, split=split, held_out=held_out, **how)
+
+
+def reasons(texts: Iterable[str]) -> str:
+    """Reasons with their counts, the most frequent first; those that differ in the name of an image are one."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(_NAMES.sub(r"\1", text), []).append(text)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    shown = [f"{same[0]} ({len(same)})" if len(same) > 1 else same[0] for same in ordered[:_REASONS]]
+    rest = sum(len(same) for same in ordered[_REASONS:])
+    return "; ".join([*shown, *([f"{rest} for other reasons"] if rest else [])])
 
 
 def _order(n: int, seed: int | None) -> list[int]:
@@ -128,38 +189,57 @@ def _order(n: int, seed: int | None) -> list[int]:
     return order
 
 
-def _fingerprint(samples: list[tuple[Sample, tuple[str, ...]]]) -> str:
+def _fingerprint(samples: Sequence[Parsed]) -> str:
     digest = hashlib.sha256()
-    for sample, images in samples:
+    for each in samples:
+        sample = each.sample
         turns = [[turn.prompt, list(turn.answers)] for turn in sample.turns]
-        digest.update(json.dumps([sample.id, sample.kind, turns, list(images)]).encode() + b"\n")
+        facts = [sample.id, sample.kind, turns, list(each.images), *([sample.system] if sample.system else [])]
+        digest.update(json.dumps(facts).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _open(source: str | Path, split: str) -> tuple[str, Rows, Find]:
+def _open(source: str | Path, split: str | None, held_out: bool, images: Path | None) -> tuple[str, Rows, Find, str]:
+    """The name of a source, its rows, how its images are found, and the split that is read."""
     path = Path(source)
     if path.is_dir():
         if (path / "metadata.jsonl").is_file():
-            return _open(path / "metadata.jsonl", split)
+            return _open(path / "metadata.jsonl", split, held_out, images)
         marks = [path / "dataset_dict.json", path / "state.json"]
-        if any(mark.is_file() for mark in marks):
-            return str(source), _dataset_rows(str(path), split, saved=True), in_memory
-        if next(path.rglob("*.parquet"), None):
-            return str(source), _dataset_rows(str(path), split), in_memory
+        saved = any(mark.is_file() for mark in marks)
+        if saved or next(path.rglob("*.parquet"), None):
+            rows, part = dataset_rows(str(path), split, held_out, saved=saved)
+            return _named(source, part), rows, finder(path, images), part
         raise SparsightError(f"{source}: a data folder needs metadata.jsonl, parquet files or a saved dataset")
     if path.is_file():
+        if path.suffix == ".parquet":
+            rows, part = dataset_rows(str(path), split, held_out)
+            return str(source), rows, finder(path.parent, images), part
         if path.suffix not in (".jsonl", ".json"):
-            raise SparsightError(f"{source}: a data file must end in .jsonl or .json, got {path.suffix or 'no suffix'!r}")
+            raise SparsightError(
+                f"{source}: a data file must end in .jsonl or .json or .parquet, got {path.suffix or 'no suffix'!r}"
+            )
+        if split is not None:
+            raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise SparsightError(f"{source}: not UTF-8 text: {error}") from error
-        rows = _jsonl_rows(text) if path.suffix == ".jsonl" else _json_rows(text, source)
-        return str(source), rows, finder(path.parent)
-    if path.suffix in (".jsonl", ".json") or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        rows = _jsonl_rows(text) if path.suffix == ".jsonl" else _json_rows(text, path)
+        return str(source), rows, finder(path.parent, images), ""
+    if (
+        path.suffix in (".jsonl", ".json", ".parquet")
+        or str(source).startswith((".", "/", "~"))
+        or str(source).count("/") > 1
+    ):
         raise SparsightError(f"{source}: no such file or folder")
     name, _, configuration = str(source).partition(":")
-    return str(source), _dataset_rows(name, split, configuration=configuration), in_memory
+    rows, part = dataset_rows(name, split, held_out, configuration=configuration)
+    return _named(source, part), rows, finder(None, images), part
+
+
+def _named(source: str | Path, split: str) -> str:
+    return f"{source}[{split}]" if split else str(source)
 
 
 def _jsonl_rows(text: str) -> Rows:
@@ -179,12 +259,14 @@ def _decode(line: str) -> Any:
     return record
 
 
-def _json_rows(text: str, source: str | Path) -> Rows:
-    """Split a JSON list into its items, each with the line where it starts."""
+def _json_rows(text: str, source: Path) -> Rows:
+    """Split a JSON list into its items, each with the line where it starts; annotation files into numbered records."""
     text = text.removeprefix("\ufeff")
     decoder, items = json.JSONDecoder(), []
     at = _skip_space(text, 0)
     try:
+        if text[at : at + 1] == "{":
+            return [(i, partial(_decode, json.dumps(row))) for i, row in enumerate(records_of(json.loads(text), source), 1)]
         if text[at : at + 1] != "[":
             raise SparsightError(f"{source}: a .json file must hold a list of records; for one record a line use .jsonl")
         at = _skip_space(text, at + 1)
@@ -208,39 +290,3 @@ def _json_rows(text: str, source: str | Path) -> Rows:
 
 def _skip_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-
-
-def _dataset_rows(source: str, split: str, *, saved: bool = False, configuration: str = "") -> Rows:
-    try:
-        import datasets
-    except ImportError as error:
-        raise SparsightError(f"{source}: reading it needs datasets: pip install 'sparsight[data]'") from error
-    try:
-        if saved:
-            table = datasets.load_from_disk(source)
-        else:
-            table = datasets.load_dataset(source, configuration or None, split=split)
-    except Exception as error:  # a network, a file system or a script may fail in any way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SparsightError(f"{source}: cannot load this dataset: {reason}") from error
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise SparsightError(f"{source}: no split {split!r}; it has {', '.join(map(repr, table))}")
-        table = table[split]
-    return [(i, partial(_dataset_record, table, i)) for i in range(len(table))]
-
-
-def _dataset_record(table: Any, i: int) -> dict[str, Any]:
-    try:
-        row = table[i]
-    except Exception as error:  # an image that does not decode
-        raise BadRecord(f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    if "prompt" not in row and "question" in row:
-        row["prompt"] = row["question"]
-    forms = ("messages", "conversations", "prompt")
-    form = next((key for key in forms if row.get(key) is not None), "prompt")
-    columns = ("image", "images", "id", "kind", form, *(("answer", "answers") if form == "prompt" else ()))
-    record = {key: row[key] for key in columns if row.get(key) is not None}
-    if "answer" in record:
-        record.pop("answers", None)
-    return record

@@ -11,7 +11,7 @@ from sparsight.allocation.plan import POLICIES, find_policy, make_plan, planned_
 from sparsight.checkpoint.folder import family_of, read_record
 from sparsight.checks import name_of
 from sparsight.cost import Cost
-from sparsight.data import read
+from sparsight.data import read_with
 from sparsight.errors import SparsightError
 from sparsight.estimation import machine
 from sparsight.estimation.shapes import example_samples, gather_shapes, open_hollow
@@ -78,7 +78,7 @@ def estimate(
     planned_budget(prune.pattern, prune.sparsity, policy)
     check_restore(restore)
     family = family_of(read_record(model), prune.family)
-    samples = example_samples() if data is None else list(read(data, skip_bad=prune.skip_bad))
+    samples = example_samples() if data is None else list(read_with(data, prune))
     hollow = open_hollow(str(model), prune.dtype)
     processor = load_processor(model)
     body = anatomy(hollow, family)

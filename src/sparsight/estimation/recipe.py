@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight import recipe as recipes
-from sparsight.data import read
+from sparsight.data import read_with
 from sparsight.errors import SparsightError
 from sparsight.estimation.estimate import Estimate, estimate, uncounted
 from sparsight.recipe import spec_of
@@ -50,8 +50,10 @@ def estimate_recipe(
             pruned,
             *([replace(pruned, restore=settings["restore"])] if settings.get("restore") is not None else []),
         ]
-    skip_bad = bool(settings.get("skip_bad"))
-    sizes = {key: len(read(settings[key], skip_bad=skip_bad)) for key in ("data", "held_out")}
+    sizes = {
+        "data": len(read_with(settings["data"], spec_of(settings, "prune"))),
+        "held_out": len(read_with(settings["held_out"], spec_of(settings, "evaluate"), held_out=True)),
+    }
     estimates: dict[str, tuple[Cell, Estimate]] = {}
     total, walked = dict.fromkeys(("prune", "restore", "evaluate"), 0), set()
     for cell in grid:

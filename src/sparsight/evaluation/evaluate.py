@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ class Result:
     `rows` has one {kind, metric, value, low, high, n} per metric, first over "all" samples that the metric is for, then
     per kind where there are several; low and high are a 95 % bootstrap interval over samples, None for the measures of
     tokens. `predictions` has one {id, kind, prompt, prediction, answers, correct, scores} per sample, in order.
-    `skipped` counts the broken samples that were left out.
+    `skipped` counts the broken samples that were left out; `data` says what was read of the others, where that is not all.
     """
 
     rows: tuple[dict[str, Any], ...]
     predictions: tuple[dict[str, Any], ...]
     skipped: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, metric: str, kind: str = ALL) -> float:
         """Look one value up. **Raises** `SparsightError` if there is none."""
@@ -53,7 +54,7 @@ class Result:
 
     def to_json(self) -> str:
         """Write the rows as JSON text; the same result gives the same bytes."""
-        facts = {"metrics": list(self.rows), "skipped": self.skipped}
+        facts = {"metrics": list(self.rows), "skipped": self.skipped, **({"data": dict(self.data)} if self.data else {})}
         return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
     def write_predictions(self, path: str | Path) -> None:

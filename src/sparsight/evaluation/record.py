@@ -201,6 +201,7 @@ def keep_evaluation(
         "model": whole_name(name),
         "data": samples.source,
         "fingerprint": samples.fingerprint,
+        **({"read": samples.facts} if samples.facts else {}),
         "settings": {**spec.facts(), "device": spec.device},
         "seconds": seconds,
         "memory": peak_memory(spec.device),

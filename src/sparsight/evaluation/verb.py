@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.calibration.gradients import evaluating
-from sparsight.data import Encoder, Samples, read
+from sparsight.data import Encoder, Samples, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, evaluate, token_rows
@@ -21,7 +21,7 @@ from sparsight.specs import EvaluateSpec
 
 def read_samples(data: Any, spec: EvaluateSpec) -> Samples:
     """The held-out samples of a source, as many as the settings ask for."""
-    return read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
+    return read_with(data, spec, held_out=True, limit=spec.samples, seed=spec.seed if spec.samples else None)
 
 
 def evaluate_samples(
@@ -34,7 +34,7 @@ def evaluate_samples(
         model, processor, usable, metrics=spec.metrics, beams=spec.beams, max_new_tokens=spec.max_new_tokens,
         batch_size=spec.batch_size, seed=spec.seed, progress=progress,
     )  # fmt: skip
-    return replace(result, skipped=len(samples.skipped) + len(encoder.skipped)), usable
+    return replace(result, skipped=len(samples.skipped) + len(encoder.skipped), data=samples.facts), usable
 
 
 def evaluate_model(
@@ -44,7 +44,7 @@ def evaluate_model(
 
     **Raises** `SparsightError` for samples without a processor and batches without labels.
     """
-    samples = as_samples(data, spec)
+    samples = as_samples(data, spec, held_out=True)
     if samples is not None:
         if processor is None:
             raise SparsightError(NO_PROCESSOR)

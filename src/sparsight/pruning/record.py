@@ -18,7 +18,8 @@ class PruneRecord:
     pruned with the moments of all; `ungraded` layers on which the loss does not depend, which `snip` and `fisher` score as
     Wanda does; `permuted` layers whose input channels were reordered. `damping` has the damping of Gram matrices that needed
     more than 1 % of their mean diagonal; `reconstructed` the errors before and after, per part of a block; `memory` the
-    process's peak in bytes. `plan` and `method` describe the pruning of a model in memory, for `save` and `verify`.
+    process's peak in bytes. `data` says what was read of the samples, where that is not all (`Samples.facts`). `plan` and
+    `method` describe the pruning of a model in memory, for `save` and `verify`.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class PruneRecord:
     seconds: float = 0.0
     memory: int | None = None
     skipped_samples: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Pattern] = field(default_factory=dict)
     method: str = "unknown"
 
@@ -43,7 +45,8 @@ class PruneRecord:
 
     def measured(self) -> dict[str, Any]:
         """What was measured, as plain values."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("plan", "method")}
+        hidden = ("plan", "method", *(() if self.data else ("data",)))
+        return {key: value for key, value in self.__dict__.items() if key not in hidden}
 
     def pruned(self, plan: Mapping[str, Pattern]) -> dict[str, Pattern]:
         """The part of a plan that was carried out: all but the layers that no calibration token reached."""

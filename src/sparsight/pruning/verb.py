@@ -26,7 +26,7 @@ from sparsight.checkpoint.folder import (
 from sparsight.checkpoint.stages import add_stage
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import name_of, whole_name
-from sparsight.data import Batch, Encoder, Samples, batches, read
+from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, anatomy
@@ -115,7 +115,7 @@ def prune_folder(
     distributed.init(spec.device)
     check_processes(composition, distributed.world_size())
     progress = progress if distributed.is_main() else None
-    samples = None if data is None else read(data, limit=spec.samples, seed=spec.seed, skip_bad=spec.skip_bad)
+    samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
     network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
     body = anatomy(network, family)
     ready: list[Batch] = []
@@ -135,13 +135,12 @@ def prune_folder(
             network, body, plan, ready, method=composition, seed=spec.seed, journal=Journal(folder, composition.mask_only),
             progress=progress,
         )  # fmt: skip
-        record.skipped_samples = skipped
+        record.skipped_samples, record.data = skipped, {} if samples is None else samples.facts
+        read = {} if samples is None else {"fingerprint": samples.fingerprint}
+        read |= {} if samples is None or not samples.split else {"split": samples.split}
 
         def write() -> Record:
-            recipe = add_stage(
-                read_recipe(model), "prune", spec, model=model, data=data, policy=name_of(policy),
-                **({"fingerprint": samples.fingerprint} if samples is not None else {}),
-            )  # fmt: skip
+            recipe = add_stage(read_recipe(model), "prune", spec, model=model, data=data, policy=name_of(policy), **read)
             written = Record(
                 sparsity_record(
                     body,

@@ -46,7 +46,7 @@ def cache_key(model: nn.Module, encoder: Encoder, samples: Sequence[Any], finger
     digest.update(json.dumps(facts, default=str).encode())
     for sample in samples:
         turns = [[turn.prompt, list(turn.answers)] for turn in sample.turns]
-        digest.update(json.dumps([sample.id, turns]).encode())
+        digest.update(json.dumps([sample.id, turns, *([sample.system] if sample.system else [])]).encode())
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from sparsight.checkpoint.folder import (
 from sparsight.checkpoint.stages import add_stage
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import whole_name
-from sparsight.data import read
+from sparsight.data import read_with
 from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
@@ -72,7 +72,7 @@ def check_restore(spec: RestoreSpec) -> None:
     if spec.family:
         Family.parse(spec.family)
     if isinstance(spec.held_out, str | Path) and held_out_count(spec.held_out) is None:
-        read(spec.held_out, limit=1, skip_bad=spec.skip_bad)
+        read_with(spec.held_out, spec, held_out=True, limit=1)
 
 
 def restore_model(
@@ -103,7 +103,7 @@ def restore_model(
     other = None
     if spec.held_out is not None and count is None:
         try:
-            other = as_samples_or_batches(model, spec.held_out, replace(spec, samples=None))
+            other = as_samples_or_batches(model, spec.held_out, replace(spec, samples=None), held_out=True)
         except SparsightError as error:
             raise SparsightError(str(error).replace("`data`", "`held_out`")) from error
         if isinstance(other, OwnBatches) != own:
@@ -182,8 +182,8 @@ def restore_folder(
             ) from error
     distributed.init(spec.device)
     progress = progress if distributed.is_main() else None
-    samples = read(data, limit=spec.samples, seed=spec.seed if spec.samples else None, skip_bad=spec.skip_bad)
-    other = read(other_data, skip_bad=spec.skip_bad) if other_data is not None else None
+    samples = read_with(data, spec, limit=spec.samples, seed=spec.seed if spec.samples else None)
+    other = read_with(other_data, spec, held_out=True) if other_data is not None else None
     learned, held = divide_samples(spec, samples, other)
     fingerprint = samples.fingerprint + (other.fingerprint if other else "")
     teacher_name = original if taught else None
@@ -210,6 +210,9 @@ def restore_folder(
         )
         skipped = sum(len(part.skipped) for part in (samples, other) if part)
         metrics = {**done.metrics, "skipped_samples": done.metrics["skipped_samples"] + skipped}
+        parts = {"split": samples.split, "held_out_split": other.split if other else ""}
+        read = {"data": samples.facts, "held_out_data": other.facts if other else {}}
+        metrics |= {key: facts for key, facts in read.items() if facts}
 
         def write() -> Record:
             steps = [*([f"reconstruct {spec.reconstruct}"] if spec.reconstruct else []), spec.adapter]
@@ -224,7 +227,7 @@ def restore_folder(
             )
             recipe = add_stage(
                 earlier[1], "restore", spec, data=data, model=original or sparse, fingerprint=fingerprint,
-                teacher=teacher_name,
+                teacher=teacher_name, **{key: part for key, part in parts.items() if part},
             )  # fmt: skip
             with atomic_folder(target, overwrite) as new:
                 if spec.save_adapter:

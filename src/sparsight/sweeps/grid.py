@@ -58,7 +58,7 @@ class Cell:
         facts = self.prune.facts()
         _, budget = planned_budget(self.prune.pattern, self.prune.sparsity, self.policy)
         return {
-            **{name: facts[name] for name in names},
+            **{name: facts[name] for name in names if name in facts},
             "policy": self.policy,
             "sparsity": {component: amount for component, amount in budget.items() if amount},
             "restore": None if self.restore is None else dict(self.restore),

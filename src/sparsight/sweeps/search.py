@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,14 @@ class SearchResult:
     measurements: int
     evaluations: int
     seconds: float
+    data: dict[str, Any] = field(default_factory=dict)  # what was read of data and of held-out data, where that is not all
 
     @property
     def facts(self) -> dict[str, Any]:
         """All of it as plain values."""
         plain = {key: value for key, value in self.__dict__.items() if key not in ("chosen", "given")}
+        if not self.data:
+            del plain["data"]
         return {"chosen": self.chosen.facts, "given": self.given.facts, **plain}
 
 
@@ -78,11 +81,12 @@ def search(
     """Find the best split of a budget, and write the pruned model; errors (`SparsightError`) as in `sparsight.search`."""
     cell = check_search(spec)
     evaluate: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "samples": spec.held_out_samples, "seed": spec.seed}
+    evaluate |= {"split": spec.held_out_split}
     if spec.metric != "exact_match":
         evaluate["metrics"] = [spec.metric, "exact_match"]
     recipe = {
         "model": str(model), "data": str(data), "held_out": str(held_out), "dtype": spec.dtype, "device": spec.device,
-        "family": spec.family, "skip_bad": spec.skip_bad, "evaluate": evaluate,
+        "family": spec.family, "skip_bad": spec.skip_bad, "images": spec.images, "evaluate": evaluate,
     }  # fmt: skip
     target = check_output(out, overwrite, inputs=(model, data, held_out))
     if read_record(model):
@@ -118,11 +122,16 @@ def _search(
             best, first, splits.budget, row(dense), row(result), row(beside),
             [candidate.facts for candidate in splits.candidates], steps,
             sum(x["measurements"] for x in steps) or splits.measurements,
-            1 + max(1, len(steps)) + (first.plan != best.plan), time.perf_counter() - began,
+            1 + max(1, len(steps)) + (first.plan != best.plan), time.perf_counter() - began, _read(bench, splits),
         )  # fmt: skip
         pruning = replace(cell, prune=replace(cell.pruning, sparsity=dict(best.components)))
         _save(splits, pruning, done, spec, target, overwrite)
     return done
+
+
+def _read(bench: Workbench, splits: Splits) -> dict[str, Any]:
+    facts = {"data": bench.calibration(splits.cell).read, "held_out": bench.held_out_facts}
+    return {key: read for key, read in facts.items() if read}
 
 
 def _save(splits: Splits, cell: Cell, done: SearchResult, spec: SearchSpec, target: Path, overwrite: bool) -> None:
@@ -139,6 +148,9 @@ def _save(splits: Splits, cell: Cell, done: SearchResult, spec: SearchSpec, targ
         recipe: dict[str, Any] = {"sparsight": VERSION, "model": model, "data": data, "held_out": held_out}
         settings = spec.facts()
         family = settings.pop("family")
+        for key, name in (("data", "split"), ("held_out", "held_out_split")):
+            settings |= {name: part} if (part := done.data.get(key, {}).get("split")) else {}
+        settings |= {"images": whole_name(spec.images)} if spec.images is not None else {}
         recipe |= {**({"family": family} if family else {}), "search": settings, "evaluate": None}
         with atomic_folder(target, overwrite) as new:
             write_model(bench.model, bench.processor, Record(facts, {"prune": record.measured()}, recipe), new)

@@ -22,7 +22,7 @@ from sparsight import recipe as recipes
 from sparsight.allocation.plan import check_plan
 from sparsight.checkpoint.folder import read_record
 from sparsight.checks import check_count
-from sparsight.data import read
+from sparsight.data import read_with
 from sparsight.errors import Interrupted, NotWritten, SparsightError
 from sparsight.evaluation.evaluate import ALL
 from sparsight.evaluation.metrics import METRICS
@@ -170,10 +170,16 @@ class _Tally:
 
 def _facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     skip_bad = bool(settings.get("skip_bad"))
+    parts = {
+        "data": read_with(settings["data"], recipes.spec_of(settings, "prune")),
+        "held_out": read_with(settings["held_out"], recipes.spec_of(settings, "evaluate"), held_out=True),
+    }
+    read = {key: part.facts for key, part in parts.items() if part.facts}
     return {
         "format": FORMAT,
         **{key: settings[key] for key in ("model", "data", "held_out")},
-        **{f"{key}_fingerprint": read(settings[key], skip_bad=skip_bad).fingerprint for key in ("data", "held_out")},
+        **{f"{key}_fingerprint": part.fingerprint for key, part in parts.items()},
+        **({"read": read} if read else {}),
         "evaluate": dict(settings.get("evaluate") or {}),
         "dtype": settings.get("dtype") or "auto",
         "family": settings.get("family"),

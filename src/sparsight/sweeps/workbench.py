@@ -58,6 +58,7 @@ class Calibration:
 
     batches: list[Any]
     probe: Probe
+    read: dict[str, Any] = field(default_factory=dict)  # `Samples.facts`
     caches: dict[str, MomentCache] = field(default_factory=dict)
 
 
@@ -71,8 +72,10 @@ class Workbench:
         self.family = family_of(None, recipe.get("family"))
         self.body: Anatomy = anatomy(self.model, self.family)
         self.encoder = Encoder(self.processor, self.model, skip_bad=self.spec.skip_bad)
-        self.data = Source(recipe["data"])
-        self.held_out = self.encoder.usable(read_samples(recipe["held_out"], self.spec))
+        self._sources: dict[Any, Source] = {}
+        asked = read_samples(recipe["held_out"], self.spec)
+        self.held_out_facts = asked.facts
+        self.held_out = self.encoder.usable(asked)
         self._calibrations: dict[str, Calibration] = {}
         self._dense: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
 
@@ -81,16 +84,24 @@ class Workbench:
         key = cache_key(self.model, self.encoder, (), "") + self.model.generation_config.to_json_string()
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
+    def data(self, spec: Any) -> Source:
+        """The training data, of the split that settings name; opened once."""
+        if spec.split not in self._sources:
+            self._sources[spec.split] = Source(self.recipe["data"], spec.split, images=spec.images)
+        return self._sources[spec.split]
+
     def calibration(self, cell: Cell) -> Calibration:
         """The calibration batches of a cell's seed; those of the last one are kept."""
         spec = cell.pruning
-        key = digest([spec.samples, spec.batch_size, spec.seed])
+        key = digest([spec.samples, spec.batch_size, spec.seed, *([spec.split] if spec.split else [])])
         if key not in self._calibrations:
-            samples = as_samples(self.data, spec)
+            samples = as_samples(self.data(spec), spec)
             assert samples is not None
             ready, _ = encode(samples, self.processor, self.model, spec)
             check_walk(self.model, self.body, ready)
-            self._calibrations = {key: Calibration(ready, Probe(self.model, self.body, ready, seed=spec.seed))}
+            self._calibrations = {
+                key: Calibration(ready, Probe(self.model, self.body, ready, seed=spec.seed), samples.facts)
+            }
         return self._calibrations[key]
 
     def plan(self, cell: Cell) -> Plan:
@@ -109,7 +120,11 @@ class Workbench:
         cache = None
         if can_reuse(composition):
             key = digest(
-                [sorted(composition.needs), [cell.facts[k] for k in ("tokens", "samples", "batch_size")], cell.seed]
+                [
+                    sorted(composition.needs),
+                    [cell.facts[k] for k in ("tokens", "samples", "batch_size", "split") if k in cell.facts],
+                    cell.seed,
+                ]
             )
             cache = calibration.caches.setdefault(key, MomentCache(self.folder / "moments" / key))
             if not cache.complete:
@@ -207,7 +222,7 @@ class Workbench:
         def restore(resume: bool) -> Any:
             sparse = ModelSource(home / "pruned", self.model, self.processor, spec.device, borrowed=True)
             return restore_folder(
-                home / "pruned", home / cell.id, spec, data=self.data, teacher=self.recipe["model"], resume=resume,
+                home / "pruned", home / cell.id, spec, data=self.data(spec), teacher=self.recipe["model"], resume=resume,
                 progress=progress, source=sparse,
             )[1]  # fmt: skip
 

@@ -1,0 +1,181 @@
+"""Find and check the images of a record: files below allowed folders, base64, bytes, and images in memory."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
+
+from PIL import Image, UnidentifiedImageError
+
+from sparsight.data.pixels import upright
+from sparsight.data.sample import Sample
+from sparsight.errors import SparsightError, first_line, quote
+
+Picture = Path | bytes | Image.Image  # a file, the content of one, or an image in memory
+Find = Callable[[Any], tuple[Picture, str]]  # an image entry -> the image and the hash of its content
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{24,}={0,2}\s*")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+class BadRecord(ValueError):
+    """Why a record cannot be used; the reader adds the file and the line."""
+
+
+def finder(folder: Path | None, images: Path | None = None) -> Find:
+    """Return a function that finds the image of an entry.
+
+    Paths are relative to `folder`, that of the data, or to `images`, a folder that the user names; absolute paths must lie
+    below one of them. No other file is read. Data URIs, base64, bytes, `{"bytes": ..., "path": ...}` and images in memory
+    need no folder.
+
+    It raises `BadRecord` for addresses, for paths and links that lead out, and for what Pillow cannot decode whole.
+    """
+    allowed = [place for place in (folder, images) if place is not None]
+    roots = [place.resolve() for place in allowed]
+    decoded: set[str] = set()  # hashes of whole images
+
+    def find(entry: Any) -> tuple[Picture, str]:
+        if isinstance(entry, Image.Image):
+            return in_memory(entry)
+        entry, content = _embedded(entry)
+        if content is not None:
+            digest = hashlib.sha256(content).hexdigest()
+            if digest not in decoded:
+                _check_whole(content, f"the image of {len(content):,} bytes")
+            decoded.add(digest)
+            return content, digest
+        path = _locate(entry)
+        try:
+            content = path.read_bytes()
+        except (OSError, RuntimeError) as error:
+            raise BadRecord(f"image {quote(entry)} cannot be read: {first_line(error)}") from error
+        digest = hashlib.sha256(content).hexdigest()
+        if digest not in decoded:  # several questions may be about one image
+            _check_whole(content, f"image {quote(entry)}")
+        decoded.add(digest)
+        return path, digest
+
+    def _locate(entry: Any) -> Path:
+        if not isinstance(entry, str) or not entry or "\0" in entry:
+            raise BadRecord(f"an image must be a relative path, got {kind_of(entry)}; base64 and bytes are read, too")
+        if not allowed:
+            raise BadRecord(f"image {quote(entry)} is a path, and this data has no folder; name one with `images`")
+        entry = unquote(entry[7:]) if entry[:8].lower() == "file:///" else entry
+        whole = PurePosixPath(entry).is_absolute() or PureWindowsPath(entry).is_absolute()
+        if _ADDRESS.match(entry) and not (whole and images is not None):
+            raise BadRecord(f"image {quote(entry)} is an address; only files beside the data, or below `images`, are read")
+        if whole and images is None:
+            raise BadRecord(f"image path {quote(entry)} is absolute; name the folder that it lies below with `images`")
+        out = f"image path {quote(entry)} leaves the folder of the data file"
+        out += " and that of `images`" if images is not None else "; name the folder that it lies below with `images`"
+        if ".." in PurePosixPath(entry).parts and images is None:
+            raise BadRecord(out)
+        try:
+            outside = False
+            for place in allowed:
+                path = place / entry
+                if not any(path.resolve().is_relative_to(root) for root in roots):
+                    outside = True
+                elif path.is_file():
+                    return path
+        except (OSError, RuntimeError) as error:  # a loop of links, a name too long, no permission
+            raise BadRecord(f"image {quote(entry)} cannot be read: {first_line(error)}") from error
+        if outside:
+            raise BadRecord(out)
+        where = f" in {' or '.join(str(place) for place in allowed)}" if images is not None else ""
+        raise BadRecord(f"image {quote(entry)} does not exist{where}")
+
+    return find
+
+
+def in_memory(entry: Any) -> tuple[Image.Image, str]:
+    """Return an image that a dataset has already decoded, and the hash of its pixels; **raises** `BadRecord` for others."""
+    if not isinstance(entry, Image.Image):
+        raise BadRecord(f"the image column must hold images, got {kind_of(entry)}")
+    try:
+        content = entry.tobytes()
+        upright(entry)
+    except Exception as error:  # it may be decoded only now
+        raise BadRecord(f"the image cannot be read: {first_line(error)}") from error
+    digest = hashlib.sha256(f"{entry.mode} {entry.size} ".encode())
+    digest.update(content)
+    return entry, digest.hexdigest()
+
+
+def image_hashes(sample: Sample) -> tuple[str, ...]:
+    """The content hashes of a sample's images. **Raises** `SparsightError` for a file that cannot be read."""
+    hashes = []
+    for image in sample.images:
+        try:
+            if isinstance(image, Image.Image):
+                hashes.append(in_memory(image)[1])
+            else:
+                content = image if isinstance(image, bytes) else image.read_bytes()
+                hashes.append(hashlib.sha256(content).hexdigest())
+        except (OSError, BadRecord) as error:
+            raise SparsightError(f"sample {quote(sample.id)}: an image cannot be read: {first_line(error)}") from error
+    return tuple(hashes)
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value of JSON, in words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+    if isinstance(value, list | str) and not value:
+        return f"an empty {'list' if isinstance(value, list) else 'string'}"
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _embedded(entry: Any) -> tuple[Any, bytes | None]:
+    """A path and None, or anything and the content of the image that stands in the entry itself."""
+    if isinstance(entry, Mapping):  # as parquet files of `datasets` hold images
+        content = entry.get("bytes")
+        if isinstance(content, str) and content:  # bytes in JSON can only be base64
+            return entry, _decode_base64(content)
+        if isinstance(content, bytes | bytearray | memoryview) and len(content):
+            return entry, bytes(content)
+        return entry.get("path"), None
+    if isinstance(entry, bytes | bytearray | memoryview):
+        return entry, bytes(entry)
+    if not isinstance(entry, str):
+        return entry, None
+    if entry[:5].lower() == "data:":
+        head, comma, body = entry[5:].partition(",")
+        if not comma:
+            raise BadRecord(f"image {quote(entry)} is no data URI: a comma is missing")
+        return entry, _decode_base64(body) if head.lower().endswith(";base64") else unquote_to_bytes(body)
+    if _BASE64.fullmatch(entry):
+        try:
+            content = _decode_base64(entry)
+            with Image.open(io.BytesIO(content)):
+                return entry, content
+        except Exception:  # then it is a path
+            return entry, None
+    return entry, None
+
+
+def _decode_base64(text: str) -> bytes:
+    text = re.sub(r"\s+", "", unquote_to_bytes(text).decode("latin-1") if "%" in text else text).rstrip("=")
+    try:
+        return base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRecord(f"the image is no base64 ({first_line(error)}): {quote(text)}") from error
+
+
+def _check_whole(content: bytes, name: str) -> None:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()
+        with Image.open(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
+            upright(image)
+    except UnidentifiedImageError as error:
+        raise BadRecord(f"{name} cannot be read: not an image that Pillow knows") from error
+    except Exception as error:  # Pillow raises nearly everything on a broken file
+        raise BadRecord(f"{name} cannot be read: {first_line(error)}") from error

@@ -1,0 +1,105 @@
+"""Rows of `datasets`: names on the Hub, saved datasets, parquet files, and which of their splits is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sparsight.data.images import BadRecord
+from sparsight.errors import SparsightError, first_line, quote
+
+HELD_OUT = ("test", "validation", "val", "valid", "dev", "eval")  # splits to score on, the best first
+
+Rows = Sequence[tuple[int, Callable[[], Any]]]  # a line, or a row of a table, and the function that reads its record
+
+
+def choose_split(source: Any, names: Sequence[str], split: str | None, held_out: bool) -> str:
+    """The split to read: the one that is asked for, else `train`, or for held-out samples `test` or `validation`.
+
+    **Raises** `SparsightError` where it is not there, with the line that asks for another.
+    """
+    have = ", ".join(map(repr, names))
+    if split is not None:
+        if re.split(r"[\[+]", split)[0] not in names:
+            raise SparsightError(f"{source}: no split {quote(split)}; it has {have}")
+        return split
+    if not held_out:
+        if "train" not in names:
+            raise SparsightError(f"{source}: no split 'train'; it has {have}; name one with `split`")
+        return "train"
+    for name in HELD_OUT:
+        if name in names:
+            return name
+    raise SparsightError(
+        f"{source}: has no split to score on, only {have}; give other data, or say `split={names[0]}` to score on that"
+    )
+
+
+def dataset_rows(
+    source: str, split: str | None, held_out: bool, *, saved: bool = False, configuration: str = ""
+) -> tuple[Rows, str]:
+    """The rows of a dataset and the name of the split that they are of, "" where it has no splits.
+
+    **Raises** `SparsightError` for what `datasets` cannot load, and for a split that is not there.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SparsightError(f"{source}: reading it needs datasets: pip install 'sparsight[data]'") from error
+    try:
+        if saved:
+            table = datasets.load_from_disk(source)
+        elif Path(source).is_file():
+            table = datasets.load_dataset("parquet", data_files=source, split="train")
+        else:
+            builder = datasets.load_dataset_builder(source, configuration or None)
+            names = list(builder.info.splits or builder.config.data_files or ("train",))
+            unnamed = names == ["train"] and Path(source).is_dir() and not _names_a_split(Path(source))
+            if not unnamed:
+                split = choose_split(source, names, split, held_out)
+            elif split is not None:
+                raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
+            table = datasets.load_dataset(source, configuration or None, split=split or "train")
+            return _rows(table), split or ""
+        if isinstance(table, datasets.DatasetDict):
+            split = choose_split(source, list(table), split, held_out)
+            name, _, part = split.partition("[")
+            if part or "+" in name:
+                raise SparsightError(f"{source}: a saved dataset is read by whole splits; give one of {', '.join(table)}")
+            return _rows(table[split]), split
+    except SparsightError:
+        raise
+    except Exception as error:  # a network, a file system or a script may fail in any way
+        raise SparsightError(f"{source}: cannot load this dataset: {first_line(error)}") from error
+    if split is not None:
+        raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
+    return _rows(table), ""
+
+
+def _names_a_split(folder: Path) -> bool:
+    """Whether a file or a folder of parquet files is named after the training set; else `train` is only a default name."""
+    return any("train" in str(path.relative_to(folder)).lower() for path in folder.rglob("*.parquet"))
+
+
+def _rows(table: Any) -> Rows:
+    return [(i, partial(_record, table, i)) for i in range(len(table))]
+
+
+def _record(table: Any, i: int) -> dict[str, Any]:
+    """The columns of a row that a record has; the others are for other uses."""
+    try:
+        row = table[i]
+    except Exception as error:  # an image that does not decode
+        raise BadRecord(f"cannot be read: {first_line(error)}") from error
+    if "prompt" not in row and "question" in row:
+        row["prompt"] = row["question"]
+    forms = ("messages", "conversations", "prompt")
+    form = next((key for key in forms if row.get(key) is not None), "prompt")
+    columns = ("image", "images", "id", "kind", "system", form, *(("answer", "answers") if form == "prompt" else ()))
+    record = {key: row[key] for key in columns if row.get(key) is not None}
+    if "answer" in record:
+        record.pop("answers", None)
+    return record
