@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForMultimodalLM
 
 from sparsight import SparsightError, api, recipe
 from sparsight.data import read, sources
@@ -43,16 +43,16 @@ def home(tmp_path_factory):
     return folder
 
 
-def test_the_whole_road(run, home, tmp_path, monkeypatch):
+def test_a_recipe_runs(run, home, tmp_path, monkeypatch):
     """With one load per set of weights, and one parse per sample."""
     loads, parses = [], []
-    from_pretrained, parse = AutoModelForImageTextToText.from_pretrained, sources.parse
+    from_pretrained, parse = AutoModelForMultimodalLM.from_pretrained, sources.parse
 
     def count_load(path, **settings):
         loads.append(Path(path).name)
         return from_pretrained(path, **settings)
 
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", staticmethod(count_load))
+    monkeypatch.setattr(AutoModelForMultimodalLM, "from_pretrained", staticmethod(count_load))
     monkeypatch.setattr(sources, "parse", lambda *record: parses.append(record) or parse(*record))
     code, told, said = run("run", home / "r.yaml", tmp_path / "out", *SMALL, "--quiet")
     assert code == 0, said

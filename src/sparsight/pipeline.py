@@ -32,7 +32,8 @@ from sparsight.progress import Progress, prefix
 from sparsight.pruning.verb import check_prune, prune_folder
 from sparsight.recipe import spec_of
 from sparsight.restoring.adapters import ADAPTERS
-from sparsight.restoring.verb import check_restore, held_out_count, restore_folder
+from sparsight.restoring.division import held_out_count
+from sparsight.restoring.verb import check_restore, restore_folder
 
 FILE, PAGE = "run.json", "report.html"
 DENSE, PRUNED, RESTORED = "dense", "pruned", "restored"

@@ -25,7 +25,7 @@ import yaml
 
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checks import nearest
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, quote
 from sparsight.options import Spec, options
 from sparsight.specs import SPECS, SharedSpec
 
@@ -34,6 +34,7 @@ PATHS = ("model", "data", "held_out")
 SECTIONS = ("prune", "restore", "evaluate")
 LISTS = ("prune", "restore")  # these may be lists of sections, one after another
 BESIDE = {"prune": ("data", "fingerprint"), "restore": ("data", "fingerprint", "teacher")}
+KINDS: dict[str, Any] = {"skip_bad": (bool, "true or false"), "max_length": (int, "a whole number of at least 1")}
 OUTSIDE = ("device", "family", "skip_bad")  # shared fields that no section has
 
 
@@ -76,8 +77,10 @@ def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] 
         if key in SPECS and value is not None:
             for section in stages_of(recipe, key) if key in LISTS else [value]:
                 check_section(f"{path}: {key}", key, section)
-        elif key in (*PATHS, *SHARED) and value is not None and not isinstance(value, bool if key == "skip_bad" else str):
-            raise SparsightError(f"{path}: {key}: {value!r} is not {'true or false' if key == 'skip_bad' else 'a word'}")
+        elif key in (*PATHS, *SHARED) and value is not None:
+            kind, says = KINDS.get(key, (str, "a word"))
+            if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
+                raise SparsightError(f"{path}: {key}: {quote(value)} is not {says}")
     scored = recipe.get("evaluate", {}) is not None  # a recipe beside weights has `evaluate: null`, and may need no data
     for key in ("model", "data") if scored or recipe.get("search") is not None else ("model",):
         if not isinstance(recipe.get(key), str):

@@ -75,6 +75,10 @@ class SharedSpec(FamilySpec):
         Any, Option("Folder that images may lie in, too; absolute paths must lie below it.", cost=True, work=False)
     ] = None
 
+    max_length: Annotated[
+        int | None, _count("Most tokens of a sample, images included. [default: those that the model takes]", work=None)
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_paths(images=self.images)

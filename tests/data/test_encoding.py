@@ -306,13 +306,16 @@ def test_a_broken_template_is_one_line(case):
     model, processor = zoo.build("llava")
     harm, reason = BROKEN[case]
     processor.chat_template = harm(processor.chat_template)
-    encoder = Encoder(processor, model, skip_bad=True)
-    for call in (encoder.encode, encoder.prompts):
-        with pytest.raises(SparsightError, match=r"sample 'one' cannot be written by .*" + reason + ".*template") as caught:
-            call([ONE])
-        assert "\n" not in str(caught.value)
-        with pytest.raises(SparsightError, match="sample 'one' or one in its batch cannot be written"):
-            call([ONE, TWO])
+    encoder = Encoder(processor, model)
+    for call in (encoder.encode, encoder.prompts, encoder.usable):
+        for samples in ([ONE], [ONE, TWO]):
+            with pytest.raises(
+                SparsightError, match=r"sample 'one' cannot be written by .*" + reason + ".*template"
+            ) as caught:
+                call(samples)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(SparsightError, match=r"none of the 2 samples can be taken: .*" + reason + r".*template \(2\)"):
+        Encoder(processor, model, skip_bad=True).usable([ONE, TWO])
 
 
 def test_a_tokenizer_that_closes_the_prompt_is_refused():
@@ -351,7 +354,7 @@ def test_usable_samples_are_known_before_any_is_encoded(built):
     encoder = Encoder(processor, model, skip_bad=True)
     assert encoder.usable([bad, ONE, mute, TWO]) == [ONE, TWO]
     assert [name for name, _ in encoder.skipped] == ["bad", "mute"]
-    with pytest.raises(SparsightError, match="none of the 1 samples can be taken; the first: this model takes exactly"):
+    with pytest.raises(SparsightError, match="none of the 1 samples can be taken: this model takes exactly"):
         encoder.usable([bad])
     assert len(encoder.skipped) == 2, "the same sample is listed once"
 
@@ -374,7 +377,7 @@ def test_batches_leave_skipped_samples_out(built):
     encoder = Encoder(processor, model, skip_bad=True)
     assert [[s.id for s in batch.samples] for batch in batches([bad, ONE, bad, bad, TWO], encoder, 2)] == [["one"], ["two"]]
     assert encoder.skipped == [("bad", "this model takes exactly one image, got 0")]
-    with pytest.raises(SparsightError, match="none of 2 samples can be encoded; the first, 'bad': this model"):
+    with pytest.raises(SparsightError, match="none of 2 samples can be encoded: this model"):
         list(batches([bad, bad], encoder, 1))
     with pytest.raises(SparsightError, match="size of at least 1"):
         list(batches([ONE], encoder, 0))

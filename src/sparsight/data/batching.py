@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sparsight.data.encoding import Batch, Encoder
 from sparsight.data.sample import Sample
+from sparsight.data.sources import reasons
 from sparsight.errors import SparsightError
 
 
@@ -24,8 +25,5 @@ def batches(samples: Sequence[Sample], encoder: Encoder, size: int) -> Iterator[
             empty = False
             yield batch
     if empty:
-        raise SparsightError(f"none of {len(samples)} samples can be encoded" + _first_reason(encoder))
-
-
-def _first_reason(encoder: Encoder) -> str:
-    return f"; the first, {encoder.skipped[0][0]!r}: {encoder.skipped[0][1]}" if encoder.skipped else ""
+        why = reasons(reason for _, reason in encoder.skipped)
+        raise SparsightError(f"none of {len(samples)} samples can be encoded" + (f": {why}" if why else ""))

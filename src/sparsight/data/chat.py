@@ -19,7 +19,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsight.data.pixels import converts
 from sparsight.data.sample import PLACEHOLDER, Sample
-from sparsight.errors import SparsightError, quote
+from sparsight.errors import SparsightError, first_line, quote
+
+
+class TemplateFault(ValueError):
+    """A chat template that cannot write a dialogue, or writes it without its images."""
+
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -111,13 +116,28 @@ def _images(processor: Any, samples: Sequence[Sample]) -> list[list[Any]]:
 def _render(processor: Any, dialogue: list[Message], ask: bool = True) -> str:
     source = template(processor)
     text = source if isinstance(source, str) else None  # of several named templates the processor takes its default
-    return processor.apply_chat_template(dialogue, chat_template=text, tokenize=False, add_generation_prompt=ask)
+    try:
+        return processor.apply_chat_template(dialogue, chat_template=text, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template may raise anything
+        raise TemplateFault(first_line(error)) from error
 
 
 def _call(processor: Any, texts: list[str], images: list[list[Any]], side: str) -> dict[str, Tensor]:
     special = _special_tokens(processor, texts[0])
     pictures = images if any(images) else None
-    return dict(processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt", **special))
+    try:
+        return dict(processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt", **special))
+    except Exception as error:
+        for text, own in zip(texts, images, strict=True):
+            if own and not any(mark in text for mark in image_marks(processor)):
+                raise TemplateFault(first_line(error)) from error
+        raise
+
+
+def image_marks(processor: Any) -> set[str]:
+    """The tokens that stand for an image, or a video, in a text for the processor."""
+    names, owners = ("image_token", "boi_token", "video_token"), (processor, getattr(processor, "tokenizer", None))
+    return {str(mark) for owner in owners for name in names if (mark := getattr(owner, name, None))}
 
 
 def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
@@ -160,12 +180,15 @@ def _render_marked(processor: Any, dialogue: list[Message]) -> tuple[str, list[S
     source = template(processor)
     if not isinstance(source, str) or not re.search(r"{%-?\s*generation\s*-?%}", source):
         return _render(processor, dialogue, ask=False), []
-    rendered: Any = render_jinja_template(
-        conversations=[dialogue],
-        chat_template=source,
-        return_assistant_tokens_mask=True,
-        **processor.tokenizer.special_tokens_map,
-    )
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[dialogue],
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **processor.tokenizer.special_tokens_map,
+        )
+    except Exception as error:
+        raise TemplateFault(first_line(error)) from error
     (text,), (marked,) = rendered
     spans = [(int(start), int(stop)) for start, stop in marked]
     return str(text), spans if len(spans) == len(dialogue) // 2 else []

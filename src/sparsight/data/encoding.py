@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from sparsight.data import chat, paligemma, qformer
-from sparsight.data.sample import Sample
-from sparsight.errors import SparsightError, quote
+from sparsight.data.limits import Limits
+from sparsight.data.sample import PLACEHOLDER, Sample
+from sparsight.data.sources import reasons as count_reasons
+from sparsight.errors import SparsightError, first_line, quote
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def is_encoder_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False) or config.get_text_config().is_encoder_decoder)
 
 
+CHECKED = 8  # samples encoded at once to see whether they can be
+Reason = str | SparsightError | None  # why a sample cannot be taken
 Write = Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
 
 
@@ -99,8 +102,9 @@ class Encoder:
     Of `model` only the config and the dtype are read; pixels come in the model's dtype. A model with a chat template
     takes whole dialogues, and every answer in them counts; InstructBLIP, BLIP-2 and PaliGemma take one question, so
     `encode` makes one row per turn. Of several answers to a question the most frequent is encoded, the first of them on
-    a tie. Nothing is ever truncated: with `max_length` a longer sample is an error. With `skip_bad`, samples that the
-    model cannot take, and too long ones, are left out and listed in `skipped` as (id, reason).
+    a tie. Nothing is ever truncated: a sample longer than `max_length`, or than the positions of the model, is an error.
+    With `skip_bad`, samples that the model cannot take, and too long ones, are left out and listed in `skipped` as
+    (id, reason).
 
     **Raises** `SparsightError` for a processor without a chat template, where the model type needs one.
     """
@@ -111,6 +115,7 @@ class Encoder:
         self.dtype: torch.dtype | None = getattr(model, "dtype", None)
         self.max_length = max_length
         self.skip_bad = skip_bad
+        self.limits = Limits.of(self.config, processor)
         self.skipped: list[tuple[str, str]] = []
         self.style = PLAIN.get(self.config.model_type, CHAT)
         if self.style is CHAT and not chat.template(processor):
@@ -131,7 +136,7 @@ class Encoder:
         """
         batch = self.attempt(samples)
         if batch is None:
-            reasons = "; ".join(f"{sample!r}: {reason}" for sample, reason in self.skipped[-3:])
+            reasons = "; ".join(f"{quote(sample)}: {reason}" for sample, reason in self.skipped[-3:])
             raise SparsightError(f"no sample of this batch can be encoded: {reasons}")
         return batch
 
@@ -139,12 +144,12 @@ class Encoder:
         """Encode like `encode`, but return None where every sample is skipped."""
         rows = list(samples)
         if not self.style.turns:
-            rows = [replace(s, turns=(turn,)) for s in rows for turn in s.turns]
+            rows = [row for sample in rows for row in self._rows_of(sample)]
         rows = self._without(rows, [self.refusal(sample) for sample in rows])
         while rows:
-            inputs = self._call(self.style.encode, rows)
-            kept = self._without(rows, self._too_long(inputs))
-            if len(kept) == len(rows):
+            inputs, reasons = self._try(rows)
+            kept = self._without(rows, reasons)
+            if len(kept) == len(rows) and inputs is not None:
                 return Batch(inputs, padding_masks(inputs, self.config), tuple(rows))
             rows = kept
         return None
@@ -161,27 +166,68 @@ class Encoder:
                 raise SparsightError(f"sample {quote(sample.id)}: {reason}")
         if not self.style.turns:
             samples = [replace(s, turns=s.turns[-1:]) for s in samples]
-        return self._call(self.style.prompts, samples)
+        try:
+            return self._call(self.style.prompts, samples)
+        except SparsightError:
+            if len(samples) > 1:
+                for sample in samples:  # the error then names the right one
+                    self._call(self.style.prompts, [sample])
+            raise
 
     def usable(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Return the samples that the model can take, without encoding any.
+        """Return the samples that the model can take. Each is encoded once, with its answers, and the result is dropped.
 
-        **Raises** `SparsightError` for the first that it cannot take; with `skip_bad` those are left out and listed in
-        `skipped`, and it is an error only if none is left.
+        **Raises** `SparsightError` for the first that it cannot take, or that is longer than the model was made for; with
+        `skip_bad` those are left out and listed in `skipped`, and it is an error only if none is left.
         """
-        kept = self._without(samples, [self.refusal(sample) for sample in samples])
+        kept: list[Sample] = []
+        found: list[str] = []
+        for start in range(0, len(samples), CHECKED):
+            part = samples[start : start + CHECKED]
+            reasons = self._reasons(part)
+            kept += self._without(part, reasons)
+            found += [_plain(sample, reason) for sample, reason in zip(part, reasons, strict=True) if reason]
         if not kept:
-            raise SparsightError(f"none of the {len(samples)} samples can be taken; the first: {self.skipped[0][1]}")
+            raise SparsightError(f"none of the {len(samples)} samples can be taken: {count_reasons(found)}")
         return kept
+
+    def _reasons(self, samples: Sequence[Sample]) -> list[Reason]:
+        """Why each sample cannot be taken; one that is several rows has the reason of the first."""
+        found: list[Reason] = [self.refusal(sample) for sample in samples]
+        rows = [(i, row) for i, sample in enumerate(samples) if found[i] is None for row in self._rows_of(sample)]
+        if rows:
+            _, reasons = self._try([row for _, row in rows], usual=True)
+            for (i, _), reason in zip(rows, reasons, strict=True):
+                found[i] = found[i] or reason
+        return found
+
+    def _try(self, rows: Sequence[Sample], usual: bool = False) -> tuple[dict[str, Tensor] | None, Sequence[Reason]]:
+        """Encode rows, and say why each cannot be taken; where they cannot be encoded together, one by one."""
+        try:
+            inputs = self._call(self.style.encode, rows)
+        except SparsightError as error:
+            if len(rows) == 1:
+                return None, [error]
+            alone = [self._try([row], usual)[1][0] for row in rows]
+            if not any(isinstance(reason, SparsightError) for reason in alone):
+                raise
+            return None, alone
+        return inputs, self.limits.too_long(inputs, self.max_length, usual=usual)
+
+    def _rows_of(self, sample: Sample) -> list[Sample]:
+        return [sample] if self.style.turns else [replace(sample, turns=(turn,)) for turn in sample.turns]
 
     def _call(self, write: Write, rows: Sequence[Sample]) -> dict[str, Tensor]:
         try:
             inputs = write(self.processor, rows, self.config)
-        except (ValueError, TypeError, TemplateError) as error:  # what a template or a processor may raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            who = f"sample {rows[0].id!r}" + (" or one in its batch" if len(rows) > 1 else "")
+        except (SparsightError, MemoryError):
+            raise
+        except Exception as error:  # a processor may raise anything
+            who = f"sample {quote(rows[0].id)}" + (" or one in its batch" if len(rows) > 1 else "")
+            fault = isinstance(error, chat.TemplateFault)
+            hint = "its files, above all the chat template" if fault else "the sample, or leave it out with `skip_bad`"
             raise SparsightError(
-                f"{who} cannot be written by the model's processor: {reason}; mend its files, above all the chat template"
+                f"{who} cannot be written by the model's processor: {first_line(error)}; mend {hint}"
             ) from error
         return {key: t.to(self.dtype) if t.is_floating_point() and self.dtype else t for key, t in inputs.items()}
 
@@ -189,28 +235,32 @@ class Encoder:
         """Return why the model cannot take a sample, or None."""
         if not sample.turns or any(not turn.answers for turn in sample.turns):
             return "it has no turn, or a turn without an answer"
+        asked = [turn.prompt for turn in sample.turns]
+        said = [sample.system, *(answer for turn in sample.turns for answer in turn.answers)]
+        for mark in sorted({PLACEHOLDER, *chat.image_marks(self.processor)}):
+            if any(mark in text for text in (*said, *(asked if mark != PLACEHOLDER else ()))):
+                return f"its text holds {mark}, which stands for an image; take it out"
         return self.style.refuse(sample)
 
-    def _too_long(self, inputs: dict[str, Tensor]) -> list[str | None]:
-        if self.max_length is None:
-            return [None] * len(inputs["labels"])
-        lengths = inputs["attention_mask"].sum(1)
-        if "decoder_attention_mask" in inputs:
-            lengths = torch.maximum(lengths, inputs["decoder_attention_mask"].sum(1))
-        reasons = [f"{n} tokens, more than max_length={self.max_length}" for n in lengths.tolist()]
-        return [reason if n > self.max_length else None for n, reason in zip(lengths.tolist(), reasons, strict=True)]
-
-    def _without(self, rows: Sequence[Sample], reasons: list[str | None]) -> list[Sample]:
+    def _without(self, rows: Sequence[Sample], reasons: Sequence[Reason]) -> list[Sample]:
         kept = []
         for sample, reason in zip(rows, reasons, strict=True):
             if reason is None:
                 kept.append(sample)
             elif self.skip_bad:
-                if (sample.id, reason) not in self.skipped:  # every epoch meets it again
-                    self.skipped.append((sample.id, reason))
+                entry = (sample.id, _plain(sample, reason))
+                if entry not in self.skipped:  # every epoch meets it again
+                    self.skipped.append(entry)
+            elif isinstance(reason, SparsightError):
+                raise reason
             else:
                 raise SparsightError(f"sample {quote(sample.id)}: {reason}")
         return kept
+
+
+def _plain(sample: Sample, reason: str | SparsightError) -> str:
+    """A reason without the name of its sample."""
+    return str(reason).removeprefix(f"sample {quote(sample.id)}").removeprefix(":").strip()
 
 
 def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

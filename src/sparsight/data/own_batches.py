@@ -80,7 +80,7 @@ def check_unused(data: Any, spec: Any, *fields: str) -> None:
     defaults = type(spec)()
     if isinstance(data, list | tuple) and spec.samples != defaults.samples:
         raise SparsightError("`samples`: a list of batches is taken whole; leave it out, or give fewer batches")
-    for field in ("batch_size", "skip_bad", "images", "split", *fields):
+    for field in ("batch_size", "skip_bad", "images", "split", "max_length", *fields):
         if getattr(spec, field) != getattr(defaults, field):
             raise SparsightError(f"`{field}`: means nothing for batches of your own; leave it out")
 

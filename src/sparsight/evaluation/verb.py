@@ -28,7 +28,7 @@ def evaluate_samples(
     model: Any, processor: Any, samples: Samples, spec: EvaluateSpec, progress: Progress | None = None
 ) -> tuple[Result, list[Any]]:
     """Score a loaded model's answers; the samples that it could take, too."""
-    encoder = Encoder(processor, model, skip_bad=spec.skip_bad)
+    encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     usable = encoder.usable(samples)
     result = evaluate(
         model, processor, usable, metrics=spec.metrics, beams=spec.beams, max_new_tokens=spec.max_new_tokens,

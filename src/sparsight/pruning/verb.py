@@ -195,7 +195,7 @@ def with_batches(model: Any, data: Any, spec: PlanSpec, processor: Any = None) -
 
 def encode(samples: Samples, processor: Any, model: Any, spec: Any) -> tuple[list[Batch], int]:
     """Samples as batches on the model's device, and the number left out."""
-    encoder = Encoder(processor, model, skip_bad=spec.skip_bad)
+    encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     device = next(model.parameters()).device
     ready = [batch.to(device) for batch in batches(encoder.usable(samples), encoder, spec.batch_size)]
     return ready, len(samples.skipped) + len(encoder.skipped)

@@ -208,7 +208,7 @@ def inspect_sparse(
     if not any((body[name].weight == 0).any() for name in masks):
         raise SparsightError(f"{source.name}: holds no zeros, so there is nothing to restore; give a pruned folder")
     _check_ranks(parse_ranks(spec.rank), spec.tune, body, masks)
-    encoder: Any = own or Encoder(processor, model, skip_bad=spec.skip_bad)
+    encoder: Any = own or Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     held = encoder.usable(held_out) if held_out else []
     usable = [*encoder.usable(samples), *held]
     head = Head(model)

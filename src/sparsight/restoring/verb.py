@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import shutil
 import tempfile
 import time
@@ -43,9 +42,10 @@ from sparsight.progress import Progress
 from sparsight.restoring.adapter_files import save_adapter
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import gather
+from sparsight.restoring.division import divide_samples, held_out_count
 from sparsight.restoring.side_effects import unchanged, unchanged_process
 from sparsight.restoring.student import Student, make_student, parse_ranks, remaining_zeros
-from sparsight.restoring.trainer import step_size, train
+from sparsight.restoring.trainer import train
 from sparsight.restoring.wrap import remove_adapters
 from sparsight.specs import RestoreSpec
 
@@ -297,31 +297,3 @@ def _student_facts(student: Student) -> dict[str, Any]:
     if student.refit_errors:
         facts["reconstructed"] = student.refit_errors
     return facts
-
-
-def divide_samples(spec: RestoreSpec, samples: Sequence[Any], other: Sequence[Any] | None) -> tuple[Any, list[Any]]:
-    """The samples to train on, no more than the steps can use, and those held out.
-
-    **Raises** `SparsightError` for a number of held-out samples that leaves none to train on.
-    """
-    learned, held = list(samples), list(other or ())
-    if (count := held_out_count(spec.held_out)) is not None:
-        if not 0 < count < len(learned):
-            raise SparsightError(
-                f"`held_out`: {count} of {len(learned)} samples; give at least 1, and leave some to learn from"
-            )
-        apart = set(random.Random(spec.seed).sample(range(len(learned)), count))
-        held = [sample for i, sample in enumerate(learned) if i in apart]
-        learned = [sample for i, sample in enumerate(learned) if i not in apart]
-    needed = None if spec.steps is None else spec.steps * step_size(spec)
-    if needed is not None and needed < len(learned):
-        places = sorted(random.Random(spec.seed).sample(range(len(learned)), needed))
-        learned = [learned[i] for i in places]
-    return OwnBatches(learned) if isinstance(samples, OwnBatches) else learned, held
-
-
-def held_out_count(held_out: Any) -> int | None:
-    """The number of held-out samples, from an int or its digits; None for other data."""
-    if isinstance(held_out, int):
-        return held_out
-    return int(held_out) if isinstance(held_out, str) and held_out.lstrip("-").isdigit() else None

@@ -86,7 +86,8 @@ def search(
         evaluate["metrics"] = [spec.metric, "exact_match"]
     recipe = {
         "model": str(model), "data": str(data), "held_out": str(held_out), "dtype": spec.dtype, "device": spec.device,
-        "family": spec.family, "skip_bad": spec.skip_bad, "images": spec.images, "evaluate": evaluate,
+        "family": spec.family, "skip_bad": spec.skip_bad, "images": spec.images, "max_length": spec.max_length,
+        "evaluate": evaluate,
     }  # fmt: skip
     target = check_output(out, overwrite, inputs=(model, data, held_out))
     if read_record(model):

@@ -71,7 +71,8 @@ class Workbench:
         self.model, self.processor = load(recipe["model"], dtype=self.spec.dtype, device=self.spec.device)
         self.family = family_of(None, recipe.get("family"))
         self.body: Anatomy = anatomy(self.model, self.family)
-        self.encoder = Encoder(self.processor, self.model, skip_bad=self.spec.skip_bad)
+        longest, skip_bad = self.spec.max_length, self.spec.skip_bad
+        self.encoder = Encoder(self.processor, self.model, max_length=longest, skip_bad=skip_bad)
         self._sources: dict[Any, Source] = {}
         asked = read_samples(recipe["held_out"], self.spec)
         self.held_out_facts = asked.facts
