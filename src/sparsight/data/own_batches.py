@@ -195,13 +195,13 @@ def _decoder_mask(inputs: Mapping[str, Tensor], number: int, config: Any) -> Ten
         return inputs["decoder_attention_mask"]
     pad = _pad(config)
     if "labels" in inputs:
-        if len(inputs["labels"]) > 1 and bool((inputs["labels"] == pad).any()):
+        if pad is not None and len(inputs["labels"]) > 1 and bool((inputs["labels"] == pad).any()):
             raise SparsightError(f"`data`: batch {number} has the padding token {pad} in its labels; put -100 in its place")
         return (inputs["labels"] != -100).long()
     if "decoder_input_ids" not in inputs:
         raise SparsightError(f"`data`: batch {number} has neither labels nor decoder_input_ids, which the decoder needs")
     tokens = inputs["decoder_input_ids"]
-    if len(tokens) > 1 and bool((tokens[:, -1] == pad).any()):
+    if pad is not None and len(tokens) > 1 and bool((tokens[:, -1] == pad).any()):
         raise SparsightError(f"`data`: batch {number} has no decoder_attention_mask; add it, so that padding is known")
     return tokens.new_ones(tokens.shape)
 
