@@ -71,7 +71,7 @@ def test_a_token_of_images_in_a_text_names_its_sample(name, mark, built):
     system = replace(ask("bad"), system=f"a {mark}")
     for bad in (ask("bad", f"what is {mark}?"), ask("bad", answer=f"a {mark}"), system):
         with pytest.raises(
-            SparsightError, match="^sample 'bad': its text holds <.*>, which stands for an image; take it out"
+            SparsightError, match=r"^sample 'bad': its text holds <.*>, which stands for an image; take it out"
         ):
             Encoder(processor, model).usable(among(bad))
         encoder = Encoder(processor, model, skip_bad=True)
@@ -161,5 +161,5 @@ def test_the_tokenizer_says_it_where_the_model_does_not(said, limit):
     processor.tokenizer.model_max_length = said
     assert Limits.of(model.config, processor).usual == limit
     if limit:
-        with pytest.raises(SparsightError, match="sample 'long': .* more than the 40 tokens of its tokenizer; shorten"):
+        with pytest.raises(SparsightError, match=r"sample 'long': .* more than the 40 tokens of its tokenizer; shorten"):
             Encoder(processor, model).usable([ask("long", "red " * 60)])
