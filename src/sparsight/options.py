@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from sparsight.checks import check_name, current_name, nearest, parse_list, plain_value
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, quote
 
 Budget = str | float | Mapping[str, float]
 Ranks = int | str | Mapping[str, int]
@@ -160,19 +160,19 @@ def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
     if get_origin(kinds[0]) is tuple:
         return _words(name, kinds[0], option, value)
     if kinds == (bool,) and not isinstance(value, bool):
-        raise SparsightError(f"`{name}`: {value!r} is neither true nor false")
+        raise SparsightError(f"`{name}`: {quote(value)} is neither true nor false")
     if kinds in ((int,), (float,)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if kinds == (int,) and not (number and isinstance(value, int) and option.fits(value)):
-            raise SparsightError(f"`{name}`: {value!r} is not {option.says}")
+            raise SparsightError(f"`{name}`: {quote(value)} is not {option.says}")
         if not number or not option.fits(value):
             raise SparsightError(
-                f"`{name}`: " + (f"{value:g} is not {option.says}" if number else f"{value!r} is not a number")
+                f"`{name}`: " + (f"{value:g} is not {option.says}" if number else f"{quote(value)} is not a number")
             )
     if kinds in ((str,), (Name,)):
         value = current_name(name, value)
         if isinstance(value, list | tuple | int | float | None) or (kinds == (str,) and not isinstance(value, str)):
-            raise SparsightError(f"`{name}`: {value!r} is not a word")
+            raise SparsightError(f"`{name}`: {quote(value)} is not a word")
         if isinstance(value, str) and option.tables:
             check_name(name, value, option.names())
     return value
@@ -183,7 +183,7 @@ def _words(name: str, kind: Any, option: Option, value: Any) -> tuple[Any, ...]:
     functions = get_args(kind)[0] is Name
     words = parse_list(value or ()) if isinstance(value, str | list | tuple | None) else (value,)
     if not all(isinstance(word, str) or (functions and callable(word)) for word in words):
-        raise SparsightError(f"`{name}`: {value!r} is not a list of words")
+        raise SparsightError(f"`{name}`: {quote(value)} is not a list of words")
     for word in words:
         if isinstance(word, str) and option.tables:
             check_name(name, word, option.names())

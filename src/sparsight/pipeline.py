@@ -21,7 +21,7 @@ from sparsight.checkpoint.stages import stages_of
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checkpoint.verify import Zeros, verify
 from sparsight.data import Source, read, read_with
-from sparsight.errors import Interrupted, NotWritten, SparsightError
+from sparsight.errors import Interrupted, NotWritten, SparsightError, quote
 from sparsight.evaluation.record import SCORES
 from sparsight.evaluation.verb import evaluate_folder
 from sparsight.files import write_json
@@ -117,7 +117,7 @@ class _Pipeline:
         for key in {**(earlier or {}), **facts}.keys() - free:
             if earlier is not None and earlier.get(key) != facts.get(key):
                 raise SparsightError(
-                    f"{folder}: holds a run with {key}={earlier.get(key)!r}, this one has {facts.get(key)!r}; "
+                    f"{folder}: holds a run with {key}={quote(earlier.get(key))}, this one has {quote(facts.get(key))}; "
                     "give another folder"
                 )
 

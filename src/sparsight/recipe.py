@@ -94,7 +94,7 @@ def check_section(where: str, verb: str, section: Any) -> None:
     **Raises** `SparsightError`, naming the key.
     """
     if not isinstance(section, Mapping):
-        raise SparsightError(f"{where} is {section!r} and not a mapping, as in {verb}: {{seed: 0}}")
+        raise SparsightError(f"{where} is {quote(section)} and not a mapping, as in {verb}: {{seed: 0}}")
     allowed = (*(name for name in options(SPECS[verb]) if name not in OUTSIDE), *BESIDE.get(verb, ()))
     for key in section:
         if key not in allowed:
@@ -171,7 +171,7 @@ def _embedded(key: str, value: Any) -> Any:
     name = value.removeprefix("demo:")
     names = tuple(MODELS if key == "model" else SETS)
     if name not in names:
-        raise SparsightError(f"{key}: there is no {value!r}; {nearest(name, names)}")
+        raise SparsightError(f"{key}: there is no {quote(value)}; {nearest(name, names)}")
     return str(MODELS[name] if key == "model" else scene_folder(name))
 
 
@@ -180,16 +180,16 @@ def _change(recipe: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        raise SparsightError(f"{change!r} is not KEY=VALUE; write for example prune.sparsity=0.6")
+        raise SparsightError(f"{quote(change)} is not KEY=VALUE; write for example prune.sparsity=0.6")
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise SparsightError(f"{change!r}: the value is no YAML ({' '.join(str(error).split())})") from error
+        raise SparsightError(f"{quote(change)}: the value is no YAML ({' '.join(str(error).split())})") from error
     place: Any = recipe
     for name in names[:-1]:
         if place.get(name) is None:
             place[name] = {}
         place = place[name]
         if not isinstance(place, dict):
-            raise SparsightError(f"{change!r}: {name} holds a value and no keys of its own")
+            raise SparsightError(f"{quote(change)}: {name} holds a value and no keys of its own")
     place[names[-1]] = value

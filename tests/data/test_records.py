@@ -275,7 +275,8 @@ def test_where_all_are_bad_the_reasons_are_counted(folder):
     with pytest.raises(SparsightError) as caught:
         read(write(folder, *bad), skip_bad=True)
     assert str(caught.value).endswith(
-        "no samples; all 7 records are bad: image 'no0.png' does not exist (4); empty answer (2); "
+        "no samples; all 7 records are bad: image 'no0.png' does not exist; name another folder with "
+        "`images` (4); empty answer (2); "
         "missing 'answer' (or 'answers')"
     )
     many = (

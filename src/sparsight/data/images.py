@@ -90,7 +90,8 @@ def finder(folder: Path | None, images: Path | None = None) -> Find:
             raise BadRecord(f"image {quote(entry)} cannot be read: {first_line(error)}") from error
         if outside:
             raise BadRecord(out)
-        where = f" in {' or '.join(str(place) for place in allowed)}" if images is not None else ""
+        where = "; name another folder with `images`"
+        where = f" in {' or '.join(str(place) for place in allowed)}" if images is not None else where
         raise BadRecord(f"image {quote(entry)} does not exist{where}")
 
     return find

@@ -56,7 +56,7 @@ def dataset_rows(
             table = datasets.load_dataset("parquet", data_files=source, split="train")
         else:
             builder = datasets.load_dataset_builder(source, configuration or None)
-            names = list(builder.info.splits or builder.config.data_files or ("train",))
+            names = [str(name) for name in builder.info.splits or builder.config.data_files or ("train",)]
             unnamed = names == ["train"] and Path(source).is_dir() and not _names_a_split(Path(source))
             if not unnamed:
                 split = choose_split(source, names, split, held_out)
