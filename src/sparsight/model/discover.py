@@ -138,15 +138,16 @@ def _connectors(model: nn.Module, modules: dict[str, nn.Module], marks: list[Mar
     for mark in marks:
         for place in (mark.path, *_ancestors(mark.path)):
             holders.setdefault(place, set()).add(mark.component)
+    lists = {mark.path for mark in marks}
     found: dict[str, Mark] = {}
     for path, module in modules.items():
         around = [path, *_ancestors(path)]
-        if not is_linear(module) or any(place in {mark.path for mark in marks} for place in around):
+        if not is_linear(module) or not lists.isdisjoint(around):
             continue
         if any(holders.get(place) in ({"language"}, {OTHER}) for place in around):
             continue
         names = [place.rpartition(".")[2] for place in around]
-        spoken = [(found_, name) for name in names if (found_ := _component(name))]
+        spoken = [(part, name) for name in names if (part := _component(name)) is not None]
         if any(part[0] == OTHER for part, _ in spoken) or any(word in name for name in names for word in NO_CONNECTOR):
             continue
         word = next(((part[1], name) for part, name in spoken if part[0] == "connector"), None)
