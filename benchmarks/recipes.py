@@ -120,6 +120,69 @@ MODELS: dict[str, dict[str, Any]] = {  # a model of the zoo, and the values of i
         "processor": {"image_seq_len": 81},
         "picture": {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}},
     },
+    "qwen3-vl-8b": {
+        "zoo": "qwen3-vl",
+        "config": {
+            "vision_config": {
+                "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
+                "out_hidden_size": 4096, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+            },
+            "text_config": {
+                "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+            },
+        },
+        "processor": {}, "picture": {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 16777216}},
+    },
+    "gemma-4-e4b": {
+        "zoo": "gemma4",
+        "config": {
+            "vision_config": {
+                "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+                "num_key_value_heads": 12, "head_dim": 64, "patch_size": 16, "pooling_kernel_size": 3,
+            },
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8,
+                "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+                "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 18, "sliding_window": 512,
+                "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(42)],
+                "per_layer_config": {str(i): {"head_dim": 512 if i % 6 == 5 else 256} for i in (1, 3, *range(5, 42, 6))},
+            },
+        },
+        "processor": {"image_seq_length": 280},
+        "picture": {"patch_size": 16, "pooling_kernel_size": 3, "max_soft_tokens": 280},
+    },
+    "internvl3-8b": {
+        "zoo": "internvl",
+        "config": {
+            "vision_config": {
+                "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                "image_size": [448, 448], "patch_size": [14, 14],
+            },
+            "text_config": {
+                "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151674, "layer_types": ["full_attention"] * 28,
+            },
+            "image_seq_length": 256,
+        },
+        "processor": {"image_seq_length": 256}, "picture": {"size": {"height": 448, "width": 448}, "max_patches": 12},
+    },
+    "llama-3.2-11b-vision": {
+        "zoo": "mllama",
+        "config": {
+            "vision_config": {
+                "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_global_layers": 8,
+                "attention_heads": 16, "image_size": 560, "patch_size": 14, "vision_output_dim": 7680,
+                "intermediate_layers_indices": [3, 7, 15, 23, 30],
+            },
+            "text_config": {
+                "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "vocab_size": 128256, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+            },
+        },
+        "processor": {}, "picture": {"size": {"height": 560, "width": 560}},
+    },
 }  # fmt: skip
 
 

@@ -207,6 +207,7 @@ def test_a_recipe_reads_and_says_how_to_run_it(path):
 CLASSES = {
     "instructblip-flan-t5-xl": "instructblip-t5", "instructblip-vicuna-7b": "instructblip-llama", "llava-1.5-7b": "llava",
     "qwen2.5-vl-7b": "qwen2.5-vl", "gemma-3-4b": "gemma3", "smolvlm-2.2b": "smolvlm",
+    "qwen3-vl-8b": "qwen3-vl", "gemma-4-e4b": "gemma4", "internvl3-8b": "internvl", "llama-3.2-11b-vision": "mllama",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ NAMES: tuple[str, ...] = (
     "smolvlm",
 )
 
-NEEDS_TORCHVISION = ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "smolvlm")
+MORE = ("internvl", "mllama", "gemma4")  # in zoo_more.py
+NEEDS_TORCHVISION = ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "smolvlm", "internvl", "gemma4")
 
 _VISION = {
     "hidden_size": 32,
@@ -270,6 +272,12 @@ def _smolvlm() -> tuple[Any, Any]:
     return processor, hf.SmolVLMForConditionalGeneration(config)
 
 
+def _more(name: str) -> tuple[Any, Any]:
+    import zoo_more  # it imports this module
+
+    return getattr(zoo_more, name)(_image_processor)
+
+
 _BUILDERS = {
     "instructblip-t5": lambda: _blip(True, zoo_text.t5_tokenizer(), _t5_config),
     "instructblip-llama": lambda: _blip(True, zoo_text.llama_tokenizer(), lambda size: _llama_config(size, pad_token_id=4)),
@@ -282,4 +290,5 @@ _BUILDERS = {
     "paligemma": _paligemma,
     "gemma3": _gemma3,
     "smolvlm": _smolvlm,
+    **{name: partial(_more, name) for name in MORE},
 }
