@@ -283,6 +283,8 @@ class RestoreSpec(SharedSpec):
                 "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
                 "leave it or `reconstruct` out"
             )
+        if self.held_out_split and (self.held_out is None or str(self.held_out).isdigit()):
+            raise SparsightError("`held_out_split`: needs data of its own to read from; name it with `held_out`")
         if self.patience and self.held_out is None:
             raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
 

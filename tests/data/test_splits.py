@@ -11,6 +11,7 @@ from sparsight import api
 from sparsight.data import Source, read
 from sparsight.data.tables import choose_split
 from sparsight.errors import SparsightError
+from sparsight.specs import EvaluateSpec, PruneSpec, RestoreSpec
 
 import zoo
 
@@ -109,6 +110,17 @@ def test_an_opened_source_keeps_its_split(saved):
         read(Source(whole), split="test")
     assert asked(read(Source(whole, held_out=True), held_out=True)) == "test"
     assert asked(read(Source(whole, "train"), held_out=True)) == "train"
+
+
+def test_a_split_of_no_data_is_refused():
+    for held_out in (None, 4, "4"):
+        with pytest.raises(SparsightError, match="`held_out_split`: needs data of its own"):
+            RestoreSpec(held_out=held_out, held_out_split="test")
+
+
+def test_a_split_is_of_the_data_of_one_verb():
+    made = EvaluateSpec.make(PruneSpec(split="train", max_length=9), {})
+    assert (made.split, made.max_length) == (None, 9)
 
 
 def test_every_command_says_what_it_read(saved, run, zoo_folder, tmp_path):

@@ -267,7 +267,7 @@ PRUNE_COST = [name for name, (_, option) in options(PruneSpec).items() if option
 RESTORE_COST = [
     name for name, (_, option) in options(RestoreSpec).items() if option.cost and name not in options(SharedSpec)
 ]
-RESTORE_COST = [name for name in RESTORE_COST if name not in ("samples", "epochs")]  # `steps` covers them
+RESTORE_COST = [name for name in RESTORE_COST if name not in ("samples", "epochs", "split")]  # `steps` covers them
 
 
 def _restore_name(name: str) -> str:
