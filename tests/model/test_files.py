@@ -152,7 +152,15 @@ def test_buffers_of_older_versions_are_no_weights(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("size", [0, 5, 300, -1])
+def test_a_file_that_is_cut_short(size, folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:size])
+    with pytest.raises(SparsightError, match=r"model\.safetensors: is cut short or damaged; copy it again"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_pointer_of_lfs(name, folder):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
     with pytest.raises(SparsightError, match=rf"{name}: is a pointer of Git LFS.*git lfs pull"):

@@ -39,7 +39,7 @@ def check_files(where: str) -> None:
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
             raise SparsightError(f"{where}: no .safetensors file; convert the weights with save_pretrained first")
-        for path in (folder / "config.json", *weights):
+        for path in (folder / "config.json", *weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))):
             _check_pointer(path)
         check_config(where, _read_config(folder / "config.json"))
         for name in QUANTIZED[2:]:
@@ -129,13 +129,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_tensors(path: Path) -> None:
-    """Refuse tensors of a quantized model, by the header of a file; one that cannot be read is left to transformers."""
+    """Refuse a file that is cut short, and tensors of a quantized model, by the header of the file."""
+    whole = path.stat().st_size
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < path.stat().st_size else {}
-    except ValueError:
-        return
+            header = json.loads(file.read(size)) if 8 + size <= whole else None
+        ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError):
+        header, ends = None, []
+    if header is None or 8 + size + max(ends, default=0) != whole:
+        raise SparsightError(f"{path}: is cut short or damaged; copy it again from where it came from")
     for name, entry in header.items():
         dtype = entry.get("dtype", "") if isinstance(entry, dict) else ""
         if name.rpartition(".")[2] in PACKED or dtype.startswith(LOW):
@@ -143,6 +147,6 @@ def _check_tensors(path: Path) -> None:
 
 
 def _remedy(config: dict[str, Any]) -> str:
-    base = config.get("base_model_name_or_path") or config.get("_name_or_path")
+    base = config.get("base_model_name_or_path")
     original = f"the original {str(base)[:80]}" if isinstance(base, str) and base else "the original, unquantized model"
     return f"its weights are codes, which cannot be pruned; prune {original}, and quantize the sparse model"
