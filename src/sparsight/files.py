@@ -1,10 +1,11 @@
-"""Write files as a whole or not at all."""
+"""Write files as a whole or not at all, with the modes that the user's umask gives."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; it takes the place of `path` once the block ends without an error.
 
-    On an error what was written is deleted, and `path` is as it was.
+    On an error what was written is deleted, and `path` is as it was. The mode is that of a file which `open` makes,
+    whatever the block writes with.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        mode = _make(beside)
         yield beside
+        _set_mode(beside, mode)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -33,3 +37,35 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, facts: Any, indent: int | None = 1) -> None:
     """Write plain values as a JSON file, as a whole or not at all; other values are written as their `str`."""
     write_text(path, json.dumps(facts, indent=indent, default=str, ensure_ascii=False) + "\n")
+
+
+def make_beside(path: Path) -> Path:
+    """Make an empty folder beside `path`, with a name that is not taken and the mode that `mkdir` gives."""
+    while True:
+        beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileExistsError):
+            beside.mkdir()
+            return beside
+
+
+def set_modes(folder: Path) -> None:
+    """Give every file in `folder` the mode of one which `open` makes: safetensors makes files for their owner alone."""
+    probe = folder / f".{secrets.token_hex(4)}"
+    try:
+        mode = _make(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            _set_mode(path, mode)
+
+
+def _make(path: Path) -> int:
+    """Make an empty file and return its mode; asking for the umask itself would change it for a moment, in all threads."""
+    path.touch()
+    return path.stat().st_mode
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if path.stat().st_mode != mode:
+        path.chmod(mode)

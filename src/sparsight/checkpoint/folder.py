@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from sparsight.checkpoint.card import model_card
 from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError
+from sparsight.files import make_beside, set_modes
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy, anatomy
@@ -207,10 +207,10 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     out = check_output(folder, overwrite)
     try:
         with parents(out):
-            beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+            beside = make_beside(out)
             try:
                 yield beside
-                beside.chmod(0o755)
+                set_modes(beside)
                 _take_place(beside, out)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -223,7 +223,7 @@ def _take_place(new: Path, out: Path) -> None:
     if not out.exists():
         new.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    old = make_beside(out)
     try:
         out.rename(old / "folder")
         new.rename(out)

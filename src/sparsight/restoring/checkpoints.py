@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsight.errors import SparsightError
+from sparsight.files import replace_file
 from sparsight.restoring.peft_layers import factors
 
 COMPLETE = "complete.json"  # written last: the hash of every other file of the checkpoint
@@ -67,7 +68,8 @@ def _best(checkpoint: Path) -> str | None:
 
 def save_factors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write the factors, as `factor_tensors` returns them, into `folder`."""
-    save_file(dict(tensors), folder / FACTORS)
+    with replace_file(folder / FACTORS) as beside:
+        save_file(dict(tensors), beside)
 
 
 def load_factors(wrapped: Any, folder: Path) -> None:
