@@ -113,7 +113,8 @@ def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> No
         for call in calls.values():
             call()
 
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    device = next(model.parameters()).device
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         expected = _logits(model(**batches[0].inputs))
         torch.manual_seed(0)
