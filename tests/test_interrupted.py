@@ -12,11 +12,13 @@ import sys
 import time
 
 import pytest
+import torch
 
-from sparsight import SparsightError, api, signals
+from sparsight import SparsightError, api, distributed, signals
 from sparsight.checkpoint.folder import read_metrics
 from sparsight.cli import commands
 from sparsight.errors import Interrupted
+from sparsight.restoring.callbacks import ProgressCallback
 from sparsight.restoring.checkpoints import last_checkpoint
 
 from zoo import digest
@@ -325,6 +327,14 @@ def test_a_caller_s_own_handler_of_sigterm_stays(own):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_signal_while_processes_agree_is_kept_for_the_next_step(monkeypatch):
+    watching = ProgressCallback(None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda stops: setattr(watching, "stop", True))
+    assert not watching._stop_anywhere("cpu")
+    assert watching._stop_anywhere("cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_launcher_that_is_stopped(number, zoo_folder, scenes, tmp_path):
@@ -342,6 +352,5 @@ def test_a_launcher_that_is_stopped(number, zoo_folder, scenes, tmp_path):
         _, rest = work.communicate(timeout=90)
     finally:
         work.kill()
-    print(rest)
     assert rest.count("sparsight: interrupted; what was done is in") == 1
     assert last_checkpoint(tmp_path / "out.unfinished") is not None

@@ -44,7 +44,8 @@ class Stops:
 def listening(first: Callable[[KeyboardInterrupt], None], *, ends: bool = False) -> Iterator[Stops]:
     """Call `first` at the first Ctrl-C or SIGTERM inside the block; the handlers before it are put back at the end.
 
-    With `ends` the process ends with the block, and after a signal the handlers stay until then. Only the main thread can do so. A signal that is ignored stays so, as does the caller's own handler of SIGTERM.
+    With `ends` the process ends with the block, and after a signal the handlers stay until then. Only the main thread can do
+    so. A signal that is ignored stays so, as does the caller's own handler of SIGTERM.
     """
     stops = Stops(first)
     before: dict[int, Any] = {}

@@ -58,7 +58,9 @@ class ProgressCallback(TrainerCallback):
         if distributed.world_size() > 1:
             stops = torch.tensor(float(self.stop), device=device)
             torch.distributed.all_reduce(stops)
-            self.stop = bool(stops > 0)
+            anywhere = bool(stops > 0)
+            self.stop = self.stop or anywhere  # a signal that came meanwhile is for the next step
+            return anywhere
         return self.stop
 
 
