@@ -19,7 +19,7 @@ from sparsight.specs import SPECS
 
 SRC = Path(sparsight.__file__).parent
 ORDER = [  # from the ground up; a room imports only from rooms below it
-    ("errors", "version", "progress", "memory", "files", "cost"),
+    ("errors", "version", "progress", "memory", "files", "signals", "cost"),
     ("checks",),
     ("options",),
     ("specs",),

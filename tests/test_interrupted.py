@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -11,10 +12,13 @@ import sys
 import time
 
 import pytest
+import torch
 
-from sparsight import SparsightError, api
+from sparsight import SparsightError, api, distributed, signals
 from sparsight.checkpoint.folder import read_metrics
+from sparsight.cli import commands
 from sparsight.errors import Interrupted
+from sparsight.restoring.callbacks import ProgressCallback
 from sparsight.restoring.checkpoints import last_checkpoint
 
 from zoo import digest
@@ -228,3 +232,125 @@ def test_a_disk_that_fills_up_while_restoring(zoo_folder, scenes, tmp_path):
             api.restore(tmp_path / "sparse", tmp_path / name, data=scenes, steps=2, batch_size=4, resume=resume)
         assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("sent", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_sigterm_is_ctrl_c(sent, zoo_folder, scenes, tmp_path):
+    """A second signal within a second is the same one, as `timeout` and schedulers send it."""
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    work = started("restore", tmp_path / "sparse", tmp_path / "out", "--data", scenes, "--steps", 100_000)
+    work.stderr.readline()  # the first line of progress
+    for number in sent:
+        work.send_signal(number)
+        time.sleep(0.01)
+    try:
+        _, rest = work.communicate(timeout=60)
+    finally:
+        work.kill()
+    assert work.returncode == (143 if sent[0] == signal.SIGTERM else 130)
+    assert rest.strip().splitlines()[-1].startswith("sparsight: interrupted; what was done is in")
+    assert "Traceback" not in rest
+    assert last_checkpoint(tmp_path / "out.unfinished") is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished", "sparse"]
+
+
+@pytest.mark.parametrize("verb", ["prune", "eval", "run", "sweep", "inspect"])
+def test_sigterm_in_every_verb(verb, zoo_folder, scenes, tmp_path, run, monkeypatch):
+    """One line, exit code 143, and the same bytes when it goes on."""
+
+    def stop(note, done, total):
+        if verb != "prune" or done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def display(title, quiet):
+        yield stop
+
+    dense = zoo_folder("llava")
+    (tmp_path / "recipe.yaml").write_text(f"model: {dense}\ndata: {scenes}\nheld_out: {scenes}\nprune: {{samples: 4}}\n")
+    (tmp_path / "sweep.yaml").write_text((tmp_path / "recipe.yaml").read_text() + "grid: {sparsity: [0.5]}\n")
+    words = {
+        "prune": ["prune", dense, "out", "--data", scenes, "--samples", 8],
+        "eval": ["eval", dense, "--data", scenes],
+        "run": ["run", "recipe.yaml", "out"],
+        "sweep": ["sweep", "sweep.yaml", "out"],
+        "inspect": ["inspect", dense],
+    }[verb]
+    if verb == "inspect":
+        monkeypatch.setattr(api, "inspect", lambda model, **_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(commands, "progress_display", display)
+    try:
+        code, out, errors = run(*words)
+    finally:  # they stay until the process has ended
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert (code, out, errors.count("\n")) == (143, "", 1)
+    assert errors.startswith("sparsight: interrupted; ")
+    monkeypatch.undo()
+    if verb == "prune":
+        assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 2
+        monkeypatch.chdir(tmp_path)
+        api.prune(dense, "out", data=scenes, samples=8, resume=True)
+        api.prune(dense, "whole", data=scenes, samples=8)
+        assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_later_signal_stops_at_once():
+    heard = []
+    with signals.listening(heard.append) as stops:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [stops.stop]
+        stops._began -= 2 * signals.SAME
+        with pytest.raises(signals.Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_an_inner_listener_heard_is_not_heard_again_by_the_outer_one():
+    outer, inner = [], []
+    with signals.listening(outer.append) as stops:
+        with signals.listening(inner.append):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (outer, inner) == ([], [stops.stop])
+
+
+@pytest.mark.parametrize("own", [signal.SIG_IGN, lambda *_: None])
+def test_a_caller_s_own_handler_of_sigterm_stays(own):
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with signals.listening(lambda stop: None):
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_while_processes_agree_is_kept_for_the_next_step(monkeypatch):
+    watching = ProgressCallback(None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda stops: setattr(watching, "stop", True))
+    assert not watching._stop_anywhere("cpu")
+    assert watching._stop_anywhere("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_stopped(number, zoo_folder, scenes, tmp_path):
+    """Both processes stop after the same step, the main one says so, and `--resume` goes on."""
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    words = ["restore", tmp_path / "sparse", tmp_path / "out", "--data", scenes, "--steps", 100_000, "--batch-size", 2]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sparsight"]
+    work = subprocess.Popen(
+        [*launcher, *map(str, words)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while "restore: " not in (line := work.stderr.readline()):
+        assert line
+    work.send_signal(number)
+    try:
+        _, rest = work.communicate(timeout=90)
+    finally:
+        work.kill()
+    assert rest.count("sparsight: interrupted; what was done is in") == 1
+    assert last_checkpoint(tmp_path / "out.unfinished") is not None

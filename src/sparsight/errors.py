@@ -17,7 +17,7 @@ class NotWritten(SparsightError):
 
 
 class Interrupted(BaseException):
-    """Work that was stopped by Ctrl-C and can go on: the line says how. No `except Exception` swallows it."""
+    """Work that was stopped by Ctrl-C or SIGTERM and can go on: the line says how. No `except Exception` swallows it."""
 
 
 class Notice(UserWarning):

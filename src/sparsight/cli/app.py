@@ -1,7 +1,7 @@
 """The verbs on the command line: parse, one call, print, exit.
 
 Exit codes: 0 done, 1 `verify` found a difference, 2 invalid input (one line on standard error, nothing written), 130
-interrupted.
+interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sparsight.cli.output import launched_rank, show
 from sparsight.cli.progress import progress_display
 from sparsight.errors import Interrupted, Notice, SparsightError
 from sparsight.options import options
+from sparsight.signals import listening, was_terminated
 from sparsight.specs import PruneSpec
 from sparsight.version import VERSION
 
@@ -72,23 +73,40 @@ def main() -> None:
     Of several processes the main one prints the error. The launcher then ends the others; another process prints its own
     error only if it is still running after `PATIENCE`.
     """
-    code = 0
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
-    try:
-        code = app(standalone_mode=False) or 0
-    except SparsightError as error:
-        code = _fail(str(error), 2)
-    except Interrupted as stop:
-        code = _fail(str(stop), 130)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing was written", 130)
-    except _USAGE as error:
-        code = _fail(error.format_message(), 2)
-    except Exception:
-        if launched_rank():
-            time.sleep(PATIENCE)
-        raise
+    code: Any = 0
+    with listening(_stop, ends=True) as stops:
+        try:
+            try:
+                code = app(standalone_mode=False) or 0
+                if code == 130 and stops.stop:  # typer turns Ctrl-C into a code of its own, without a line
+                    code = _interrupted(stops.stop)
+            except SparsightError as error:
+                code = _fail(str(error), 2)
+            except (Interrupted, KeyboardInterrupt, typer.Abort) as stop:
+                code = _interrupted(stop)
+            except _USAGE as error:
+                code = _fail(error.format_message(), 2)
+            except Exception:
+                if launched_rank():
+                    time.sleep(PATIENCE)
+                raise
+        except BaseException as error:
+            if stops.stop is None:
+                raise
+            code = _interrupted(error)  # the signal came while another error, often its own consequence, was handled
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(stop: KeyboardInterrupt) -> None:
+    raise stop
+
+
+def _interrupted(stop: BaseException) -> int:
+    """Print the line of interrupted work, in the main process only, since all were stopped; return the exit code."""
+    if not launched_rank():
+        _fail(str(stop) if isinstance(stop, Interrupted) else "interrupted; no output was written", 130)
+    return 143 if was_terminated(stop) else 130
 
 
 def _show_warning(otherwise: Callable, message: Any, category: Any, *where: Any, **more: Any) -> None:
@@ -101,8 +119,6 @@ def _show_warning(otherwise: Callable, message: Any, category: Any, *where: Any,
 
 def _fail(line: str, code: int) -> int:
     where = launched_rank()
-    if where and code == 130:  # all were interrupted
-        return code
     if where:
         time.sleep(PATIENCE)
     print(f"sparsight: {f'process {where}: ' if where else ''}{with_flags(' '.join(line.split()))}", file=sys.stderr)

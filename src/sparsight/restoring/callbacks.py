@@ -1,23 +1,21 @@
-"""Callbacks of the training of adapters: progress, Ctrl-C, and patience."""
+"""Callbacks of the training of adapters: progress, Ctrl-C and SIGTERM, and patience."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from sparsight import distributed
+from sparsight import distributed, signals
 
 
 class ProgressCallback(TrainerCallback):
-    """Reports every step; after Ctrl-C, ends the training with a checkpoint at the end of the step.
+    """Reports every step; after Ctrl-C or SIGTERM, ends the training with a checkpoint at the end of the step.
 
-    A `KeyboardInterrupt` inside a destructor or another library's callback is lost; a flag is not. A second Ctrl-C stops
+    A `KeyboardInterrupt` inside a destructor or another library's callback is lost; a flag is not. A second signal stops
     at once.
     """
 
@@ -26,22 +24,18 @@ class ProgressCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch Ctrl-C inside the block, in the main thread only; **raises** `KeyboardInterrupt` at the end if it came."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Catch Ctrl-C and SIGTERM inside the block, in the main thread only.
 
-        def hear(*_: Any) -> None:
+        **Raises** `KeyboardInterrupt` at the end if one came, here or in another process.
+        """
+
+        def hear(_: KeyboardInterrupt) -> None:
             self.stop = True
-            signal.signal(signal.SIGINT, before)
 
-        before = signal.signal(signal.SIGINT, hear)
-        try:
+        with signals.listening(hear) as stops:
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
         if self.stop:
-            raise KeyboardInterrupt
+            raise stops.stop or KeyboardInterrupt
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """Keep the latest losses for the next report."""
@@ -51,7 +45,7 @@ class ProgressCallback(TrainerCallback):
             self.held_out = f" · held out {logs['eval_loss']:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report the step, evaluate after the last one, and stop after Ctrl-C."""
+        """Report the step, evaluate after the last one, and stop after Ctrl-C or SIGTERM."""
         if self.report:
             self.report(self.note + self.held_out, state.global_step, state.max_steps)
         if state.global_step == state.max_steps and args.eval_strategy != "no":
@@ -60,11 +54,13 @@ class ProgressCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _stop_anywhere(self, device: Any) -> bool:
-        """Whether any process received Ctrl-C: all of them stop after the same step."""
+        """Whether any process received a signal: all of them stop after the same step."""
         if distributed.world_size() > 1:
             stops = torch.tensor(float(self.stop), device=device)
             torch.distributed.all_reduce(stops)
-            self.stop = bool(stops > 0)
+            anywhere = bool(stops > 0)
+            self.stop = self.stop or anywhere  # a signal that came meanwhile is for the next step
+            return anywhere
         return self.stop
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -74,6 +75,7 @@ def _serve(worker: Any, waiting: queue.SimpleQueue, answers: queue.SimpleQueue) 
 def main() -> None:
     """Run units from standard input until it ends; print an error, or an empty string, for each."""
     task = json.loads(sys.argv[1])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may be sent to the whole group; the parent process ends this one
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
