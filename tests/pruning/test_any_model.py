@@ -72,6 +72,17 @@ def test_every_expert_sees_the_inputs_of_its_own_product(kind):
     assert seen >= len(layers) / 2
 
 
+def test_an_error_inside_fused_experts_leaves_nothing_behind(monkeypatch):
+    """The mode that sees their products is over, and so are the hooks."""
+    model = tiny.build("llama4")
+    ready = tiny.batches(model)
+    monkeypatch.setattr("sparsight.calibration.observe.Watch._see_stack", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sparsight.prune(model, ready, sparsity=0.5)
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 @pytest.fixture(scope="module")
 def captioner():
     """A vision-encoder-decoder with GPT-2, whose layers are `Conv1D`: (in, out)."""

@@ -58,7 +58,8 @@ class Watch:
                 hooks.append(module.register_forward_pre_hook(self._hook_experts(group, stack)))
             else:
                 products = _Products(group, self._see_stack)
-                hooks += [module.register_forward_pre_hook(products.enter), module.register_forward_hook(products.exit)]
+                hooks.append(module.register_forward_pre_hook(products.enter))
+                hooks.append(module.register_forward_hook(products.exit, always_call=True))  # after an error, too
         try:
             yield self
         finally:
