@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,19 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[name]
 
     return find
+
+
+@pytest.fixture(scope="module")
+def built() -> Callable[[str], tuple[Any, Any]]:
+    """Give `built(name)`: the model and processor of one family in memory, made once per file of tests."""
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def get(name: str) -> tuple[Any, Any]:
+        if name not in made:
+            made[name] = zoo.build(name)
+        return made[name]
+
+    return get
 
 
 @pytest.fixture(scope="session")

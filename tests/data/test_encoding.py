@@ -31,18 +31,6 @@ TALK = ask("talk", C, ("describe this", "two stars"), ("how many?", "Ünknown 42
 SAMPLES = [ONE, TWO, TALK]
 
 
-@pytest.fixture(scope="module")
-def built():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = zoo.build(name)
-        return made[name]
-
-    return get
-
-
 @pytest.fixture(params=zoo.NAMES)
 def family(request, built):
     model, processor = built(request.param)

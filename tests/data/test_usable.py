@@ -28,18 +28,6 @@ def among(bad, place=9):
     return [*GOOD[:place], bad, *GOOD[place:]]
 
 
-@pytest.fixture(scope="module")
-def built():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = zoo.build(name)
-        return made[name]
-
-    return get
-
-
 THIN = Image.new("RGB", (3000, 8), "red")
 
 

@@ -20,18 +20,6 @@ def samples(n=5, kind=""):
     return [Sample(f"{kind}{i}", (IMAGES[i],), (Turn(prompts[i % 5], (answers[i % 5], "other")),), kind) for i in range(n)]
 
 
-@pytest.fixture(scope="module")
-def built():
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = zoo.build(name)
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_predictions_do_not_depend_on_the_batch(name, built):
     model, processor = built(name)

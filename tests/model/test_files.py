@@ -47,11 +47,14 @@ QUANTIZED = {
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
-@pytest.mark.parametrize("part", ["whole", "text_config"])
+@pytest.mark.parametrize("part", ["whole", "text_config", "a part of a part"])
 def test_a_quantized_checkpoint_is_refused_by_name_before_it_is_loaded(method, part, folder, scenes, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    configure(folder, **({"quantization_config": QUANTIZED[method]} if part == "whole" else {
-        "text_config": {**config["text_config"], "quantization_config": QUANTIZED[method]}}))  # fmt: skip
+    here = {"quantization_config": QUANTIZED[method]}
+    if part != "whole":
+        inner = here if part == "text_config" else {"decoder": here}
+        here = {"text_config": {**config["text_config"], **inner}}
+    configure(folder, **here)
     for call in (
         lambda: load(folder),
         lambda: api.prune(folder, tmp_path / "out", data=scenes),

@@ -65,6 +65,7 @@ def select_answers(logits: Tensor, labels: Tensor, shifted: bool, *, all_positio
     return logits[where], labels[where]
 
 
+IMAGE_FIRST = ("git",)  # the positions of the image stand in front of the tokens, without tokens of their own
 TOKENS = ("input_ids", "decoder_input_ids", "labels")  # inputs with a row per sequence
 
 
@@ -181,25 +182,25 @@ class Encoder:
         `skip_bad` those are left out and listed in `skipped`, and it is an error only if none is left.
         """
         kept: list[Sample] = []
-        found: list[str] = []
+        refused: list[str] = []
         for start in range(0, len(samples), CHECKED):
             part = samples[start : start + CHECKED]
             reasons = self._reasons(part)
             kept += self._without(part, reasons)
-            found += [_plain(sample, reason) for sample, reason in zip(part, reasons, strict=True) if reason]
+            refused += [_plain(sample, reason) for sample, reason in zip(part, reasons, strict=True) if reason]
         if not kept:
-            raise SparsightError(f"none of the {len(samples)} samples can be taken: {count_reasons(found)}")
+            raise SparsightError(f"none of the {len(samples)} samples can be taken: {count_reasons(refused)}")
         return kept
 
     def _reasons(self, samples: Sequence[Sample]) -> list[Reason]:
         """Why each sample cannot be taken; one that is several rows has the reason of the first."""
-        found: list[Reason] = [self.refusal(sample) for sample in samples]
-        rows = [(i, row) for i, sample in enumerate(samples) if found[i] is None for row in self._rows_of(sample)]
+        reasons: list[Reason] = [self.refusal(sample) for sample in samples]
+        rows = [(i, row) for i, sample in enumerate(samples) if reasons[i] is None for row in self._rows_of(sample)]
         if rows:
-            _, reasons = self._try([row for _, row in rows], usual=True)
-            for (i, _), reason in zip(rows, reasons, strict=True):
-                found[i] = found[i] or reason
-        return found
+            _, more = self._try([row for _, row in rows], usual=True)
+            for (i, _), reason in zip(rows, more, strict=True):
+                reasons[i] = reasons[i] or reason
+        return reasons
 
     def _try(self, rows: Sequence[Sample], usual: bool = False) -> tuple[dict[str, Tensor] | None, Sequence[Reason]]:
         """Encode rows, and say why each cannot be taken; where they cannot be encoded together, one by one."""
@@ -235,10 +236,10 @@ class Encoder:
         """Return why the model cannot take a sample, or None."""
         if not sample.turns or any(not turn.answers for turn in sample.turns):
             return "it has no turn, or a turn without an answer"
-        asked = [turn.prompt for turn in sample.turns]
-        said = [sample.system, *(answer for turn in sample.turns for answer in turn.answers)]
+        prompts = [turn.prompt for turn in sample.turns]
+        texts = [sample.system, *(answer for turn in sample.turns for answer in turn.answers)]
         for mark in sorted({PLACEHOLDER, *chat.image_marks(self.processor)}):
-            if any(mark in text for text in (*said, *(asked if mark != PLACEHOLDER else ()))):
+            if any(mark in text for text in (*texts, *(prompts if mark != PLACEHOLDER else ()))):
                 return f"its text holds {mark}, which stands for an image; take it out"
         return self.style.refuse(sample)
 
@@ -287,9 +288,6 @@ def padding_masks(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     elif mask is not None and pixels is not None and mask.dim() == 2 and pixels.dim() == 3:
         masks["vision"] = mask.bool()  # (images, patches), as in Siglip 2
     return masks  # a mask of whole images, (B, images), says nothing of the patches of one
-
-
-IMAGE_FIRST = ("git",)  # the positions of the image stand in front of the tokens, without tokens of their own
 
 
 def _with_image_first(text: Tensor, pixels: Tensor, vision: Any) -> dict[str, Tensor]:

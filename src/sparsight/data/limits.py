@@ -30,9 +30,9 @@ class Limits:
         text = config.get_text_config()
         positions = _number(getattr(text, "max_position_embeddings", None))
         rotary = any(getattr(text, key, None) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
-        asked = getattr(config, "qformer_config", None)
-        reads = getattr(asked, "use_qformer_text_input", True) and getattr(processor, "qformer_tokenizer", None) is not None
-        qformer = _number(getattr(asked, "max_position_embeddings", None)) if reads else None
+        reader = getattr(config, "qformer_config", None)
+        reads = getattr(reader, "use_qformer_text_input", True) and getattr(processor, "qformer_tokenizer", None) is not None
+        qformer = _number(getattr(reader, "max_position_embeddings", None)) if reads else None
         if positions is not None:
             return cls(None if rotary else positions, qformer, positions, "positions of the model")
         said = _number(getattr(getattr(processor, "tokenizer", None), "model_max_length", None))
@@ -46,16 +46,18 @@ class Limits:
         lengths = inputs["attention_mask"].sum(1)
         if "decoder_attention_mask" in inputs:
             lengths = torch.maximum(lengths, inputs["decoder_attention_mask"].sum(1))
-        asked = inputs["qformer_attention_mask"].sum(1) if "qformer_attention_mask" in inputs else torch.zeros_like(lengths)
-        return [self._reason(*row, max_length, usual) for row in zip(lengths.tolist(), asked.tolist(), strict=True)]
+        questions = (
+            inputs["qformer_attention_mask"].sum(1) if "qformer_attention_mask" in inputs else torch.zeros_like(lengths)
+        )
+        return [self._reason(*row, max_length, usual) for row in zip(lengths.tolist(), questions.tolist(), strict=True)]
 
-    def _reason(self, tokens: int, asked: int, max_length: int | None, usual: bool) -> str | None:
+    def _reason(self, tokens: int, question: int, max_length: int | None, usual: bool) -> str | None:
         if max_length is not None and tokens > max_length:
             return f"{tokens} tokens, more than max_length={max_length}"
         if self.fixed is not None and tokens > self.fixed:
             return f"{tokens} tokens, more than the {self.fixed} positions of the model; shorten its texts"
-        if self.qformer is not None and asked > self.qformer:
-            return f"a question of {asked} tokens, more than the {self.qformer} positions of the Q-Former; shorten it"
+        if self.qformer is not None and question > self.qformer:
+            return f"a question of {question} tokens, more than the {self.qformer} positions of the Q-Former; shorten it"
         if usual and max_length is None and self.usual is not None and tokens > self.usual:
             return f"{tokens} tokens, more than the {self.usual} {self.source}; shorten its texts, or set `max_length`"
         return None

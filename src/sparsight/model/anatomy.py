@@ -133,7 +133,7 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
     **Raises** `SparsightError` for a model without blocks of either, and for a path of `family` that is not there.
     """
     found = discover(model)
-    paths = _chosen(model, family, found)
+    paths = _paths(model, family, found)
     blocks = tuple(_blocks(model, paths))
     if not any(block.component in ("vision", "language") for block in blocks):
         raise SparsightError(
@@ -180,7 +180,7 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
     return Anatomy(present, blocks, tuple(layers), tuple(skipped), size, tuple(whys))
 
 
-def _chosen(model: Any, family: Family | None, found: Discovery) -> Family:
+def _paths(model: Any, family: Family | None, found: Discovery) -> Family:
     """The paths that `family` names, and the discovered ones of the components that it does not name."""
     if family is None:
         family = FAMILIES.get(model.config.model_type, Family())

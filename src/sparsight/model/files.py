@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import (
 from sparsight.errors import SparsightError
 
 POINTER = b"version https://git-lfs"
-QUANTIZED = ("quantization_config", "compression_config", "quantize_config.json", "quant_config.json")
+QUANTIZED = ("quantization_config", "compression_config")  # keys of a configuration
+QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
 # the last words of tensors that stand for quantized weights, and the dtypes that they are stored in
 PACKED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "quant_map", "SCB", "g_idx")
 LOW = ("F8_", "F4", "F6_", "I4", "U4")
@@ -39,10 +40,10 @@ def check_files(where: str) -> None:
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
             raise SparsightError(f"{where}: no .safetensors file; convert the weights with save_pretrained first")
-        for path in (folder / "config.json", *weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))):
+        for path in (*weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))):
             _check_pointer(path)
         check_config(where, _read_config(folder / "config.json"))
-        for name in QUANTIZED[2:]:
+        for name in QUANTIZED_FILES:
             if (folder / name).is_file():
                 raise SparsightError(f"{where}: is quantized ({name}); {_remedy({})}")
         for path in weights:
@@ -58,11 +59,10 @@ def check_config(where: str, config: dict[str, Any]) -> None:
 
     **Raises** `SparsightError` for quantized weights, and for a type of model that cannot be loaded here.
     """
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for part in parts:
-        for key in QUANTIZED[:2]:
-            if isinstance(found := part.get(key), dict):
-                method = found.get("quant_method") or found.get("quant_type") or found.get("format") or key
+    for part in _parts(config):
+        for key in QUANTIZED:
+            if isinstance(settings := part.get(key), dict):
+                method = settings.get("quant_method") or settings.get("quant_type") or settings.get("format") or key
                 raise SparsightError(f"{where}: is quantized ({method}); {_remedy(config)}")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind in SUPPORTED:
@@ -98,6 +98,14 @@ def check_unexpected(where: str, names: Iterable[str], blocks: Iterable[str]) ->
             "config.json that was saved with the weights"
         )
     return f"{where}: the files hold tensors that the model does not use, and a new folder does not get: {left[0]}{more}"
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and all inside it."""
+    yield config
+    for part in config.values():
+        if isinstance(part, dict):
+            yield from _parts(part)
 
 
 def _check_adapter(folder: Path) -> None:

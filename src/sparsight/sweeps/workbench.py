@@ -74,9 +74,9 @@ class Workbench:
         longest, skip_bad = self.spec.max_length, self.spec.skip_bad
         self.encoder = Encoder(self.processor, self.model, max_length=longest, skip_bad=skip_bad)
         self._sources: dict[Any, Source] = {}
-        asked = read_samples(recipe["held_out"], self.spec)
-        self.held_out_facts = asked.facts
-        self.held_out = self.encoder.usable(asked)
+        samples = read_samples(recipe["held_out"], self.spec)
+        self.held_out_facts = samples.facts
+        self.held_out = self.encoder.usable(samples)
         self._calibrations: dict[str, Calibration] = {}
         self._dense: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
 
