@@ -188,7 +188,7 @@ def _shapes(**other):
 
 def test_pruning_by_hand():
     stage = prune(_shapes(), Work(samples=20, batch_size=8))
-    assert stage.flops == {"forwards": 3 * (700 + 4000), "errors": 3 * 4000}
+    assert stage.flops == {"forwards": 3 * (700 + 4000), "errors": 3 * 4000, "check": 3 * 5000}
     error = 6 * 8 * (4 + 4)  # the new weight, and its difference from the old
     assert stage.memory == {
         "base": 20, "weights": 1000, "batches": 21, "paused activations": 300, "block outputs": 4 * 30,
@@ -219,7 +219,7 @@ def test_a_gram_matrix_and_its_solver_by_hand():
 
 def test_stage_runs_nothing_twice():
     stage = prune(_shapes(), Work(propagate="layer", samples=16, batch_size=8))
-    assert stage.flops == {"forwards": 2 * 700}  # up to the last stop, where nobody walks on
+    assert stage.flops == {"forwards": 2 * 700, "check": 3 * 5000}  # up to the last stop, where nobody walks on
     assert "block outputs" not in stage.memory
 
 

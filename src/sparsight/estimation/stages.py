@@ -13,7 +13,8 @@ batch brings to a layer of shape (out, in), k kinds of tokens summed apart (2 wh
   observe, once to walk on, N (outside + blocks) with `layer`; a Gram matrix takes T in (in + 256) per batch, being half of
   it, its factor in^3 (Cholesky 1/3, inverse by halves 2/3), SparseGPT's sweep out in^2, swaps 2 out in^2 to begin with
   (the exchanges are no products), PCG as much in each of the 64 iterations that the demo models' layers took on average
-  (at most 100). Paused are N max_i held_i bytes.
+  (at most 100). Three forwards of one batch come first, which compare a walk with a plain forward. Paused are
+  N max_i held_i bytes.
 * restore: a step is `accumulate` batches, each one forward and backward of the student (traced; adapted layers make their
   effective weight twice and project its gradient once, 8 r out in beside the three products) and, where the teacher is
   not cached, one forward. Beside the weights: P/8 bytes of masks, 16 per trained number (itself, gradient, two moments).
@@ -35,6 +36,7 @@ from sparsight.cost import Cost
 from sparsight.estimation.trace import Pass, Step, Stop
 from sparsight.pruning.walks import ERROR_BATCHES
 
+CHECK = 3  # forwards of one batch that compare a walk with a plain forward
 HEAP = 0.3  # free pieces between saved tensors of less than 32 MiB, in parts of those (see above)
 
 
@@ -198,6 +200,7 @@ def prune_flops(model: Shapes, work: Work, batches: int) -> dict[str, int]:
     counts = {"forwards": batches * last.before}
     if work.propagate != "layer":
         counts = {"forwards": batches * (last.before + inside), "errors": min(ERROR_BATCHES, batches) * inside}
+    counts["check"] = CHECK * model.walk.flops
     feeds = {x.feed: x for x in model.layers}.values()
     if work.gram:
         counts["gram"] = batches * sum(x.tokens * x.columns * (x.columns + PANEL) for x in feeds)
