@@ -17,6 +17,7 @@ from typing import Any
 from sparsight import recipe as recipes
 from sparsight.allocation.plan import check_plan
 from sparsight.checkpoint.folder import family_of, identity, read_record
+from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checkpoint.verify import Zeros, verify
@@ -59,9 +60,10 @@ def run(
             f"{settings['model']}: is pruned already; a run begins with the dense model that it was made of"
         )
     pipeline = _Pipeline(settings, Path(out), scored, progress)
-    pipeline.check()
     try:
-        return pipeline.run()
+        with locked(out):
+            pipeline.check()
+            return pipeline.run()
     except (KeyboardInterrupt, Interrupted) as stop:
         raise Interrupted(f"interrupted; what is done is in {out}: the same command goes on") from stop
     except OSError as error:

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from sparsight.checkpoint.lock import INSIDE
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checks import nearest
 from sparsight.errors import SparsightError, quote
@@ -126,7 +127,7 @@ def read_state(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
 
     **Raises** `SparsightError` for a folder that holds anything else, and for a file that is damaged.
     """
-    if not folder.exists() or (folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name == INSIDE for path in folder.iterdir())):
         return None
     path = folder / name
     if not path.is_file():

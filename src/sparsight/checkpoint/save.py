@@ -16,6 +16,7 @@ from sparsight.checkpoint.folder import (
     sparsity_record,
     write_model,
 )
+from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.verify import recorded_plan
 from sparsight.checks import check_paths, whole_name
 from sparsight.errors import SparsightError
@@ -72,14 +73,15 @@ def save(
         methods = [(earlier or {}).get("method"), getattr(record, "method", None)]
         method = " + ".join(name for name in methods if name) or method
     measured = {"prune": record.measured()} if hasattr(record, "measured") else {}
-    facts = sparsity_record(
-        body,
-        plan,
-        base_model=whole_name(base or type(model).__name__),
-        method=method,
-        mask_only=False,  # it may have been trained since
-        family=known,
-    )
-    with atomic_folder(target, overwrite) as new:
-        write_model(model, processor, Record(facts, measured, {"sparsight": VERSION}), new)
+    with locked(target):
+        facts = sparsity_record(
+            body,
+            plan,
+            base_model=whole_name(base or type(model).__name__),
+            method=method,
+            mask_only=False,  # it may have been trained since
+            family=known,
+        )
+        with atomic_folder(target, overwrite) as new:
+            write_model(model, processor, Record(facts, measured, {"sparsight": VERSION}), new)
     return facts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.checkpoint.folder import Record, atomic_folder, check_output, read_record, sparsity_record, write_model
+from sparsight.checkpoint.lock import locked
 from sparsight.checks import whole_name
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, headline
@@ -92,7 +93,8 @@ def search(
     target = check_output(out, overwrite, inputs=(model, data, held_out))
     if read_record(model):
         raise SparsightError(f"{model}: is pruned already; search among splits of the dense model")
-    return _search(recipe, target, cell, spec, overwrite, progress)
+    with locked(target):
+        return _search(recipe, target, cell, spec, overwrite, progress)
 
 
 def _search(

@@ -11,16 +11,16 @@ import csv
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from sparsight import distributed
 from sparsight import recipe as recipes
 from sparsight.allocation.plan import check_plan
 from sparsight.checkpoint.folder import read_record
+from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.unfinished import parents
 from sparsight.checks import check_count
 from sparsight.data import read_with
 from sparsight.errors import Interrupted, NotWritten, SparsightError
@@ -49,42 +49,20 @@ def sweep(
     """Prune, restore and score a model in every way of a grid; errors (`SparsightError`) as in `sparsight.sweep`."""
     settings = recipes.read(recipe, changes, extra=EXTRA)
     check_count("jobs", jobs)
+    if distributed.launched_rank():
+        raise SparsightError("`jobs`: a sweep starts its own processes; start it without a launcher")
     check_device(recipes.spec_of(settings, "evaluate").device)
     recipes.held_out_of(settings, recipe)
     grid, folder = cells(settings), Path(out)
-    state = recipes.read_state(folder, "sweep.json", "sweep")
     if read_record(settings["model"]):
         raise SparsightError(f"{settings['model']}: is pruned already; sweep over the dense model that it was made of")
-    page = folder / "report.html"
-    if page.exists() and not (page.is_file() and is_page(page)):
-        raise SparsightError(f"{page}: is no page of a report, and a sweep writes one there; move it away")
-    with own_folder(folder):
-        return _sweep(settings, grid, folder, state, jobs, progress)
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Make the folder if need be and lock it; the system releases the lock when the process ends, after a kill, too.
-
-    An empty folder that was made here is removed after an error. **Raises** `SparsightError` where another process works in
-    it, `NotWritten` where it cannot be written to.
-    """
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SparsightError(f"{folder}: another process works in it; wait for its end, or give another folder") from None
-    except OSError as error:
-        raise NotWritten(f"{folder}: cannot be written to ({error.strerror}); give another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+    with locked(folder):
+        state = recipes.read_state(folder, "sweep.json", "sweep")
+        page = folder / "report.html"
+        if page.exists() and not (page.is_file() and is_page(page)):
+            raise SparsightError(f"{page}: is no page of a report, and a sweep writes one there; move it away")
+        with parents(folder / "sweep.json"):
+            return _sweep(settings, grid, folder, state, jobs, progress)
 
 
 def _sweep(
