@@ -8,12 +8,26 @@ QUOTED, LINE = 80, 200  # characters
 class SparsightError(Exception):
     """What was given, what is allowed and what to do, in one line.
 
-    The command line prints it and exits with code 2; nothing has been written by then.
+    The command line prints it and exits with code 2; no output has been written by then. An error in the midst of long work
+    says in its `advice` how to go on, which a caller that has other commands replaces.
     """
+
+    work: Any = None  # the folder with what was done, if anything was
+    advice: str = ""
+    retry: bool = False  # whether the same work can succeed when it goes on
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in (super().__str__(), self.advice) if part)
 
 
 class NotWritten(SparsightError):
     """The disk is full, or a folder cannot be written to; no half-written output is left."""
+
+    retry = True
+
+
+class OutOfMemory(SparsightError):
+    """Memory has run out; `retry` says whether the work can go on with the settings that the line names."""
 
 
 class Interrupted(BaseException):

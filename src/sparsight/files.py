@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsight.errors import SparsightError, first_line
+
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -26,6 +28,22 @@ def replace_file(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path, then: str, kind: type = dict) -> Any:
+    """Read a JSON file that holds a `kind`.
+
+    **Raises** `SparsightError` for a file that cannot be read, is no JSON or holds something else; `then` says what to do.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SparsightError(f"{path}: cannot be read ({first_line(error)}); {then}") from error
+    except (ValueError, RecursionError) as error:
+        raise SparsightError(f"{path}: is damaged ({first_line(error)}); {then}") from error
+    if not isinstance(facts, kind):
+        raise SparsightError(f"{path}: is damaged (holds a {type(facts).__name__}, not a {kind.__name__}); {then}")
+    return facts
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,12 +1,21 @@
-"""The peak memory of this process, as the system reports it."""
+"""The peak memory of this process, as the system reports it, and what to say when memory runs out."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from sparsight.errors import OutOfMemory, first_line
+
+SAID = ("can't allocate memory", "cannot allocate memory", "not enough memory", "cuda out of memory", "error: out of memory",
+        "alloc_failed")  # fmt: skip
 
 
 def peak_memory(device: str | torch.device = "cpu") -> int | None:
@@ -22,3 +31,28 @@ def peak_memory(device: str | torch.device = "cpu") -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, of a GPU or of the machine: torch has no class of its own for the latter."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SAID)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+@contextlib.contextmanager
+def enough_memory(spec: Any) -> Iterator[None]:
+    """Turn the error of memory that runs out inside the block into one line, with what to lower of the settings.
+
+    **Raises** `OutOfMemory`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice, retry = spec.less_memory
+        short = OutOfMemory(f"out of memory ({first_line(error)}); {advice}")
+        short.retry = retry
+        raise short from error

@@ -31,7 +31,7 @@ from sparsight.model.load import load
 from sparsight.model.source import ModelSource
 from sparsight.progress import Progress, prefix
 from sparsight.pruning.verb import check_prune, prune_folder
-from sparsight.recipe import spec_of
+from sparsight.recipe import BESIDE, in_recipe, spec_of
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.division import held_out_count
 from sparsight.restoring.verb import check_restore, restore_folder
@@ -60,14 +60,21 @@ def run(
             f"{settings['model']}: is pruned already; a run begins with the dense model that it was made of"
         )
     pipeline = _Pipeline(settings, Path(out), scored, progress)
-    try:
-        with locked(out):
-            pipeline.check()
+    with locked(out):
+        pipeline.check()
+        try:
             return pipeline.run()
-    except (KeyboardInterrupt, Interrupted) as stop:
-        raise Interrupted(f"interrupted; what is done is in {out}: the same command goes on") from stop
-    except OSError as error:
-        raise NotWritten(f"{out}: could not be written to ({error.strerror or error}); what is done stays there") from error
+        except (KeyboardInterrupt, Interrupted) as stop:
+            raise Interrupted(f"interrupted; what is done is in {out}: the same command goes on") from stop
+        except OSError as error:
+            reason = error.strerror or error
+            raise NotWritten(f"{out}: could not be written to ({reason}); what is done stays there") from error
+        except SparsightError as error:
+            if error.work is not None:
+                again = f"what was done is in {error.work}: the same command goes on from there"
+                anew = f"with other settings delete {error.work} first, or give another folder"
+                error.advice = again if error.retry else anew
+            raise
 
 
 class _Pipeline:
@@ -114,14 +121,27 @@ class _Pipeline:
                 self.read |= {key: samples.facts} if samples.facts else {}
         facts = json.loads(json.dumps(self.facts, default=str))
         earlier = recipes.read_state(folder, FILE, "run")
-        begun = {"restore": any(folder.glob(f"{RESTORED}*")), "evaluate": any(folder.glob(f"*/{SCORES}"))}
+        begun = {verb: any(folder.glob(f"{PRUNED}*")) for verb in ("prune", "search")}
+        begun |= {"restore": any(folder.glob(f"{RESTORED}*")), "evaluate": any(folder.glob(f"*/{SCORES}"))}
         free = {"data", "held_out", "images", *(key for key, done in begun.items() if not done)}
         for key in {**(earlier or {}), **facts}.keys() - free:
-            if earlier is not None and earlier.get(key) != facts.get(key):
+            if earlier is not None and self.work(key, earlier.get(key)) != self.work(key, facts.get(key)):
                 raise SparsightError(
                     f"{folder}: holds a run with {key}={quote(earlier.get(key))}, this one has {quote(facts.get(key))}; "
                     "give another folder"
                 )
+
+    def work(self, key: str, value: Any) -> Any:
+        """What must stay as it was for a run to go on: not how the samples are divided to fit into memory."""
+        if key == "evaluate" and isinstance(value, Mapping):
+            return {name: setting for name, setting in value.items() if name != "batch_size"}
+        if key != "restore":
+            return value
+        sections = stages_of({key: value}, key)
+        beside = [{name: section[name] for name in BESIDE[key] if name in section} for section in sections]
+        return [
+            (spec_of(self.settings, key, section).same_work, more) for section, more in zip(sections, beside, strict=True)
+        ]
 
     def run(self) -> dict[str, Any]:
         """Run every stage that is not finished."""
@@ -155,10 +175,11 @@ class _Pipeline:
     def check_pruning(self, section: Mapping[str, Any]) -> None:
         """Refuse an invalid pruning before anything is computed."""
         spec = spec_of(self.settings, "prune", section)
-        _, policy = check_prune(spec, section.get("data", self.settings.get("data")))
-        self.check_fingerprint(section, spec, spec.seed)
-        model, _ = self.model(self.settings["model"], self.settings["model"])
-        check_plan(anatomy(model, family_of(None, spec.family)), spec, policy)
+        with in_recipe("prune"):
+            _, policy = check_prune(spec, section.get("data", self.settings.get("data")))
+            self.check_fingerprint(section, spec, spec.seed)
+            model, _ = self.model(self.settings["model"], self.settings["model"])
+            check_plan(anatomy(model, family_of(None, spec.family)), spec, policy)
 
     def check_fingerprint(self, section: Mapping[str, Any], spec: Any, seed: int | None) -> None:
         """Refuse other samples than those that a recipe was written from."""
@@ -181,10 +202,11 @@ class _Pipeline:
 
         self.loaded = None
         settings = self.settings
-        search(
-            settings["model"], out, spec_of(settings, "search"), data=settings["data"], held_out=settings["held_out"],
-            progress=prefix(self.progress, "search"),
-        )  # fmt: skip
+        with in_recipe("search"):
+            search(
+                settings["model"], out, spec_of(settings, "search"), data=settings["data"], held_out=settings["held_out"],
+                progress=prefix(self.progress, "search"),
+            )  # fmt: skip
 
     def prune(self, model: str, out: Path, sections: Sequence[Mapping[str, Any]]) -> None:
         """Prune a model in memory, step by step where there are several, and write every step."""
@@ -195,10 +217,11 @@ class _Pipeline:
                 loaded = self.model(model, model)
                 self.loaded = None  # it is changed from here on
                 spec = spec_of(self.settings, "prune", section)
-                prune_folder(
-                    model, target, spec, data=self.samples_of(section, spec), resume=begun,
-                    loaded=loaded, progress=prefix(self.progress, "prune"),
-                )  # fmt: skip
+                with in_recipe("prune"):
+                    prune_folder(
+                        model, target, spec, data=self.samples_of(section, spec), resume=begun,
+                        loaded=loaded, progress=prefix(self.progress, "prune"),
+                    )  # fmt: skip
                 self.loaded = (str(target), *loaded)
             model = str(target)
 
@@ -212,11 +235,13 @@ class _Pipeline:
             source = ModelSource(sparse, self.loaded[1], self.loaded[2], spec.device)
             self.zeros = self.zeros or Zeros.of(self.loaded[1], str(sparse))
         self.loaded = None
-        restore_folder(
-            sparse, out, spec, data=self.samples_of(section, spec), teacher=section.get("teacher", self.settings["model"]),
-            resume=out.with_name(f"{out.name}.unfinished").is_dir(), progress=prefix(self.progress, "restore"),
-            source=source,
-        )  # fmt: skip
+        with in_recipe("restore"):
+            restore_folder(
+                sparse, out, spec, data=self.samples_of(section, spec),
+                teacher=section.get("teacher", self.settings["model"]),
+                resume=out.with_name(f"{out.name}.unfinished").is_dir(), progress=prefix(self.progress, "restore"),
+                source=source,
+            )  # fmt: skip
 
     def samples_of(self, section: Mapping[str, Any], spec: Any) -> Source | None:
         """The data of a section: its own, or the recipe's."""
@@ -225,10 +250,11 @@ class _Pipeline:
     def evaluate(self, name: str, model: str | Path, record: bool | Path = True) -> None:
         """Score a model and record the scores, unless they are there."""
         if self.scored and not (self.folder / name / SCORES).is_file():
-            evaluate_folder(
-                model, self.source(self.settings["held_out"], self.spec, held_out=True), self.spec, record=record,
-                loaded=self.model(str(model), model), progress=prefix(self.progress, name),
-            )  # fmt: skip
+            with in_recipe("evaluate"):
+                evaluate_folder(
+                    model, self.source(self.settings["held_out"], self.spec, held_out=True), self.spec, record=record,
+                    loaded=self.model(str(model), model), progress=prefix(self.progress, name),
+                )  # fmt: skip
 
     def finish(self, last: Path, pruned: Path, restorations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Verify the zeros in the files of the last model, and write the report."""

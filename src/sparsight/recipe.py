@@ -15,9 +15,9 @@ a recipe, too; its sections may also have `data`, a `teacher` and the `fingerpri
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sparsight.checkpoint.lock import INSIDE
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checks import nearest
 from sparsight.errors import SparsightError, quote
+from sparsight.files import read_json
 from sparsight.options import Spec, options
 from sparsight.specs import SPECS, SharedSpec
 
@@ -132,10 +133,24 @@ def read_state(folder: Path, name: str, kind: str) -> dict[str, Any] | None:
     path = folder / name
     if not path.is_file():
         raise SparsightError(f"{folder}: is no folder of a {kind}, so nothing is written there; give another")
+    return read_json(path, "give another folder, or put back what it was")
+
+
+@contextlib.contextmanager
+def in_recipe(verb: str) -> Iterator[None]:
+    """Let errors inside the block name the settings of a verb as keys of a recipe, and not as options of its command."""
+
+    def key(match: re.Match) -> str:
+        name, value = match[1], match[2] or ""
+        own = name in options(SPECS[verb]) and name not in SHARED
+        return f"`{verb}.{name}{value}`" if own else f"{name}{value}" if name in (*SHARED, *PATHS, "teacher") else match[0]
+
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise SparsightError(f"{path}: is damaged ({error}); give another folder, or put back what it was") from error
+        yield
+    except SparsightError as error:
+        error.args = (re.sub(r"`(\w+)(=[^`]*)?`", key, str(error.args[0])), *error.args[1:])
+        error.advice = "" if error.work else error.advice
+        raise
 
 
 def _load(path: str | Path) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class FamilySpec(Spec):
 class SharedSpec(FamilySpec):
     """The settings that a recipe shares between its verbs."""
 
+    lowered: ClassVar[tuple[str, ...]] = ("batch_size",)  # what needs memory
+
     dtype: Annotated[
         str, Option("One of {names}; auto is the dtype that is stored.", ("sparsight.model.load:DTYPES",), cost=True)
     ] = "auto"
@@ -83,10 +85,20 @@ class SharedSpec(FamilySpec):
         super().__post_init__()
         check_paths(images=self.images)
 
+    @property
+    def less_memory(self) -> tuple[str, bool]:
+        """What to do where memory runs out, and whether interrupted work can go on with it."""
+        lower = [f"`{name}` (it is {n})" for name in self.lowered if (n := getattr(self, name)) is not None and n > 1]
+        parts = [f"lower {' or '.join(lower)}"] if lower else []
+        parts += ["use `dtype=bfloat16`"] if self.dtype not in ("bfloat16", "float16") else []
+        return ", ".join([*parts, "or leave long samples out by `max_length` with `skip_bad`"]), False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparsitySpec(SharedSpec):
     """A budget of zeros, and the calibration samples to spend it by."""
+
+    lowered = ("batch_size", "samples")
 
     sparsity: Annotated[
         Budget | None,
@@ -289,6 +301,24 @@ class RestoreSpec(SharedSpec):
             raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
 
     @property
+    def same_work(self) -> dict[str, Any]:
+        """The settings that interrupted work goes on with: all but those that only say how a step fits into memory."""
+        split = ("batch_size", "accumulate", "teacher_mode", "gradient_checkpointing")
+        facts = {name: value for name, value in self.facts().items() if name not in split}
+        return {**facts, "batch_size*accumulate": self.batch_size * self.accumulate}
+
+    @property
+    def less_memory(self) -> tuple[str, bool]:
+        """What to do where memory runs out, and whether interrupted work can go on with it."""
+        part = next((n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0), 1)
+        lower = f"`batch_size={self.batch_size // part}` with `accumulate={self.accumulate * part}` takes the same steps"
+        parts = [
+            *([lower] if part > 1 else []),
+            *(["add `gradient_checkpointing`"] if not self.gradient_checkpointing else []),
+        ]
+        return (", or ".join(parts), True) if parts else super().less_memory
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the loss uses the teacher."""
         return self.kl > 0 or self.hidden > 0
@@ -299,6 +329,7 @@ class EvaluateSpec(SharedSpec):
     """Settings of `evaluate`."""
 
     verb: ClassVar[str] = "evaluate"
+    lowered = ("batch_size", "beams")
 
     metrics: Annotated[
         tuple[Name, ...],

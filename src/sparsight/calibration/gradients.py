@@ -17,6 +17,7 @@ from torch import nn
 from sparsight.data.encoding import Batch, select_answers
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Layer
+from sparsight.model.load import overflow_advice
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def gradients(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch
             for batch in batches:
                 loss = answer_loss(model, batch)
                 if not torch.isfinite(loss):
-                    raise SparsightError("`data`: the loss of a calibration batch is NaN or infinite; check the samples")
+                    advice = overflow_advice(model, "check the samples")
+                    raise SparsightError(f"`data`: the loss of a calibration batch is NaN or infinite; {advice}")
                 loss.backward()
         finally:
             for hook in hooks:

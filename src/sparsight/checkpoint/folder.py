@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 
 from sparsight.checkpoint.card import model_card
 from sparsight.checkpoint.unfinished import parents
-from sparsight.errors import NotWritten, SparsightError
-from sparsight.files import make_beside, set_modes
+from sparsight.errors import NotWritten, SparsightError, first_line
+from sparsight.files import make_beside, read_json, set_modes
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy, anatomy
@@ -91,7 +91,7 @@ def sparsity_record(
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """Read `sparsity.json`; None if the folder has none. **Raises** `SparsightError` for a damaged one."""
     path = Path(folder) / "sparsity.json"
-    record = _read(path, json.loads)
+    record = _read(path)
     if record is None:
         return None
     try:
@@ -101,34 +101,46 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
             missing = LAYER_FACTS - set(entry)
             if missing:
                 raise KeyError(f"a layer without {', '.join(sorted(missing))}")
+            _pattern(entry["pattern"])
+            if not all(isinstance(n, int) for n in (entry["zeros"], *entry["shape"])) or not hasattr(torch, entry["dtype"]):
+                raise KeyError("a layer with values of other kinds")
         if not record["layers"]:
             raise KeyError("no layers")
         return {key: record[key] for key in ("base_model", "method", "mask_only", "family", "layers")} | record
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SparsightError(f"{path}: is damaged ({error}); write the folder again") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SparsightError(f"{path}: is damaged ({first_line(error)}); write the folder again") from error
 
 
-def _read(path: Path, parse: Any) -> Any:
-    """Parse a file beside the weights; None if it is not there."""
+def _read(path: Path) -> Any:
+    """Parse a JSON or YAML file beside the weights; None if it is not there."""
     try:
         there = path.is_file()
     except OSError:  # a name too long to be a file's
         return None
+    if not there:
+        return None
+    then = "delete it, or write the folder again"
+    if path.suffix == ".json":
+        return read_json(path, then)
     try:
-        return parse(path.read_text(encoding="utf-8")) if there else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise SparsightError(f"{path}: is damaged ({reason}); delete it, or write the folder again") from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict | None):
+            raise ValueError(f"holds a {type(content).__name__}")
+        return content
+    except OSError as error:
+        raise SparsightError(f"{path}: cannot be read ({first_line(error)}); {then}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SparsightError(f"{path}: is damaged ({first_line(error)}); {then}") from error
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:
     """Read `metrics.json`; empty if there is none."""
-    return _read(Path(folder) / "metrics.json", json.loads) or {}
+    return _read(Path(folder) / "metrics.json") or {}
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
     """Read `recipe.yaml`; empty if there is none."""
-    return _read(Path(folder) / "recipe.yaml", yaml.safe_load) or {}
+    return _read(Path(folder) / "recipe.yaml") or {}
 
 
 def identity(model: str | Path | None) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparsight.errors import Interrupted, NotWritten, SparsightError
-from sparsight.files import write_json
+from sparsight.errors import Interrupted, NotWritten, OutOfMemory, SparsightError, quote
+from sparsight.files import read_json, write_json
 
 SETTINGS = "settings.json"
 
@@ -38,7 +38,8 @@ def parents(path: Path) -> Iterator[None]:
 def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
     """Yield the folder for intermediate results; it is deleted once the block ends without an error.
 
-    Any error keeps the folder if it holds results, and says so; Ctrl-C always keeps it.
+    Any error keeps the folder if it holds results, and says how to go on, which is by `resume` only where that can help;
+    Ctrl-C always keeps it.
 
     **Raises** `SparsightError` if `resume` finds no such folder or one of other work, and if there is one without `resume`
     or `overwrite`; `Interrupted` for Ctrl-C; `NotWritten` for a full disk.
@@ -66,14 +67,26 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted; {goes_on}") from stop
     except (OSError, SafetensorError, NotWritten) as error:  # safetensors wraps a full disk into an error of its own
-        reason = str(error) if isinstance(error, NotWritten) else f"{folder}: could not be written ({error})"
-        raise NotWritten(f"{reason}; {goes_on if _anything_done(folder) else 'nothing was left behind'}") from error
+        failed = error if isinstance(error, NotWritten) else NotWritten(f"{folder}: could not be written ({error})")
+        failed.work = folder if _anything_done(folder) else None
+        failed.advice = goes_on if failed.work else "nothing was left behind"
+        raise failed from (error.__cause__ if failed is error else error)
     except SparsightError as error:
-        raise type(error)(f"{error}; {goes_on}" if _anything_done(folder) else str(error)) from error
+        if _anything_done(folder):
+            error.work, error.advice = folder, _advice(error, folder)
+        raise
     except Exception as error:
         if _anything_done(folder):
             error.add_note(goes_on)
         raise
+
+
+def _advice(error: SparsightError, folder: Path) -> str:
+    """How to go on after an error that the same command would meet again."""
+    if error.retry:
+        return f"what was done is in {folder}: with these settings `resume` goes on from there"
+    anew = f"start over with `overwrite`, which deletes {folder}"
+    return f"{anew}; or with more memory `resume` goes on" if isinstance(error, OutOfMemory) else anew
 
 
 def _anything_done(folder: Path) -> bool:
@@ -85,13 +98,13 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         raise SparsightError(f"`resume`: there is no interrupted work in {folder}; leave `resume` out to start")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SparsightError(f"`resume`: {path} is damaged; leave `resume` out to start over") from error
+    stored = read_json(path, "start over with `overwrite` in place of `resume`")
     for key in {**stored, **settings}:
         if stored.get(key) != settings.get(key):
-            raise SparsightError(
-                f"`resume`: the interrupted work had {key}={stored.get(key)!r}, this command has {settings.get(key)!r}; "
-                "use the same settings, or leave `resume` out to start over"
+            error = SparsightError(
+                f"`resume`: the interrupted work had {key}={quote(stored.get(key))}, this command has "
+                f"{quote(settings.get(key))}"
             )
+            error.work = folder
+            error.advice = "use the same settings, or start over with `overwrite` in place of `resume`"
+            raise error

@@ -25,7 +25,7 @@ def with_flags(text: str) -> str:
     def write(match: re.Match) -> str:
         name, value = match[1], match[2]
         if "." in name:
-            return name
+            return name + (f"={value}" if value is not None else "")
         if name not in _fields:
             return match[0]
         return flag(name) + (f" {value}" if value is not None else "")

@@ -14,6 +14,7 @@ from sparsight.data.limits import Limits
 from sparsight.data.sample import PLACEHOLDER, Sample
 from sparsight.data.sources import reasons as count_reasons
 from sparsight.errors import SparsightError, first_line, quote
+from sparsight.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,11 @@ class Encoder:
     def _call(self, write: Write, rows: Sequence[Sample]) -> dict[str, Tensor]:
         try:
             inputs = write(self.processor, rows, self.config)
-        except (SparsightError, MemoryError):
+        except SparsightError:
             raise
         except Exception as error:  # a processor may raise anything
+            if is_out_of_memory(error):
+                raise
             who = f"sample {quote(rows[0].id)}" + (" or one in its batch" if len(rows) > 1 else "")
             fault = isinstance(error, chat.TemplateFault)
             hint = "its files, above all the chat template" if fault else "the sample, or leave it out with `skip_bad`"

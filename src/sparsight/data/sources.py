@@ -18,7 +18,7 @@ from sparsight.data.images import BadRecord, Find, finder
 from sparsight.data.records import Parsed, parse
 from sparsight.data.sample import Sample
 from sparsight.data.tables import Rows, dataset_rows
-from sparsight.errors import SparsightError, quote
+from sparsight.errors import LINE, SparsightError, first_line, quote
 
 _SPACE = re.compile(r"\s*")
 _NAMES = re.compile(r"""\b(image|image path|[a-z]+\[)(?: (?:'[^']*'|"[^"]*")|\d+(?=\]))""")  # of images, places of messages
@@ -83,7 +83,13 @@ class Source:
             raise SparsightError(f"`images`: {images} is no folder; name the one that the images lie in")
         place = None if images is None else Path(images)
         self.chosen = split is not None or held_out  # not the default for training
-        self.name, self.rows, self._find, self.split = _open(source, split, held_out, place)
+        try:
+            self.name, self.rows, self._find, self.split = _open(source, split, held_out, place)
+        except OSError as error:  # no permission, a name too long, a device that fails
+            shown = str(error.filename or source)[:LINE]
+            raise SparsightError(
+                f"{shown}: cannot be read ({first_line(error)}); give data that this user may read"
+            ) from error
         self._records: dict[int, Parsed | BadRecord] = {}
 
     def __fspath__(self) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.checkpoint.folder import read_metrics, read_record
+from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.verify import verify
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.errors import SparsightError
+from sparsight.errors import Interrupted, OutOfMemory, SparsightError
 from sparsight.evaluation import Result, bootstrap
 from sparsight.evaluation.record import environment
 from sparsight.evaluation.verb import evaluate_folder
@@ -59,8 +60,21 @@ def tour(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write models, predictions and `report.html` to `out`; the facts of the report are returned."""
-    effort = effort or Effort()
-    target = _fresh(Path(out), overwrite)
+    with locked(out):
+        target = _fresh(Path(out), overwrite)
+        try:
+            return _tour(target, effort or Effort(), seed, progress)
+        except (KeyboardInterrupt, Interrupted) as stop:
+            raise Interrupted(f"interrupted; the demo begins again with `overwrite`, which replaces {target}") from stop
+        except OutOfMemory as error:
+            reason = str(error).partition(";")[0]
+            raise SparsightError(f"the demo ran {reason}; close other programs, and begin again with `overwrite`") from error
+        except SparsightError as error:
+            error.advice = f"begin again with `overwrite`, which replaces {target}"
+            raise
+
+
+def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) -> dict[str, Any]:
     began = time.perf_counter()
     report = _Steps(progress)
     train = write(target / "data" / "train", "train", effort.train, seed, questions_per_scene=1)

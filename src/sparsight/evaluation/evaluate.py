@@ -19,6 +19,7 @@ from sparsight.evaluation.bootstrap import bootstrap
 from sparsight.evaluation.generate import predict
 from sparsight.evaluation.metrics import CAPTION, METRICS, QUESTION, Metric
 from sparsight.evaluation.metrics.exact import exact_match
+from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 
 ALL = "all"
@@ -117,7 +118,8 @@ def token_rows(model: Any, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """Rows of a result for the tokens of the right answers: accuracy and perplexity."""
     values = answer_token_metrics(model, batches)
     n = int(values.pop("tokens"))
-    return [_row(ALL, name, value, None, n) for name, value in values.items()]
+    advice = overflow_advice(model, "the weights may be damaged: look at them, and try `dtype=float32`")
+    return [_row(ALL, name, value, None, n, advice) for name, value in values.items()]
 
 
 def find_metrics(
@@ -163,11 +165,10 @@ def _rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int
     return rows
 
 
-def _row(kind: str, metric: str, value: float, interval: tuple[float, float] | None, n: int) -> dict[str, Any]:
+def _row(
+    kind: str, metric: str, value: float, interval: tuple[float, float] | None, n: int, advice: str = "mend the metric"
+) -> dict[str, Any]:  # fmt: skip
     if not math.isfinite(value):
-        raise SparsightError(
-            f"{metric}: is {value}; the model computes NaN or infinity in this dtype, or its weights are damaged: try "
-            "`dtype=float32`, and look at the weights"
-        )
+        raise SparsightError(f"{metric}: is {value}; {advice}")
     low, high = interval or (None, None)
     return {"kind": kind, "metric": metric, "value": value, "low": low, "high": high, "n": n}

@@ -22,7 +22,7 @@ from sparsight.data.sample import Sample
 from sparsight.data.sources import Samples
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.evaluation.evaluate import Result
-from sparsight.files import write_json
+from sparsight.files import read_json, write_json
 from sparsight.memory import peak_memory
 from sparsight.specs import EvaluateSpec
 from sparsight.version import VERSION
@@ -157,8 +157,8 @@ def read_evaluation(folder: str | Path) -> tuple[dict[str, Any], tuple[dict[str,
     path = Path(folder) / SCORES
     if not path.is_file():
         return None
+    scores = read_json(path, "evaluate again with `record`")
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
         if scores["format"] != FORMAT:
             raise SparsightError(f"{path}: format {scores['format']} is not {FORMAT}; evaluate again with `record`")
         if not isinstance(scores["rows"], list):
@@ -185,18 +185,18 @@ def read_answers(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def keep_evaluation(
-    folder: Path, result: Result, usable: Sequence[Sample], *, name: str | Path, model: Any, samples: Samples,
-    spec: EvaluateSpec, seconds: float,
+    folder: Path, result: Result, usable: Sequence[Sample], *, name: str | Path, sparsity: Mapping[str, Any] | None,
+    model: Any, samples: Samples, spec: EvaluateSpec, seconds: float,
 ) -> None:  # fmt: skip
     """Record an evaluation of the model `name` in `folder`, with what `report` shows of it, and put the scores on its card.
 
-    `model` is the model as it answered, `samples` are those that were read, `usable` those that it took.
+    `sparsity` is the content of its `sparsity.json`, `model` the model as it answered; `samples` are those that were read,
+    `usable` those that it took.
     """
-    from sparsight.checkpoint.folder import family_of, identity, read_record
+    from sparsight.checkpoint.folder import family_of, identity
     from sparsight.checks import whole_name
     from sparsight.evaluation.card import refresh_card
 
-    record = read_record(name)
     facts = {
         "model": whole_name(name),
         "data": samples.source,
@@ -205,8 +205,8 @@ def keep_evaluation(
         "settings": {**spec.facts(), "device": spec.device},
         "seconds": seconds,
         "memory": peak_memory(spec.device),
-        "weights": identity(name) if record is not None else None,
-        **weights_of(model, family_of(record)),
+        "weights": identity(name) if sparsity is not None else None,
+        **weights_of(model, family_of(sparsity)),
     }
     record_evaluation(folder, result, usable, facts)
     refresh_card(folder, {**facts, "rows": list(result.rows)})

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.calibration.gradients import evaluating
+from sparsight.checkpoint.folder import read_record
 from sparsight.data import Encoder, Samples, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, evaluate, token_rows
 from sparsight.evaluation.record import check_recordable, keep_evaluation
+from sparsight.memory import enough_memory
 from sparsight.model.load import check_device, load
 from sparsight.model.source import NO_PROCESSOR
 from sparsight.progress import Progress
@@ -48,12 +50,12 @@ def evaluate_model(
     if samples is not None:
         if processor is None:
             raise SparsightError(NO_PROCESSOR)
-        with evaluating(model):
+        with evaluating(model), enough_memory(spec):
             return evaluate_samples(model, processor, samples, spec, progress)[0]
     check_unused(data, spec, "metrics", "beams", "max_new_tokens", "seed")
     ready = as_batches(model, data, limit=spec.samples)
     check_labels(ready, "data", "the score of answer tokens")
-    with evaluating(model):
+    with evaluating(model), enough_memory(spec):
         return Result(tuple(token_rows(model, ready)), ())
 
 
@@ -70,12 +72,14 @@ def evaluate_folder(
     check_device(spec.device)
     target = check_recordable(model, None if record is True else record) if record else None
     began = time.perf_counter()
+    sparsity = read_record(model) if target is not None else None  # a damaged one is refused before it answers
     samples = read_samples(data, spec)
-    network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
-    result, usable = evaluate_samples(network, processor, samples, spec, progress)
+    with enough_memory(spec):
+        network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
+        result, usable = evaluate_samples(network, processor, samples, spec, progress)
     if target is not None:
         keep_evaluation(
-            target, result, usable, name=model, model=network, samples=samples, spec=spec,
+            target, result, usable, name=model, sparsity=sparsity, model=network, samples=samples, spec=spec,
             seconds=time.perf_counter() - began,
         )  # fmt: skip
     return result

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from sparsight.errors import SparsightError
+from sparsight.errors import LINE, SparsightError, first_line
 
 POINTER = b"version https://git-lfs"
 QUANTIZED = ("quantization_config", "compression_config")  # keys of a configuration
@@ -32,7 +32,14 @@ def check_files(where: str) -> None:
     **Raises** `SparsightError`: for an adapter, quantized weights, pointers of Git LFS, a configuration that is not JSON,
     and a type of model that transformers does not have or that takes no images.
     """
-    folder = Path(where)
+    try:
+        _check_files(where, Path(where))
+    except OSError as error:  # no permission, a name too long
+        shown = str(error.filename or where)[:LINE]
+        raise SparsightError(f"{shown}: cannot be opened ({first_line(error)}); give a model that can be read") from error
+
+
+def _check_files(where: str, folder: Path) -> None:
     if folder.is_dir():
         _check_adapter(folder)
         if not (folder / "config.json").is_file():

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
-from sparsight.errors import Notice, SparsightError
+from sparsight.errors import Notice, OutOfMemory, SparsightError
+from sparsight.memory import is_out_of_memory
 from sparsight.model.discover import discover
 from sparsight.model.files import check_config, check_files, check_unexpected
 
@@ -54,6 +55,7 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except Exception as error:  # files and configurations can be wrong in any way
+            _check_memory(where, error)
             raise SparsightError(f"{where}: the model could not be loaded: {_reason(error)}") from error
     model, info = loaded
     if misfits := sorted(info["mismatched_keys"]):
@@ -71,7 +73,21 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
     try:
         return model.eval().to(device)
     except RuntimeError as error:
+        _check_memory(where, error)
         raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
+
+
+def _check_memory(where: str, error: Exception) -> None:
+    if is_out_of_memory(error):
+        raise OutOfMemory(
+            f"{where}: the model does not fit into memory ({_reason(error)}); use `dtype=bfloat16`, or a machine with more"
+        ) from error
+
+
+def overflow_advice(model: Any, otherwise: str) -> str:
+    """What to do about NaN or infinity in what a model computes; `otherwise` is for one without float16."""
+    narrow = any(p.dtype == torch.float16 for p in model.parameters())
+    return "float16 overflows in this model: compute in bfloat16 or float32, by `dtype`" if narrow else otherwise
 
 
 def _lists(model: Any) -> list[str]:
@@ -126,11 +142,7 @@ def check_device(device: str, one_gpu: bool = False) -> None:
 
 def _config(where: str) -> None:
     """Refuse a folder or a hub name without a readable configuration."""
-    try:
-        check_files(where)
-    except OSError as error:  # a name too long, no permission
-        reason = error.strerror or _reason(error)
-        raise SparsightError(f"{where}: cannot be opened ({reason}); give the folder of a model or a hub name") from error
+    check_files(where)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)

@@ -5,19 +5,23 @@ For a mask-only method an entry holds the masks, one bit per weight; for any oth
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparsight import distributed
-from sparsight.files import replace_file, write_json
+from sparsight.errors import SparsightError, first_line
+from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import pack, unpack
 from sparsight.model.anatomy import Layer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Journal:
         Every process calls it; only the main one reads.
         """
         device = str(layers[0].weight.device)
-        entry = distributed.broadcast(self._read(block, device) if distributed.is_main() else None)
+        entry = distributed.on_main(lambda: self._read(block, device))
         if entry is None:
             return None
         tensors, facts = entry
@@ -64,7 +68,11 @@ class Journal:
         path = self._path(block)
         if not path.is_file():
             return None
-        return load_file(path, device=device), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        try:
+            return load_file(path, device=device), read_json(path.with_suffix(".json"), "it is pruned again")
+        except (OSError, SafetensorError, SparsightError) as error:
+            logger.warning("%s cannot be read (%s); its block is pruned again", path, first_line(error))
+            return None
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"

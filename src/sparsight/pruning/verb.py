@@ -23,12 +23,14 @@ from sparsight.checkpoint.folder import (
     sparsity_record,
     write_model,
 )
+from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import add_stage
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import name_of, whole_name
 from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
+from sparsight.memory import enough_memory
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.load import check_device, load, load_model
 from sparsight.model.source import NO_PROCESSOR
@@ -64,11 +66,12 @@ def plan_model(
     rule = find_policy(policy, data=data is not None)
     planned_budget(spec.pattern, spec.sparsity, policy)
     family = family_of(read_record(model) if isinstance(model, str | Path) else None, spec.family)
-    network, _, ready, _ = with_batches(model, data, spec, processor)
-    if rule.labels:
-        check_labels(ready, "policy", name_of(policy))
-    body = anatomy(network, family)
-    return PlannedModel(body, plan_by(spec, policy, network, body, ready, progress))
+    with enough_memory(spec):
+        network, _, ready, _ = with_batches(model, data, spec, processor)
+        if rule.labels:
+            check_labels(ready, "policy", name_of(policy))
+        body = anatomy(network, family)
+        return PlannedModel(body, plan_by(spec, policy, network, body, ready, progress))
 
 
 def prune_model(
@@ -80,12 +83,13 @@ def prune_model(
     """
     composition, policy = check_prune(spec, data)
     family = family_of(None, spec.family)
-    _, _, ready, skipped = with_batches(model, data, spec, processor)
-    check_labels_of(composition, policy, ready, spec)
-    body = anatomy(model, family)
-    check_walk(model, body, ready)
-    plan = plan_by(spec, policy, model, body, ready, progress)
-    record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
+    with enough_memory(spec):
+        _, _, ready, skipped = with_batches(model, data, spec, processor)
+        check_labels_of(composition, policy, ready, spec)
+        body = anatomy(model, family)
+        check_walk(model, body, ready)
+        plan = plan_by(spec, policy, model, body, ready, progress)
+        record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
     record.plan, record.method = record.pruned(plan), describe(spec)
     record.skipped_samples = skipped
     return record
@@ -115,22 +119,25 @@ def prune_folder(
     distributed.init(spec.device)
     check_processes(composition, distributed.world_size())
     progress = progress if distributed.is_main() else None
-    samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
-    network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
-    body = anatomy(network, family)
-    ready: list[Batch] = []
-    skipped = 0
-    settings = {**spec.facts(), "policy": name_of(policy), "data": None if data is None else str(data)}
-    if samples is not None:
-        ready, skipped = encode(samples, processor, network, spec)
-        settings["fingerprint"] = samples.fingerprint
-    check_walk(network, body, ready)
-    plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
-    before = {n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}
-    before = {**plan_of_zeros(body), **before}
     with ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(locked(target)))
+        stack.enter_context(enough_memory(spec))
+        samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
+        network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
+        body = anatomy(network, family)
+        ready: list[Batch] = []
+        skipped = 0
+        settings = {**spec.facts(), "policy": name_of(policy), "data": None if data is None else str(data)}
+        if samples is not None:
+            ready, skipped = encode(samples, processor, network, spec)
+            settings["fingerprint"] = samples.fingerprint
+        check_walk(network, body, ready)
+        plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
+        before = {n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}
+        before = {**plan_of_zeros(body), **before}
         ours = unfinished(target, {**settings, "files": identity(model)}, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
+        stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
         record = prune(
             network, body, plan, ready, method=composition, seed=spec.seed, journal=Journal(folder, composition.mask_only),
             progress=progress,

@@ -25,6 +25,7 @@ from sparsight.calibration.observe import Watch
 from sparsight.calibration.tokens import dropped_tokens
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
+from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 from sparsight.pruning.across_processes import everywhere, prune_all, turns
 from sparsight.pruning.compose import Composition
@@ -105,7 +106,8 @@ class Work:
         except ValueError as error:
             raise SparsightError(f"`tokens`: {error}") from error
         if not torch.isfinite(squares).all():
-            raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; nothing was saved")
+            advice = overflow_advice(layer.module, "look at the weights and the samples")
+            raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; {advice}; nothing was saved")
         moments.sensitivity = self.sensitivity.get(layer.name)
         W = layer.weight  # (out, in)
         try:

@@ -20,6 +20,7 @@ from sparsight.checkpoint.folder import identity, read_metrics, read_recipe, rea
 from sparsight.checkpoint.stages import stages_of
 from sparsight.errors import SparsightError
 from sparsight.evaluation.record import PICTURES, read_answers, read_evaluation, saved_bytes
+from sparsight.files import read_json
 
 FORMAT = 1
 HASHES = {"model_hash": "dense model", "held_out_fingerprint": "fingerprint", "data_fingerprint": "training samples"}
@@ -240,12 +241,9 @@ def read_sweep(folder: str | Path) -> list[ScoredModel]:
     **Raises** `SparsightError` for a damaged file and for a sweep without a finished cell.
     """
     path = Path(folder)
-    try:
-        sweep = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
-        if sweep["format"] != FORMAT:
-            raise SparsightError(f"{path / 'sweep.json'}: format {sweep['format']} is not {FORMAT}; use what wrote it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SparsightError(f"{path / 'sweep.json'}: is damaged ({error}); run the sweep again") from error
+    sweep = read_json(path / "sweep.json", "run the sweep again")
+    if sweep.get("format") != FORMAT:
+        raise SparsightError(f"{path / 'sweep.json'}: format {sweep.get('format')} is not {FORMAT}; use what wrote it")
     ranks = _ranks(path / "results.csv")
 
     def rank(file: Path) -> tuple[int, list[int | str]]:  # 10 comes after 9

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, quote
+from sparsight.files import read_json
 from sparsight.masks.bits import mask_hash, pack, packed_hash
 from sparsight.model.anatomy import Anatomy
-from sparsight.restoring.checkpoints import factor_tensors, load_factors, save_factors
+from sparsight.restoring.adapters import ADAPTERS
+from sparsight.restoring.checkpoints import factor_tensors, load_factor_tensors, read_factors, save_factors
 from sparsight.restoring.peft_layers import (
     ADAPTER,
     AdapterTarget,
@@ -60,17 +62,25 @@ def load_adapter(model: Any, anatomy: Anatomy, folder: str | Path) -> Any:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise SparsightError(f"{folder}: has no {MANIFEST}; give the adapter folder that restore `save_adapter` wrote")
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path, "copy the adapter again from where it came from")
+    try:
+        entries = {name: (entry["mask"], entry["form"], int(entry["rank"])) for name, entry in manifest["layers"].items()}
+        alpha = float(manifest["alpha"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SparsightError(f"{path}: is damaged ({error!r}); copy the adapter again from where it came from") from error
     layers = {layer.name: layer for layer in anatomy.layers}
     targets = []
-    for name, entry in manifest["layers"].items():
+    for name, (mask, form, rank) in entries.items():
         if name not in layers:
             raise SparsightError(f"{folder}: the adapter is for a model with a layer {name}, which this one does not have")
-        W, masked = layers[name].weight, entry["mask"] is not None
-        if masked and mask_hash(W) != entry["mask"]:
+        W, masked = layers[name].weight, mask is not None
+        if masked and mask_hash(W) != mask:
             raise SparsightError(f"{folder}: the adapter was trained with other zeros in {name}; load its own sparse model")
-        kind = OLD_KINDS.get(entry["form"], entry["form"])
-        targets.append(AdapterTarget(layers[name], entry["rank"], pack(W != 0) if masked else None, kind))
-    wrapped = add_adapters(model, targets, alpha=manifest["alpha"])
-    load_factors(wrapped, Path(folder))
+        kind = OLD_KINDS.get(form, form)
+        if kind != "lora" and kind not in ADAPTERS:
+            raise SparsightError(f"{path}: {name} has an adapter {quote(form)}, which this version does not know")
+        targets.append(AdapterTarget(layers[name], rank, pack(W != 0) if masked else None, kind))
+    tensors = read_factors(Path(folder))  # before the model is changed
+    wrapped = add_adapters(model, targets, alpha=alpha)
+    load_factor_tensors(wrapped, tensors)
     return wrapped

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, first_line
 from sparsight.files import replace_file
 from sparsight.restoring.peft_layers import factors
 
@@ -74,7 +75,16 @@ def save_factors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 def load_factors(wrapped: Any, folder: Path) -> None:
     """Read the factors of `folder` into the wrapped model, in place; errors as in `load_factor_tensors`."""
-    load_factor_tensors(wrapped, load_file(folder / FACTORS))
+    load_factor_tensors(wrapped, read_factors(folder))
+
+
+def read_factors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the factors of `folder`. **Raises** `SparsightError` for a file that cannot be read, or is damaged."""
+    try:
+        return load_file(folder / FACTORS)
+    except (OSError, SafetensorError) as error:
+        what = "cannot be read" if isinstance(error, OSError) else "is damaged"
+        raise SparsightError(f"{folder / FACTORS}: {what} ({first_line(error)}); copy the adapter again") from error
 
 
 def factor_tensors(wrapped: Any) -> dict[str, torch.Tensor]:

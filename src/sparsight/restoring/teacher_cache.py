@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from sparsight import distributed
 from sparsight.data.chat import template
 from sparsight.data.encoding import Encoder, select_answers
+from sparsight.errors import SparsightError, first_line
 from sparsight.files import replace_file
 from sparsight.masks.bits import weight_hash
 from sparsight.progress import Progress
@@ -28,6 +30,7 @@ from sparsight.restoring.head import Head
 
 CHUNK = 256  # samples per file
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 def cache_key(model: nn.Module, encoder: Encoder, samples: Sequence[Any], fingerprint: str) -> str:
@@ -90,7 +93,7 @@ def fill_cache(
     chunks = range(0, len(samples), CHUNK)
     for number, start in enumerate(chunks):
         path = folder / f"{number:05d}.safetensors"
-        if number % distributed.world_size() != distributed.rank() or path.is_file():
+        if number % distributed.world_size() != distributed.rank() or _is_whole(path, min(CHUNK, len(samples) - start)):
             continue
         hidden, counts = [], []
         for first in range(start, min(start + CHUNK, len(samples)), batch_size):
@@ -105,6 +108,26 @@ def fill_cache(
         with replace_file(path) as beside:
             save_file({"hidden": torch.cat(hidden), "counts": torch.tensor(counts)}, beside)
     distributed.barrier()
+
+
+def _is_whole(path: Path, samples: int) -> bool:
+    """Whether a file holds the hidden states of so many samples; one that is damaged is named in the log.
+
+    **Raises** `SparsightError` for a file that may not be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            counts = file.get_tensor("counts")
+            whole = len(counts) == samples and file.get_slice("hidden").get_shape()[0] == int(counts.sum())
+    except PermissionError as error:
+        raise SparsightError(f"`teacher_cache`: {path} cannot be read ({first_line(error)}); give another folder") from error
+    except (OSError, SafetensorError):
+        whole = False
+    if not whole:
+        logger.warning("%s is damaged; it is computed again", path)
+    return whole
 
 
 def _per_sample(labels: torch.Tensor, samples: Sequence[Any], encoder: Encoder) -> list[int]:

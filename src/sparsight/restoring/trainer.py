@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sparsight import distributed
 from sparsight.data.encoding import select_answers
 from sparsight.errors import NotWritten, SparsightError
+from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 from sparsight.restoring.callbacks import PatienceCallback, ProgressCallback
 from sparsight.restoring.checkpoints import factor_tensors, go_back, is_whole, load_factors, save_factors, seal
@@ -93,15 +94,21 @@ class RestoreTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The loss of a batch, divided by the step's answer tokens. **Raises** `SparsightError` if it is not finite."""
         loss = self.loss(model, inputs, float(num_items_in_batch) / self._samples if self.paper else None)
-        if not torch.isfinite(loss.total):
-            raise SparsightError(
-                f"the loss became NaN or infinite after step {self.state.global_step}; lower `lr` "
-                f"(it is {self.args.learning_rate:g}); no output was written"
-            )
+        self._check_finite(loss.total, "the loss")
         self._sums += torch.tensor([float(loss.ce), float(loss.kl), float(loss.hidden), loss.tokens], dtype=torch.float64)
         # several processes average their gradients, and each has divided by the answer tokens of all
         total = loss.total * (self.args.world_size / num_items_in_batch)
         return (total, None) if return_outputs else total
+
+    def _check_finite(self, value: torch.Tensor, what: str) -> None:
+        """Refuse NaN and infinity; **raises** `SparsightError` with what to do about it."""
+        if not torch.isfinite(value):
+            lower = f"lower `lr` (it is {self.args.learning_rate:g}), or look at the weights and the samples"
+            advice = overflow_advice(self.student.wrapped, lower)
+            if self.spec.mixed_precision == "fp16":
+                advice = "float16 overflows in this model: use `mixed_precision=bf16` or `mixed_precision=no`"
+            step = self.state.global_step
+            raise SparsightError(f"{what} became NaN or infinite after step {step}; {advice}; no output was written")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # which is shuffled already
@@ -137,6 +144,7 @@ class RestoreTrainer(Trainer):
                 inputs = self._prepare_inputs(self.collate([held[i] for i in places]))
                 tokens, rows = self._count([inputs])
                 loss = self.loss(self.model_wrapped, inputs, tokens / rows if self.paper else None)
+            self._check_finite(loss.total, "the loss of held-out samples")
             if mine < len(batches):
                 parts = [float(part) for part in (loss.total, loss.ce, loss.kl, loss.hidden)]
                 sums += torch.tensor([*parts, loss.tokens], dtype=torch.float64, device=sums.device)

@@ -25,6 +25,7 @@ from sparsight.checkpoint.folder import (
     sparsity_record,
     write_model,
 )
+from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import add_stage
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import whole_name
@@ -32,7 +33,7 @@ from sparsight.data import read_with
 from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
-from sparsight.memory import peak_memory
+from sparsight.memory import enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import Family
 from sparsight.model.files import check_files
@@ -112,7 +113,7 @@ def restore_model(
     learned, held = divide_samples(spec, ready, other)
     sparse = ModelSource(model=model, processor=processor, device=spec.device)
     models = [model] if dense is None or dense.model is None else [model, dense.model]
-    with unchanged(*models):
+    with unchanged(*models), enough_memory(spec):
         try:
             with tempfile.TemporaryDirectory(prefix="sparsight-restore-") as folder:
                 metrics = _restore(spec, sparse, dense, learned, held, folder=Path(folder), progress=progress).metrics
@@ -182,20 +183,25 @@ def restore_folder(
             ) from error
     distributed.init(spec.device)
     progress = progress if distributed.is_main() else None
-    samples = read_with(data, spec, limit=spec.samples, seed=spec.seed if spec.samples else None)
-    other = read_with(other_data, spec, held_out=True) if other_data is not None else None
-    learned, held = divide_samples(spec, samples, other)
-    fingerprint = samples.fingerprint + (other.fingerprint if other else "")
-    teacher_name = original if taught else None
     if spec.teacher_cache and Path(spec.teacher_cache).resolve().is_relative_to(target.resolve()):
         raise SparsightError(f"`teacher_cache`: {spec.teacher_cache} lies in OUT, which is written at the end; give another")
-    # work is resumed with the same models and processes only, but it may use less memory
-    same = {key: value for key, value in spec.facts().items() if key != "gradient_checkpointing"}
-    same |= {"sparse": str(sparse), "data": str(data), "teacher": teacher_name, "fingerprint": fingerprint}
-    same |= {"processes": distributed.world_size(), "files": [identity(sparse), identity(teacher_name)]}
     with ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(locked(target)))
+        samples = read_with(data, spec, limit=spec.samples, seed=spec.seed if spec.samples else None)
+        other = read_with(other_data, spec, held_out=True) if other_data is not None else None
+        learned, held = divide_samples(spec, samples, other)
+        fingerprint = samples.fingerprint + (other.fingerprint if other else "")
+        teacher_name = original if taught else None
+        same = spec.same_work | {
+            "sparse": str(sparse),
+            "data": str(data),
+            "teacher": teacher_name,
+            "fingerprint": fingerprint,
+        }
+        same |= {"processes": distributed.world_size(), "files": [identity(sparse), identity(teacher_name)]}
         ours = unfinished(target, same, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
+        stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
         done = _restore(
             spec,
             source or ModelSource(sparse, device=spec.device),

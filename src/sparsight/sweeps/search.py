@@ -15,6 +15,7 @@ from sparsight.checkpoint.lock import locked
 from sparsight.checks import whole_name
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, headline
+from sparsight.memory import enough_memory
 from sparsight.model.load import check_device
 from sparsight.progress import Progress
 from sparsight.pruning.compose import describe
@@ -93,7 +94,7 @@ def search(
     target = check_output(out, overwrite, inputs=(model, data, held_out))
     if read_record(model):
         raise SparsightError(f"{model}: is pruned already; search among splits of the dense model")
-    with locked(target):
+    with locked(target), enough_memory(spec):
         return _search(recipe, target, cell, spec, overwrite, progress)
 
 

@@ -23,7 +23,7 @@ from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checks import check_count
 from sparsight.data import read_with
-from sparsight.errors import Interrupted, NotWritten, SparsightError
+from sparsight.errors import Interrupted, SparsightError
 from sparsight.evaluation.evaluate import ALL
 from sparsight.evaluation.metrics import METRICS
 from sparsight.evaluation.record import PICTURES, SHOWN, environment, write_pictures

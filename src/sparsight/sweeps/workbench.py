@@ -35,7 +35,7 @@ from sparsight.evaluation import Result, evaluate
 from sparsight.evaluation.record import weights_of
 from sparsight.evaluation.verb import read_samples
 from sparsight.files import replace_file, write_json
-from sparsight.memory import peak_memory
+from sparsight.memory import enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.load import load
 from sparsight.model.source import ModelSource
@@ -43,7 +43,7 @@ from sparsight.pruning.compose import describe
 from sparsight.pruning.loop import can_reuse, check_walk, collect_moments, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.verb import as_samples, encode
-from sparsight.recipe import spec_of
+from sparsight.recipe import in_recipe, spec_of
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.teacher_cache import cache_key
 from sparsight.restoring.verb import restore_folder
@@ -162,9 +162,10 @@ class Workbench:
         notify(f"prune: {first.label}, seed {first.seed}")
         began = time.perf_counter()
         try:
-            plan = self.plan(first)
-            record = self.prune(first, plan)
-            plan = record.pruned(plan)
+            with in_recipe("prune"), enough_memory(first.pruning):
+                plan = self.plan(first)
+                record = self.prune(first, plan)
+                plan = record.pruned(plan)
             costs = {"prune": self._cost(began)}
             if any(cell.restore is not None for cell in cells):
                 self._save(first, plan)
@@ -222,10 +223,11 @@ class Workbench:
 
         def restore(resume: bool) -> Any:
             sparse = ModelSource(home / "pruned", self.model, self.processor, spec.device, borrowed=True)
-            return restore_folder(
-                home / "pruned", home / cell.id, spec, data=self.data(spec), teacher=self.recipe["model"], resume=resume,
-                progress=progress, source=sparse,
-            )[1]  # fmt: skip
+            with in_recipe("restore"):
+                return restore_folder(
+                    home / "pruned", home / cell.id, spec, data=self.data(spec), teacher=self.recipe["model"],
+                    resume=resume, progress=progress, source=sparse,
+                )[1]  # fmt: skip
 
         if unfinished.is_dir():
             try:
@@ -241,7 +243,8 @@ class Workbench:
         """Score the current model, and collect its facts."""
         notify(f"evaluate: {cell.label}, seed {cell.seed}")
         began = time.perf_counter()
-        result = self.score(model)
+        with in_recipe("evaluate"), enough_memory(self.spec):
+            result = self.score(model)
         costs = {**costs, "evaluate": self._cost(began)}
         body = self.body if model is None else anatomy(model, self.family)
         layers = {
