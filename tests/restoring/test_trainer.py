@@ -246,9 +246,9 @@ def test_an_error_does_not_cost_what_was_done(sparse, scenes, zoo_folder):
 
     def crash(note, done, total):
         if done == 5:
-            raise SparsightError("sample 'x': cannot decode x.png")
+            raise SparsightError("sample 'x': cannot decode x.png") from OSError("gone")
 
-    with pytest.raises(SparsightError, match=r"cannot decode x.png; what was done is in .*out\.unfinished"):
+    with pytest.raises(SparsightError, match=r"decode x.png; what was done is in .*out\.unfinished: once that is mended"):
         restored(sparse, "out", scenes, progress=crash, overwrite=False)
     moved = sparse.parent / "moved"
     sparse.rename(moved)

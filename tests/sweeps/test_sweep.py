@@ -17,6 +17,7 @@ import yaml
 
 from sparsight import SparsightError, api
 from sparsight import recipe as recipes
+from sparsight.checkpoint.lock import locked
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import Interrupted

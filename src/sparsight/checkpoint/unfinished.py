@@ -73,7 +73,8 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
         raise failed from (error.__cause__ if failed is error else error)
     except SparsightError as error:
         if _anything_done(folder):
-            error.work, error.advice = folder, _advice(error, folder)
+            error.work, error.retry = folder, error.retry or _of_a_file(error)
+            error.advice = _advice(error, folder)
         raise
     except Exception as error:
         if _anything_done(folder):
@@ -84,9 +85,17 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
 def _advice(error: SparsightError, folder: Path) -> str:
     """How to go on after an error that the same command would meet again."""
     if error.retry:
-        return f"what was done is in {folder}: with these settings `resume` goes on from there"
+        then = "with these settings" if isinstance(error, OutOfMemory) else "once that is mended,"
+        return f"what was done is in {folder}: {then} `resume` goes on from there"
     anew = f"start over with `overwrite`, which deletes {folder}"
     return f"{anew}; or with more memory `resume` goes on" if isinstance(error, OutOfMemory) else anew
+
+
+def _of_a_file(error: BaseException | None) -> bool:
+    """Whether a file that could not be read is the cause of an error, which may be mended."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None
 
 
 def _anything_done(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from sparsight.data.encoding import is_encoder_decoder
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import weight_hash
+from sparsight.model.load import overflow_advice
 from sparsight.model.matrices import output_head
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest logit
@@ -93,9 +94,12 @@ class Head:
     def check(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
         """Find `scale`, and refuse a model that changes its logits behind the head otherwise. Cost: two forwards.
 
-        **Raises** `SparsightError` where the logits are not those of the hidden states.
+        **Raises** `SparsightError` where the logits are not those of the hidden states, and for NaN.
         """
         expected = model(**self._without_labels(inputs), use_cache=False).logits.float()
+        if expected.isnan().any():
+            advice = overflow_advice(model, "look at the weights and the samples")
+            raise SparsightError(f"{type(model).__name__}: its logits hold NaN; {advice}")
         actual = self.logits(self.hidden(model, inputs).flatten(0, 1)).view_as(expected)
         limit = TOLERANCE.get(self.weight.dtype, 1e-4) * float(expected.abs().max())
         if float((actual - expected).abs().max()) > limit and self.bias is None:
