@@ -143,19 +143,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}  # transformers says what is wrong with anything else
 
 
-def _check_tensors(path: Path) -> None:
-    """Refuse a file that is cut short, and tensors of a quantized model, by the header of the file."""
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: dtype, shape and place of every tensor by name.
+
+    **Raises** `SparsightError` for a file that is cut short or damaged, `OSError` for one that cannot be read.
+    """
     whole = path.stat().st_size
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if 8 + size <= whole else None
         ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         header, ends = None, []
     if header is None or 8 + size + max(ends, default=0) != whole:
         raise SparsightError(f"{path}: is cut short or damaged; copy it again from where it came from")
-    for name, entry in header.items():
+    return header
+
+
+def _check_tensors(path: Path) -> None:
+    """Refuse a file that is cut short, and tensors of a quantized model, by the header of the file."""
+    for name, entry in read_header(path).items():
         dtype = entry.get("dtype", "") if isinstance(entry, dict) else ""
         if name.rpartition(".")[2] in PACKED or dtype.startswith(LOW):
             raise SparsightError(f"{path.parent}: is quantized ({path.name} holds {name} as {dtype}); {_remedy({})}")

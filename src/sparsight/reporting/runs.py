@@ -21,6 +21,7 @@ from sparsight.checkpoint.stages import stages_of
 from sparsight.errors import SparsightError
 from sparsight.evaluation.record import PICTURES, read_answers, read_evaluation, saved_bytes
 from sparsight.files import read_json
+from sparsight.model.files import read_header
 
 FORMAT = 1
 HASHES = {"model_hash": "dense model", "held_out_fingerprint": "fingerprint", "data_fingerprint": "training samples"}
@@ -204,10 +205,8 @@ def _sizes(folder: Path, record: Mapping[str, Any] | None, scores: Mapping[str, 
 
 def _tensor_bytes(path: Path) -> int:
     """Bytes of the tensors of a safetensors file, from its header."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return sum(e["data_offsets"][1] - e["data_offsets"][0] for name, e in header.items() if name != "__metadata__")
+    entries = (entry for name, entry in read_header(path).items() if name != "__metadata__")
+    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
 
 
 def _cell(record: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
