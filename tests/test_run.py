@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_and_nothing_is_left(changes, says, home, tmp_path
 
 def test_a_folder_that_cannot_be_is_one_line(home, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SparsightError, match="could not be written to"):
+    with pytest.raises(SparsightError, match="cannot be written to"):
         api.run(home / "r.yaml", tmp_path / "file" / "out", changes=SMALL)
 
 

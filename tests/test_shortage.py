@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,8 @@ def test_a_run_names_the_keys_of_its_recipe_and_goes_on(zoo_folder, scenes, run,
         _, _, errors = run(*words, "evaluate.batch_size=8")
     assert "lower prune.batch_size (it is 8) or prune.samples (it is 4)" in errors
     assert errors.endswith("with other settings delete out/pruned.unfinished first, or give another folder\n")
+    shutil.rmtree(tmp_path / "out" / "pruned.unfinished")
+    words.append("prune.batch_size=2")
     with displayed(monkeypatch, at(3, lambda: run_out("GPU"), ["restore"])):
         _, _, errors = run(*words, "evaluate.batch_size=8")
     assert "restore.batch_size=2 with restore.accumulate=2 takes the same steps, or add restore.gradient_check" in errors

@@ -20,7 +20,7 @@ from sparsight import recipe as recipes
 from sparsight.checkpoint.lock import locked
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.errors import Interrupted
+from sparsight.errors import Interrupted, OutOfMemory
 from sparsight.sweeps.grid import cells
 from sparsight.sweeps.sweep import EXTRA
 from sparsight.sweeps.workbench import Workbench
@@ -151,7 +151,7 @@ def test_an_error_while_pruning_leaves_the_dense_model_for_the_next_cell(home, t
         raise MemoryError
 
     bench.prune = broken
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutOfMemory, match=r"lower `prune\.batch_size`"):
         bench.measure([cell], lambda *facts: None, print)
     assert bench.hash() == dense
 

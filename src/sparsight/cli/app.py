@@ -87,6 +87,8 @@ def main() -> None:
                 code = _interrupted(stop)
             except _USAGE as error:
                 code = _fail(error.format_message(), 2)
+            except PermissionError as error:
+                code = _fail(f"{error.filename}: {error.strerror}; give a file or folder that this user may use", 2)
             except Exception:
                 if launched_rank():
                     time.sleep(PATIENCE)

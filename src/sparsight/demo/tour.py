@@ -59,7 +59,10 @@ def tour(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run the demo and write models, predictions and `report.html` to `out`; the facts of the report are returned."""
+    """Run the demo and write models, predictions and `report.html` to `out`; the facts of the report are returned.
+
+    **Raises** `SparsightError` for a folder that may not be replaced, `Interrupted` for Ctrl-C.
+    """
     with locked(out):
         target = _fresh(Path(out), overwrite)
         try:
