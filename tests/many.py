@@ -80,7 +80,7 @@ def errors(folder: Path) -> dict[str, str]:
         try:
             api.prune(folder / "llava", folder / f"error-{name}", data=folder / "data", overwrite=True, **FEW, **how)
         except SparsightError as error:
-            said[name] = str(error).partition("; what was done")[0]  # which the main process alone adds
+            said[name] = error.args[0]  # without its advice, which the main process alone adds
     return said
 
 
