@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparsight
 from sparsight import api
 from sparsight.checkpoint.folder import read_metrics
 from sparsight.errors import Interrupted
@@ -51,7 +52,8 @@ def folder(zoo_folder, tmp_path_factory):
 
 
 def launched(count, *words, **settings):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(many.__file__).parent)}
+    paths = [str(Path(many.__file__).parent), str(Path(sparsight.__file__).parents[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [*LAUNCH, str(count), *map(str, words)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 

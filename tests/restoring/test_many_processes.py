@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import many_restores
+import sparsight
 from sparsight import api
 from sparsight.checkpoint.folder import read_metrics
 
@@ -27,7 +28,7 @@ def folder(zoo_folder, scenes, tmp_path_factory):
 
 
 def launch(*words, timeout=240, code=0):
-    paths = [str(Path(many_restores.__file__).parent)]
+    paths = [str(Path(many_restores.__file__).parent), str(Path(sparsight.__file__).parents[1])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stderr[-3000:]
