@@ -16,6 +16,7 @@ import torch
 import sparsight
 from sparsight import api
 from sparsight.checkpoint.folder import read_metrics
+from sparsight.checkpoint.lock import locked
 from sparsight.errors import Interrupted
 
 import many
@@ -110,6 +111,15 @@ def stop_at(count):
             raise KeyboardInterrupt
 
     return progress
+
+
+def test_several_processes_are_refused_a_folder_that_another_one_writes_to(folder, tmp_path):
+    words = ["-m", "sparsight", "prune", folder / "llava", tmp_path / "out", "--data", folder / "data", "--quiet"]
+    with locked(tmp_path / "out"):
+        _, out, errors = finished(launched(2, *words))
+    assert out == ""
+    assert errors.count(f"sparsight: {tmp_path / 'out'}: process {os.getpid()} on ") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_one_line(folder, tmp_path):
