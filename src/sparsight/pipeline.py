@@ -52,9 +52,11 @@ def run(
     if searched:
         from sparsight.sweeps.search import check_search
 
-        check_search(spec_of(settings, "search"))
+        with in_recipe("search"):
+            check_search(spec_of(settings, "search"))
     for section in stages_of(settings, "restore"):
-        check_restore(spec_of(settings, "restore", section))
+        with in_recipe("restore"):
+            check_restore(spec_of(settings, "restore", section))
     if read_record(settings["model"]):
         raise SparsightError(
             f"{settings['model']}: is pruned already; a run begins with the dense model that it was made of"

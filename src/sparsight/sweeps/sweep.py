@@ -51,7 +51,8 @@ def sweep(
     check_count("jobs", jobs)
     if distributed.launched_rank():
         raise SparsightError("`jobs`: a sweep starts its own processes; start it without a launcher")
-    check_device(recipes.spec_of(settings, "evaluate").device)
+    with recipes.in_recipe("evaluate"):
+        check_device(recipes.spec_of(settings, "evaluate").device)
     recipes.held_out_of(settings, recipe)
     grid, folder = cells(settings), Path(out)
     if read_record(settings["model"]):
