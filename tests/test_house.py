@@ -25,6 +25,7 @@ ORDER = [  # from the ground up; a room imports only from rooms below it
     ("specs",),
     ("distributed", "kernels"),
     ("masks",),
+    ("packing",),
     ("model",),
     ("data",),
     ("calibration",),

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparsight.errors import SparsightError
+from sparsight.packing.hook import register_reader
 from sparsight.version import VERSION
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         estimate,
         evaluate,
         inspect,
+        pack,
         plan,
         prune,
         report,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         run,
         search,
         sweep,
+        unpack,
         verify,
     )
     from sparsight.calibration.lockstep import lockstep
@@ -31,14 +34,18 @@ if TYPE_CHECKING:
     from sparsight.model.anatomy import anatomy
     from sparsight.model.families import Family
     from sparsight.model.load import load
+    from sparsight.packing.linear import SparseLinear
     from sparsight.restoring.adapter_files import load_adapter
     from sparsight.restoring.wrap import merge, sparse_lora
-    from sparsight.specs import EvaluateSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
+    from sparsight.specs import EvaluateSpec, PackSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
 __version__ = VERSION
 
-_API = ("estimate", "evaluate", "inspect", "plan", "prune", "report", "restore", "run", "search", "sweep", "verify")
-_SPECS = ("EvaluateSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
+_API = (
+    "estimate", "evaluate", "inspect", "pack", "plan", "prune", "report", "restore", "run", "search", "sweep", "unpack",
+    "verify",
+)  # fmt: skip
+_SPECS = ("EvaluateSpec", "PackSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(_SPECS, "specs"),
@@ -48,15 +55,16 @@ _HOMES = {
     "load": "model.load",
     "load_adapter": "restoring.adapter_files",
     "lockstep": "calibration.lockstep",
+    "SparseLinear": "packing.linear",
     "merge": "restoring.wrap",
     "save": "checkpoint.save",
     "sparse_lora": "restoring.wrap",
 }
 
 __all__ = [
-    "EvaluateSpec", "Family", "Pattern", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec", "SparsightError", "anatomy",
-    "estimate", "evaluate", "inspect", "load", "load_adapter", "lockstep", "merge", "plan", "prune", "report", "restore",
-    "run", "save", "search", "sparse_lora", "sweep", "verify",
+    "EvaluateSpec", "Family", "PackSpec", "Pattern", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec", "SparseLinear",
+    "SparsightError", "anatomy", "estimate", "evaluate", "inspect", "load", "load_adapter", "lockstep", "merge", "pack",
+    "plan", "prune", "report", "restore", "run", "save", "search", "sparse_lora", "sweep", "unpack", "verify",
 ]  # fmt: skip
 
 
@@ -68,3 +76,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_reader()

@@ -17,7 +17,7 @@ from sparsight.checks import check_paths
 from sparsight.errors import SparsightError
 from sparsight.options import Argument, options
 from sparsight.progress import Progress
-from sparsight.specs import SPECS, EvaluateSpec, FamilySpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
+from sparsight.specs import SPECS, EvaluateSpec, FamilySpec, PackSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
 if TYPE_CHECKING:
     from sparsight.allocation.plan import PlannedModel
@@ -176,7 +176,7 @@ def evaluate(
     spec = EvaluateSpec.make(spec, settings)
     _need(data, "data", "held-out samples")
     if not _is_folder(model):
-        spec = _in_memory(model, spec, adapters=True, record=record)
+        spec = _in_memory(model, spec, adapters=True, packed=True, record=record)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
     _check_folder_data(data, processor)
     return evaluate_folder(model, data, spec, record=record, progress=progress)
@@ -198,6 +198,48 @@ def verify(
     from sparsight.checkpoint.verify import verify
 
     return verify(model, against, family=family)
+
+
+def pack(
+    sparse: Annotated[str | Path, Argument("Folder of a sparse model.")],
+    out: Annotated[str | Path, Argument("Folder to write; it appears once the work is done.")],
+    spec: PackSpec | None = None,
+    *,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write a SPARSE model in fewer bytes: the weights that were kept, and a bit per weight.
+
+    Nothing is lost, but with `values="int8"`. After `import sparsight`, `from_pretrained` reads the folder as any other, and
+    so does every verb; `load(OUT, packed=True)` keeps it packed in memory. One tensor at a time is in memory. Returns the
+    content of `packed.json`: bytes before and after and, for int8, the output error of every weight.
+
+    **Raises** `SparsightError`, one line, for a folder without zeros and for damaged files.
+    """
+    from sparsight.checkpoint.pack import pack_folder
+
+    check_paths(sparse=sparse, out=out)
+    return pack_folder(sparse, out, PackSpec.make(spec, settings), overwrite=overwrite, resume=resume, progress=progress)
+
+
+def unpack(
+    packed: Annotated[str | Path, Argument("Folder that `pack` wrote.")],
+    out: Annotated[str | Path, Argument("Folder to write; it appears once the work is done.")],
+    *,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the ordinary folder that a PACKED one was made from, byte for byte; of int8 values, what they stand for.
+
+    **Raises** `SparsightError`, one line, for a folder that is not packed and for damaged files.
+    """
+    from sparsight.checkpoint.pack import unpack_folder
+
+    check_paths(packed=packed, out=out)
+    return unpack_folder(packed, out, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def estimate(

@@ -18,6 +18,24 @@ model = AutoModelForImageTextToText.from_pretrained("FOLDER", dtype="auto")
 processor = AutoProcessor.from_pretrained("FOLDER")"""
 
 
+PLAIN_LINE = "It loads with `from_pretrained` like any other model; a pruned weight is an exact zero in the ordinary files."
+PACKED_LINE = (
+    "It is packed: the files hold the weights that were kept and a bit per weight. With Sparsight imported it loads like "
+    "any other model; `sparsight unpack` writes ordinary files."
+)
+IMPORT = "import sparsight  # reads packed weights\n"
+
+
+def packed_card(card: str) -> str:
+    """The card of a folder that was packed: the same but for how the model is loaded."""
+    return card.replace(PLAIN_LINE, PACKED_LINE).replace(LOAD, IMPORT + LOAD)
+
+
+def unpacked_card(card: str) -> str:
+    """The card that `packed_card` was given."""
+    return card.replace(PACKED_LINE, PLAIN_LINE).replace(IMPORT + LOAD, LOAD)
+
+
 def component_totals(sparsity: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """Return the numbers of layers, zeros and parameters of these layers, per pruned component."""
     totals = {}
@@ -45,7 +63,7 @@ def model_card(sparsity: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         "",
         f"Pruned with Sparsight from `{base if hub else name}` by `{sparsity['method']}`, pattern {', '.join(patterns)}"
         + (f", then restored with {stages_of(recipe, 'restore')[-1]['adapter']}." if "restore" in recipe else "."),
-        "It loads with `from_pretrained` like any other model; a pruned weight is an exact zero in the ordinary files.",
+        PLAIN_LINE,
         "",
         "| component | layers pruned | zeros | sparsity |",
         "|---|---:|---:|---:|",

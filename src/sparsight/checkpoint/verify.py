@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from sparsight.checkpoint.folder import Record, family_of, read_plan, read_record
+from sparsight.checkpoint.pack import StoredLayer, stored_layers
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
 from sparsight.masks.pattern import Pattern
-from sparsight.model.anatomy import Anatomy, Layer, anatomy
+from sparsight.model.anatomy import Layer, anatomy
 from sparsight.model.load import load_model
 from sparsight.model.source import check_model
 
@@ -65,11 +66,8 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
     if against is not None and plan is None and zeros is None:
         zeros = Zeros.of(against, family=family)
     masks = zeros.masks if zeros else {}
-    if loaded is None:
-        loaded = load_model(model) if isinstance(model, str | Path) else model
-    body = anatomy(loaded, family_of(record, family))
-    differences = _against_record(body, record) if record is not None else {}
-    layers = {layer.name: layer for layer in body.layers}
+    layers = _layers(model, loaded, record, family, {*((record or {}).get("layers", ())), *masks, *(plan or {})})
+    differences = _against_record(layers, record) if record is not None else {}
     for name, problem in [
         *((name, _lost(layers.get(name), *mask)) for name, mask in masks.items()),
         *((name, _broken(layers.get(name), pattern)) for name, pattern in (plan or {}).items()),
@@ -87,6 +85,17 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
         "sparsity": count / total if total else 0.0,
         "differences": differences,
     }
+
+
+def _layers(
+    model: Any, loaded: Any, record: dict[str, Any] | None, family: str | None, names: set[str]
+) -> Mapping[str, Layer | StoredLayer]:  # fmt: skip
+    """The layers of a model by name; those of a packed folder are read from its files, one at a time, if all can be."""
+    folder = isinstance(model, str | Path)
+    if folder and loaded is None and (stored := stored_layers(model, names)) is not None:
+        return stored
+    network = loaded if loaded is not None else load_model(model) if folder else model
+    return {layer.name: layer for layer in anatomy(network, family_of(record, family)).layers}
 
 
 def recorded_plan(field: str, record: Any) -> Mapping[str, Pattern] | None:
@@ -108,45 +117,47 @@ def _name(model: Any) -> str:
     return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
-def _broken(layer: Layer | None, pattern: Pattern) -> str | None:
+def _broken(layer: Layer | StoredLayer | None, pattern: Pattern) -> str | None:
     if layer is None:
         return "the model has no such layer"
     return None if pattern.holds(layer.weight) else f"does not hold the pattern {pattern}"
 
 
-def _against_record(body: Anatomy, record: dict[str, Any]) -> dict[str, list[str]]:
-    layers = {layer.name: layer for layer in body.layers}
+def _against_record(layers: Mapping[str, Layer | StoredLayer], record: dict[str, Any]) -> dict[str, list[str]]:
     plan = read_plan(record)
     differences = {}
     for name, entry in record["layers"].items():
         layer = layers.get(name)
         if layer is None:
-            differences[name] = ["the model has no such layer"]
-            continue
-        W = layer.weight
-        problems = []
-        dtype = str(W.dtype).removeprefix("torch.")
-        if list(layer.shape) != entry["shape"]:
-            problems.append(f"shape is {list(layer.shape)}, recorded {entry['shape']}")
+            problems = ["the model has no such layer"]
+        elif list(layer.shape) != entry["shape"]:
+            problems = [f"shape is {list(layer.shape)}, recorded {entry['shape']}"]
         else:
-            zeros = int((W == 0).sum())
-            if zeros != entry["zeros"]:
-                problems.append(f"{zeros} zeros, recorded {entry['zeros']}")
-            if not plan[name].holds(W):
-                problems.append(f"does not hold the pattern {plan[name]}")
-        if dtype != entry["dtype"]:
-            problems.append(f"dtype is {dtype}, recorded {entry['dtype']}")
-        elif not problems:
-            if mask_hash(W) != entry["mask"]:
-                problems.append("the zeros are in other places (mask hash differs)")
-            if weight_hash(W) != entry["weight"]:
-                problems.append("the weights are not those that were written (weight hash differs)")
+            problems = _of_weight(layer.weight, entry, plan[name])
         if problems:
             differences[name] = problems
     return differences
 
 
-def _lost(layer: Layer | None, packed: torch.Tensor, shape: tuple[int, int]) -> str | None:
+def _of_weight(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern) -> list[str]:
+    problems = []
+    zeros, dtype = int((W == 0).sum()), str(W.dtype).removeprefix("torch.")
+    exact = entry["weight"] is not None  # else rounded to int8, in another form than in memory
+    if zeros != entry["zeros"] if exact else zeros < entry["zeros"]:
+        problems.append(f"{zeros} zeros, recorded {entry['zeros']}")
+    if not pattern.holds(W):
+        problems.append(f"does not hold the pattern {pattern}")
+    if dtype != entry["dtype"]:
+        problems.append(f"dtype is {dtype}, recorded {entry['dtype']}")
+    elif exact and not problems:
+        if mask_hash(W) != entry["mask"]:
+            problems.append("the zeros are in other places (mask hash differs)")
+        if weight_hash(W) != entry["weight"]:
+            problems.append("the weights are not those that were written (weight hash differs)")
+    return problems
+
+
+def _lost(layer: Layer | StoredLayer | None, packed: torch.Tensor, shape: tuple[int, int]) -> str | None:
     if layer is None:
         return "the model has no such layer"
     if layer.shape != tuple(shape):

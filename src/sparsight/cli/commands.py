@@ -238,6 +238,18 @@ def _verified(facts: Any, values: Values) -> Shown:
     return facts, tables.verify_lines(facts), not facts["differences"]
 
 
+def _packed(facts: Any, values: Values) -> Shown:
+    from sparsight.cli import tables
+
+    return {"out": values["out"], **facts}, tables.packed_tables(facts, values["out"]), True
+
+
+def _unpacked(facts: Any, values: Values) -> Shown:
+    from sparsight.cli import tables
+
+    return {"out": values["out"], **facts}, tables.unpacked_lines(facts, values["out"]), True
+
+
 def _ran(facts: Any, values: Values) -> Shown:
     from sparsight.cli import tables
 
@@ -337,6 +349,8 @@ COMMANDS: dict[str, Command] = {
     "restore": Command("restore", _restored),
     "eval": Command("evaluate", _evaluated, EVAL_FILES, _check_eval, after=_write_eval),
     "verify": Command("verify", _verified, quiet=False),
+    "pack": Command("pack", _packed),
+    "unpack": Command("unpack", _unpacked),
     "run": Command("run", _ran, (RECIPE_COST,), _recipe_cost("run")),
     "sweep": Command("sweep", _swept, (RECIPE_COST,), _recipe_cost("sweep")),
     "search": Command("search", _searched),

@@ -12,17 +12,22 @@ import torch
 
 from sparsight.kernels.adapt import compress, expand, merge, pack, project, unpack
 from sparsight.kernels.build import library_for, load
+from sparsight.kernels.sparse import expand_rows, pack_rows, product, row_offsets
 
 __all__ = [
     "add_gram",
     "compress",
     "expand",
+    "expand_rows",
     "keep_largest",
     "keep_of_group",
     "load",
     "merge",
     "pack",
+    "pack_rows",
+    "product",
     "project",
+    "row_offsets",
     "swap_rows",
     "sweep",
     "unpack",

@@ -31,6 +31,11 @@ SIGNATURES = {  # q: 64-bit integer, i: integer, p: address, d: double
     "sparsight_count": "pqp",
     "sparsight_pack": "pqp",
     "sparsight_unpack": "pqp",
+    "sparsight_offsets": "pqqp",
+    "sparsight_product": "pippqqpqppi",
+    "sparsight_product_int8": "ppippqqpqppi",
+    "sparsight_expand_rows": "pippqqqqpi",
+    "sparsight_pack_rows": "piqqppp",
 }
 logger = logging.getLogger(__name__)
 
@@ -67,7 +72,8 @@ def _open() -> ctypes.CDLL:
         raise FileNotFoundError("no C++ compiler (g++, c++ or $CXX)")
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    recipe = [version, _cpu().encode(), " ".join(FLAGS).encode(), *(source.read_bytes() for source in sources)]
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    recipe = [version, _cpu().encode(), " ".join(FLAGS).encode(), *(path.read_bytes() for path in (*sources, *headers))]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparsight" / "kernels"
     place = folder / f"{hashlib.sha256(b'|'.join(recipe)).hexdigest()[:24]}.so"
     if place.exists():

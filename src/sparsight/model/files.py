@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sparsight.errors import LINE, SparsightError, first_line
+from sparsight.packing.shards import METHOD, check_layout
 
 POINTER = b"version https://git-lfs"
 QUANTIZED = ("quantization_config", "compression_config")  # keys of a configuration
@@ -49,12 +50,13 @@ def _check_files(where: str, folder: Path) -> None:
             raise SparsightError(f"{where}: no .safetensors file; convert the weights with save_pretrained first")
         for path in (*weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))):
             _check_pointer(path)
-        check_config(where, _read_config(folder / "config.json"))
+        config = _read_config(folder / "config.json")
+        check_config(where, config)
         for name in QUANTIZED_FILES:
             if (folder / name).is_file():
                 raise SparsightError(f"{where}: is quantized ({name}); {_remedy({})}")
         for path in weights:
-            _check_tensors(path)
+            _check_tensors(path, _is_packed(config))
     elif folder.exists():
         raise SparsightError(f"{where}: is a file; give the folder of a model or a hub name")
     elif where.startswith((".", "/", "~")) or where.count("/") != 1:
@@ -68,6 +70,9 @@ def check_config(where: str, config: dict[str, Any]) -> None:
     """
     for part in _parts(config):
         for key in QUANTIZED:
+            if part is config and _is_packed(config):
+                check_layout(config[key], where)
+                break
             if isinstance(settings := part.get(key), dict):
                 method = settings.get("quant_method") or settings.get("quant_type") or settings.get("format") or key
                 raise SparsightError(f"{where}: is quantized ({method}); {_remedy(config)}")
@@ -161,9 +166,16 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _check_tensors(path: Path) -> None:
+def _is_packed(config: dict[str, Any]) -> bool:
+    """Whether a configuration is that of a packed folder of ours."""
+    layout = config.get(QUANTIZED[0])
+    return isinstance(layout, dict) and layout.get("quant_method") == METHOD
+
+
+def _check_tensors(path: Path, packed: bool) -> None:
     """Refuse a file that is cut short, and tensors of a quantized model, by the header of the file."""
-    for name, entry in read_header(path).items():
+    header = read_header(path)
+    for name, entry in header.items() if not packed else ():
         dtype = entry.get("dtype", "") if isinstance(entry, dict) else ""
         if name.rpartition(".")[2] in PACKED or dtype.startswith(LOW):
             raise SparsightError(f"{path.parent}: is quantized ({path.name} holds {name} as {dtype}); {_remedy({})}")

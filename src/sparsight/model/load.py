@@ -18,15 +18,19 @@ from sparsight.errors import Notice, OutOfMemory, SparsightError
 from sparsight.memory import is_out_of_memory
 from sparsight.model.discover import discover
 from sparsight.model.files import check_config, check_files, check_unexpected
+from sparsight.packing.reader import register
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", packed: bool = False
+) -> tuple[Any, Any]:
     """Load the model, in eval mode, and its processor.
 
-    `path` is a folder that `save_pretrained` wrote, or a hub name. `dtype` is one of `auto` (as stored), `float32`,
-    `bfloat16`, `float16`, or a torch dtype.
+    `path` is a folder that `save_pretrained` or `pack` wrote, or a hub name. `dtype` is one of `auto` (as stored),
+    `float32`, `bfloat16`, `float16`, or a torch dtype. `packed` keeps the linear layers of a packed folder packed in
+    memory, for inference only; otherwise they are expanded.
 
     **Raises** `SparsightError` in one line if there is no such folder, no configuration, no safetensors, a weight that is
     missing or of another shape, no processor, or a processor that needs a package that is not installed.
@@ -35,19 +39,30 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "
     check_device(device)
     _config(str(path))
     processor = load_processor(path)  # first, since it is quick
-    return load_model(path, dtype=dtype, device=device), processor
+    return load_model(path, dtype=dtype, device=device, packed=packed), processor
 
 
-def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Any:
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", packed: bool = False
+) -> Any:  # fmt: skip
     """Load the model alone; the folder need not hold a processor. **Raises** `SparsightError` as `load` does."""
     where = str(path)
     torch_dtype = parse_dtype(dtype)
     check_device(device)
-    _config(where)
+    config = _config(where)
+    register()
+    if packed:
+        layout = getattr(config, "quantization_config", None)
+        if layout is None:
+            raise SparsightError(
+                f"`packed`: {where} is not packed; pack it first with `sparsight pack`, or leave `packed` out"
+            )
+        layout["packed"] = True
     with quiet():
         try:
             loaded: Any = AutoModelForMultimodalLM.from_pretrained(
                 where,
+                config=config,
                 dtype=torch_dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -140,8 +155,8 @@ def check_device(device: str, one_gpu: bool = False) -> None:
         raise SparsightError(f"`device`: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and `device=cuda`")
 
 
-def _config(where: str) -> None:
-    """Refuse a folder or a hub name without a readable configuration."""
+def _config(where: str) -> Any:
+    """The configuration of a folder or a hub name; refuses one that cannot be read, or whose model cannot be pruned."""
     check_files(where)
     try:
         with quiet():
@@ -149,6 +164,7 @@ def _config(where: str) -> None:
     except Exception as error:  # the file can be wrong in any way
         raise SparsightError(f"{where}: no model configuration could be read: {_reason(error)}") from error
     check_config(where, config.to_dict())
+    return config
 
 
 def _reason(error: BaseException) -> str:

@@ -11,12 +11,13 @@ from torch import nn
 
 from sparsight.errors import SparsightError
 from sparsight.model.load import load_model, load_processor
+from sparsight.packing.linear import SparseLinear
 
 NO_PROCESSOR = "`processor`: samples are encoded by the model's own processor; give it, or batches of your own"
 
 
-def check_model(model: Any, field: str = "model", *, adapters: bool = False) -> None:
-    """Refuse what is no model of transformers and, unless `adapters` may be there, a model with adapters.
+def check_model(model: Any, field: str = "model", *, adapters: bool = False, packed: bool = False) -> None:
+    """Refuse what is no model of transformers and, unless they may be there, adapters and packed layers.
 
     **Raises** `SparsightError`, naming `field`.
     """
@@ -25,6 +26,12 @@ def check_model(model: Any, field: str = "model", *, adapters: bool = False) -> 
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise SparsightError(
             f"`{field}`: {type(model).__name__} is no transformers model; give one in memory, a folder or a hub name"
+        )
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        if packed:
+            return
+        raise SparsightError(
+            f"`{field}`: its layers are packed, which is for inference; load the folder without `packed`, which expands them"
         )
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise SparsightError(
@@ -35,13 +42,13 @@ def check_model(model: Any, field: str = "model", *, adapters: bool = False) -> 
         raise SparsightError(f"`{field}`: has adapters that are not merged; merge them first, as `sparsight.merge` does")
 
 
-def in_memory(model: Any, spec: Any, *, adapters: bool = False, **of_folders: Any) -> Any:
+def in_memory(model: Any, spec: Any, *, adapters: bool = False, packed: bool = False, **of_folders: Any) -> Any:
     """The settings of a verb for a model in memory: its `device` is the model's own.
 
     **Raises** `SparsightError` as `check_model` does, for a `dtype` or `device` that is not the model's, and for whatever
     of a folder's (`of_folders`) is neither None nor False.
     """
-    check_model(model, adapters=adapters)
+    check_model(model, adapters=adapters, packed=packed)
     for name, value in of_folders.items():
         if value is not None and value is not False:
             raise SparsightError(

@@ -1,0 +1,320 @@
+"""`pack` and `unpack`: a folder in, a folder out, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsight import kernels
+from sparsight.checkpoint.card import packed_card, unpacked_card
+from sparsight.checkpoint.folder import atomic_folder, check_output, identity, read_record
+from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.unfinished import unfinished
+from sparsight.errors import SparsightError
+from sparsight.files import read_json, replace_file, write_json
+from sparsight.masks.bits import mask_hash, weight_hash
+from sparsight.model.files import check_files
+from sparsight.packing.shards import (
+    FORMAT,
+    INDEX,
+    METHOD,
+    SINGLE,
+    Shard,
+    Shards,
+    ShardWriter,
+    header_entry,
+    header_text,
+    in_order,
+    read_layout,
+)
+from sparsight.packing.squeeze import squeeze
+from sparsight.packing.tensor import Packed, row_offsets
+from sparsight.progress import Progress
+from sparsight.specs import PackSpec
+
+PROBES = 16  # random inputs that the output error of int8 values is measured on
+PACKED = "packed.json"
+OF_EVALUATION = ("evaluation.json", "predictions.jsonl", "evaluation")
+
+
+# of one tensor: what is stored, its entry in the layout, and facts for the record
+Change = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], list[Any] | None, dict[str, Any]]]
+
+
+def pack_folder(
+    sparse: str | Path,
+    out: str | Path,
+    spec: PackSpec,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pack the folder of a sparse model; returns the content of `packed.json`. **Raises** `SparsightError`."""
+    shards = _source(sparse)
+    if shards.int8:
+        raise SparsightError(f"{sparse}: holds int8 values, from which the original does not come back; pack that one")
+    target = check_output(out, overwrite, inputs=(sparse,))
+    record = read_record(sparse)
+    hashes = {entry["weight"]: name for name, entry in (record or {}).get("layers", {}).items()}
+    change = _packing(str(sparse), spec, hashes)
+    settings = {"verb": "pack", **spec.facts(), "files": identity(sparse)}
+    with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
+        done = _write_shards(shards, folder, change, _packed_order, "pack", progress)
+        tensors = {name: facts for shard in done.values() for name, facts in shard["facts"].items()}
+        if not tensors:
+            raise SparsightError(
+                f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote"
+            )
+        facts = {
+            "format": FORMAT,
+            "values": spec.values,
+            "squeeze": spec.squeeze,
+            "bytes": {
+                "dense": sum(shard["dense"] for shard in done.values()),
+                "packed": sum(shard["stored"] for shard in done.values()),
+                "layers_dense": sum(entry["dense"] for entry in tensors.values()),
+                "layers_packed": sum(entry["stored"] for entry in tensors.values()),
+            },
+            "tensors": tensors,
+        }
+        layout = {
+            "quant_method": METHOD,
+            "format": FORMAT,
+            "values": spec.values,
+            "layers": {name: entry for shard in done.values() for name, entry in shard["layers"].items()},
+        }
+        with atomic_folder(target, overwrite) as new:
+            _copy_others(Path(sparse), new, shards.files, (PACKED,) if spec.values == "kept" else (PACKED, *OF_EVALUATION))
+            _put_together(shards, folder, new, done, layout)
+            if spec.values == "int8" and record is not None:
+                write_json(new / "sparsity.json", _rounded(record, tensors))
+            write_json(new / PACKED, facts)
+            _write_card(new, packed_card)
+    return facts
+
+
+def _packing(where: str, spec: PackSpec, hashes: Mapping[str, str]) -> Change:
+    """What packing does to a tensor; `hashes` has the names of layers by the hashes of their weights."""
+    columns: dict[tuple[int, ...], int] = {}  # by the shape of bits, which say them only to the next eight
+
+    def change(name: str, W: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[Any] | None, dict[str, Any]]:
+        packed = _fitting(W, columns)
+        if packed is None:
+            squeezed = squeeze(W) if spec.squeeze else None
+            return ({name: W}, None, {}) if squeezed is None else ({name: squeezed}, [list(W.shape), None], {})
+        facts: dict[str, Any] = {"dense": W.nbytes, "dtype": str(W.dtype).removeprefix("torch.")}
+        if (layer := hashes.get(weight_hash(W))) is not None:
+            facts["layer"] = layer
+        if spec.values == "int8":
+            try:
+                packed = Packed.int8(W)
+            except SparsightError as error:
+                raise SparsightError(f"{where}: {name} {error}; use `values=kept`") from error
+            rounded = packed.expand(W.dtype)
+            facts |= {"error": output_error(W, packed), "zeros": int((rounded == 0).sum())}
+            facts |= {"mask": mask_hash(rounded), "weight": weight_hash(rounded)}
+        stored = {name + part: tensor for part, tensor in packed.tensors().items()}
+        if spec.squeeze and (squeezed := squeeze(packed.values)) is not None:
+            stored[name] = squeezed
+        facts["stored"] = sum(tensor.nbytes for tensor in stored.values())
+        return stored, [list(W.shape), packed.values.numel()], facts
+
+    return change
+
+
+def _rounded(record: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`sparsity.json` of int8 values: what they stand for is no longer the dense model's, and has more zeros."""
+    layers = {name: {**entry, "mask": None, "weight": None} for name, entry in record["layers"].items()}
+    for facts in tensors.values():
+        if "layer" in facts:
+            entry = layers[facts["layer"]]
+            rows, columns = entry["shape"]
+            new = {key: facts[key] for key in ("zeros", "mask", "weight")}
+            layers[facts["layer"]] = {**entry, **new, "got": facts["zeros"] / (rows * columns)}
+    return {**record, "mask_only": False, "layers": layers}
+
+
+def _fitting(W: torch.Tensor, columns: dict[tuple[int, ...], int]) -> Packed | None:
+    """The packed form of a weight with zeros; None where nothing is won, and for what is no weight."""
+    if W.ndim < 2 or not W.is_floating_point() or not W.numel():
+        return None
+    shape = (*W.shape[:-1], (W.shape[-1] + 7) // 8)
+    packed = Packed.of(W)
+    if packed.nbytes >= W.nbytes or columns.setdefault(shape, W.shape[-1]) != W.shape[-1]:
+        return None
+    return packed
+
+
+def unpack_folder(
+    packed: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the ordinary folder that a packed one was made from. **Raises** `SparsightError`."""
+    shards = _source(packed)
+    if shards.layout is None:
+        raise SparsightError(f"{packed}: is not packed; give a folder that `sparsight pack` wrote")
+    target = check_output(out, overwrite, inputs=(packed,))
+    settings = {"verb": "unpack", "files": identity(packed)}
+    with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
+        done = _write_shards(shards, folder, lambda name, W: ({name: W}, None, {}), _plain_order, "unpack", progress)
+        with atomic_folder(target, overwrite) as new:
+            _copy_others(Path(packed), new, shards.files, (PACKED,))
+            _put_together(shards, folder, new, done, None)
+            _write_card(new, unpacked_card)
+    dense = sum(shard["stored"] for shard in done.values())
+    return {"bytes": {"packed": sum((Path(packed) / file).stat().st_size for file in shards.files), "dense": dense}}
+
+
+class StoredLayer:
+    """A layer of a packed folder, whose dense weight is read where it is asked for."""
+
+    def __init__(self, shards: Shards, file: str, tensor: str, facts: Mapping[str, Any]) -> None:
+        self.tensor, self.facts = tensor, facts
+        self._shards, self._file = shards, file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return tuple(self._shards.layers[self.tensor][0])
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, read from the file."""
+        return self._shards.open(self._file).read(self.tensor)
+
+
+def stored_layers(folder: str | Path, names: Collection[str]) -> dict[str, StoredLayer] | None:
+    """The layers `names` of a packed folder, read one at a time; None if some are stored in another form than they have in
+    memory, as experts that the model merges, and for a folder that is not packed.
+
+    **Raises** `SparsightError` for damaged files.
+    """
+    shards = Shards(folder) if read_layout(folder) is not None else None
+    record = Path(folder) / PACKED
+    if shards is None or not record.is_file():
+        return None
+    tensors = read_json(record, "pack the model again").get("tensors", {})
+    of_layer = {facts["layer"]: (name, facts) for name, facts in tensors.items() if "layer" in facts}
+    if not set(names) <= set(of_layer):
+        return None
+    files = shards.names()
+    if lost := sorted(name for name, _ in of_layer.values() if name not in files or name not in shards.layers):
+        raise SparsightError(f"{folder}: {lost[0]} is missing from the files; copy the folder again")
+    return {layer: StoredLayer(shards, files[name], name, facts) for layer, (name, facts) in of_layer.items()}
+
+
+def output_error(W: torch.Tensor, packed: Packed) -> float:
+    """The relative error of the outputs of packed int8 weights on random normal inputs, the rounding of inputs included."""
+    generator = torch.Generator().manual_seed(0)
+    W = W.reshape(-1, W.shape[-1])
+    x = torch.randn(PROBES, W.shape[-1], generator=generator)
+    bits, values = packed.bits.reshape(len(W), -1), packed.values.reshape(-1)
+    assert packed.scale is not None
+    y = kernels.product(x, values, bits, row_offsets(bits), None, packed.scale.reshape(-1))
+    y = x @ packed.expand().reshape(W.shape).T if y is None else y
+    exact = x @ W.float().T
+    return float((y - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _source(folder: str | Path) -> Shards:
+    """The weights of a folder on this machine that a model could be loaded from."""
+    check_files(str(folder))
+    if not Path(folder).is_dir():
+        raise SparsightError(f"{folder}: is not a folder on this machine; download the model into one first")
+    return Shards(folder)
+
+
+def _write_shards(
+    shards: Shards, folder: Path, change: Change, order: Any, verb: str, progress: Progress | None
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Write every file of weights anew into `folder`; those that an interrupted run wrote there are kept."""
+    done: dict[str, dict[str, Any]] = {}
+    sizes = {
+        file: {n: d.itemsize * math.prod(s) for n, (d, s) in shards.open(file).known().items()} for file in shards.files
+    }
+    total = sum(sum(of_file.values()) for of_file in sizes.values())
+    for file in shards.files:
+        note, shard = folder / f"{file}.json", shards.open(file)
+        if not note.is_file():
+            names, room = order(shard)
+            facts: dict[str, Any] = {"names": [], "layers": {}, "facts": {}, "dense": 0, "stored": 0}
+            with replace_file(folder / file) as beside, ShardWriter(beside, room, shard.metadata) as writer:
+                for name in names:
+                    W = shard.read(name)
+                    stored, entry, said = change(name, W)
+                    for stored_name, tensor in stored.items():
+                        writer.add(stored_name, tensor)
+                        facts["stored"] += tensor.nbytes
+                    facts["names"] += stored
+                    facts["layers"] |= {name: entry} if entry else {}
+                    facts["facts"] |= {name: said} if said else {}
+                    facts["dense"] += W.nbytes
+                    if progress is not None:
+                        before = sum(sum(sizes[earlier].values()) for earlier in done)
+                        progress(f"{verb} {file}", before + facts["dense"], total)
+            write_json(note, facts)
+        done[file] = read_json(note, "start over with `overwrite`")
+    return done
+
+
+def _packed_order(shard: Shard) -> tuple[list[str], int]:
+    """Names, and room for a header with up to three tensors for each."""
+    return shard.names, 1024 + sum(3 * (len(json.dumps(name)) + 160) for name in shard.names)
+
+
+def _plain_order(shard: Shard) -> tuple[list[str], int]:
+    """Names as safetensors orders them, and the length of their header."""
+    known = shard.known()
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    names, at = in_order(known), 0
+    for name in names:
+        header[name] = header_entry(*known[name], at)
+        at = header[name]["data_offsets"][1]
+    return names, len(header_text(header))
+
+
+def _put_together(
+    shards: Shards, folder: Path, new: Path, done: Mapping[str, Any], layout: Mapping[str, Any] | None
+) -> None:  # fmt: skip
+    """Move the files of weights into the new folder, and write index and configuration."""
+    for file in shards.files:
+        (folder / file).replace(new / file)
+    if shards.files != [SINGLE]:
+        index = json.loads((shards.folder / INDEX).read_text(encoding="utf-8"))
+        index.setdefault("metadata", {})["total_size"] = sum(shard["stored"] for shard in done.values())
+        index["weight_map"] = {name: file for file, shard in done.items() for name in shard["names"]}
+        (new / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads((shards.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if layout is not None:
+        config["quantization_config"] = layout
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_others(source: Path, new: Path, weights: list[str], leave: tuple[str, ...]) -> None:
+    """Copy everything but weights, index and configuration."""
+    for path in sorted(source.iterdir()):
+        if path.name in (*weights, INDEX, "config.json", *leave) or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        else:
+            shutil.copyfile(path, new / path.name)
+
+
+def _write_card(folder: Path, change: Callable[[str], str]) -> None:
+    """Change how the card says that the model is loaded; a folder without a card gets none."""
+    card = folder / "README.md"
+    if card.is_file():
+        card.write_text(change(card.read_text(encoding="utf-8")), encoding="utf-8")

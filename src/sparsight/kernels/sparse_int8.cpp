@@ -1,0 +1,152 @@
+// Products with packed int8 weights. Inputs are rounded to int8 with a scale per token and block of columns.
+//
+// Sums are exact integers per block, column c in lane c / 4 % 16, then sixteen lanes of float32: the same bits on every CPU
+// that has fused multiply-adds.
+
+#include "packed.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 256;  // columns that share a scale of the input
+
+// Inputs in int8, with a scale per block of columns; `shift`: -128 times the sum of a lane, since weights are multiplied as
+// unsigned q + 128, and a pruned one as 128.
+struct Codes {
+    std::vector<int8_t> code;     // (tokens, padded)
+    std::vector<float> scale;     // (tokens, blocks)
+    std::vector<int32_t> shift;   // (tokens, blocks, LANES)
+    int64_t padded, blocks;
+
+    template <int TYPE> Codes(const typename Stored<TYPE>::type* x, int64_t tokens, int64_t columns, Stored<TYPE>)
+        : padded((columns + BLOCK - 1) / BLOCK * BLOCK), blocks(padded / BLOCK) {
+        code.resize(size_t(tokens * padded));
+        scale.resize(size_t(tokens * blocks));
+        shift.resize(size_t(tokens * blocks * LANES));
+        for (int64_t i = 0; i < tokens * blocks; i++) {
+            const int64_t token = i / blocks, from = i % blocks * BLOCK, known = std::min(BLOCK, columns - from);
+            float wide[BLOCK] = {};
+            uint32_t most = 0;  // of absolute values, which count in the order of their bits
+            for (int64_t c = 0; c < known; c++) wide[c] = Stored<TYPE>::wide(x[token * columns + from + c]);
+            for (int64_t c = 0; c < BLOCK; c++) most = std::max(most, as_bits(wide[c]) & 0x7fffffff);
+            const bool finite = most < 0x7f800000;  // else the whole block gives NaN, and not zeros
+            const float inverse = finite && most ? 127 / as_float(most) : 0;
+            scale[size_t(i)] = finite ? as_float(most) / 127 : NAN;
+            int8_t* const to = &code[size_t(token * padded + from)];
+            int32_t* const sums = &shift[size_t(i * LANES)];
+            for (int64_t c = 0; c < BLOCK; c++) to[c] = int8_t(round(finite ? wide[c] : 0, inverse));
+            for (int64_t c = 0; c < BLOCK; c++) sums[c / 4 % LANES] -= 128 * to[c];
+        }
+    }
+
+    static int32_t round(float a, float b) {  // a * b to nearest even, for less than 2^22: the sum's last bit is worth one
+        return int32_t(as_bits(fused(a, b, 0x1.8p23f))) - 0x4b400000;
+    }
+};
+
+// `R` rows of int8 values times `T` tokens; `total(row, token, sum)` gets the sums without the row's scale.
+template <Kind KIND, int R, int T, class Total>
+void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in, int64_t token, const Total& total) {
+    const int8_t* values[R];
+    for (int r = 0; r < R; r++) values[r] = (const int8_t*)m.values + (KIND == DENSE ? (row + r * apart) * m.columns : m.offset[row + r * apart]);
+#if defined(SPARSIGHT_AVX512)
+    const uint8_t* bits[R];
+    for (int r = 0; r < R; r++) bits[r] = m.bits + (row + r * apart) * m.pitch();
+    const __m512i flip = _mm512_set1_epi8(char(-128));
+    __m512 sum[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < in.blocks; block++) {
+        __m512i part[R][T];
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++) part[r][t] = _mm512_loadu_si512(&in.shift[size_t(((token + t) * in.blocks + block) * LANES)]);
+        const auto step = [&](int64_t c, bool whole) {
+            __m512i x[T];
+            for (int t = 0; t < T; t++) x[t] = _mm512_loadu_si512(&in.code[size_t((token + t) * in.padded + c)]);
+            for (int r = 0; r < R; r++) {
+                uint64_t mask = ~uint64_t(0);
+                if (KIND != DENSE) mask = whole ? load<uint64_t>(bits[r] + c / 8) : load_bits(bits[r] + c / 8, m.pitch() - c / 8);
+                else if (!whole) mask = _bzhi_u64(mask, unsigned(m.columns - c));
+                const int kept = KIND == DENSE ? 64 : count(mask);
+                __m512i w = KIND == CLOSE || (KIND == DENSE && !whole)
+                                ? _mm512_maskz_loadu_epi8(KIND == DENSE ? mask : _bzhi_u64(~uint64_t(0), unsigned(kept)), values[r])
+                                : _mm512_loadu_si512(values[r]);
+                if (KIND != DENSE) w = expand_bytes(mask, w);
+                w = _mm512_xor_si512(w, flip);
+                values[r] += kept;
+                for (int t = 0; t < T; t++) part[r][t] = _mm512_dpbusd_epi32(part[r][t], w, x[t]);
+            }
+        };
+        const int64_t from = block * BLOCK;
+        if (from + BLOCK <= m.columns) {
+            for (int64_t c = from; c < from + BLOCK; c += 128) {
+                for (int r = 0; r < R; r++) prefetch(values[r]);
+                if (KIND == DENSE) for (int r = 0; r < R; r++) prefetch(values[r] + 64);
+                step(c, true);
+                step(c + 64, true);
+            }
+        } else {
+            for (int64_t c = from; c < m.columns; c += 64) step(c, c + 64 <= m.columns);
+        }
+        for (int t = 0; t < T; t++) {
+            const __m512 scale = _mm512_set1_ps(in.scale[size_t((token + t) * in.blocks + block)]);
+            for (int r = 0; r < R; r++) sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r][t]), scale, sum[r][t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(sum[r][t]));
+#else
+    for (int r = 0; r < R; r++) {
+        std::vector<int8_t> dense(size_t(in.padded));
+        float lanes[T][LANES] = {};
+        if (KIND == DENSE) std::memcpy(dense.data(), values[r], size_t(m.columns));
+        else expand_rows<uint8_t>(m, row + r * apart, row + r * apart + 1, (uint8_t*)dense.data());
+        for (int64_t block = 0; block < in.blocks; block++)
+            for (int t = 0; t < T; t++) {
+                const int8_t *w = &dense[size_t(block * BLOCK)], *x = &in.code[size_t((token + t) * in.padded + block * BLOCK)];
+                const float scale = in.scale[size_t((token + t) * in.blocks + block)];
+                for (int lane = 0; lane < LANES; lane++) {
+                    int32_t part = 0;
+                    for (int c = 4 * lane; c < BLOCK; c += 64)
+                        for (int i = c; i < c + 4; i++) part += int32_t(w[i]) * x[i];
+                    lanes[t][lane] = fused(float(part), scale, lanes[t][lane]);
+                }
+            }
+        for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(lanes[t]));
+    }
+#endif
+}
+
+template <int T, class Total> struct Coded {
+    const Matrix& m;
+    const Codes& in;
+    int64_t token;
+    const Total& total;
+    template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply_codes<KIND, R, T>(m, row, apart, in, token, total); }
+};
+
+template <bool ALL, int TYPE>
+void product_codes(const Matrix& m, const float* scale, const void* x, int64_t tokens, const void* bias, void* out, int threads) {
+    using Value = typename Stored<TYPE>::type;
+    const Output<TYPE> output{(Value*)out, (const Value*)bias, m.rows};
+    const Codes in((const Value*)x, tokens, m.columns, Stored<TYPE>());
+    const auto total = [&](int64_t row, int64_t token, float sum) { output.put(row, token, sum, scale[row]); };
+    share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
+        walk_tokens(tokens, [&](int64_t token, auto count) {
+            constexpr int T = count(), R = T == MOST ? 1 : T == MOST / 2 ? 2 : STREAMS;
+            walk_rows<ALL, R, 64>(m, first, last, Coded<T, decltype(total)>{m, in, token, total});
+        });
+    });
+}
+
+}  // namespace
+
+// The same for int8 values with a scale per row (rows,); `type` is that of x, bias and out. Without bits W is dense.
+extern "C" int sparsight_product_int8(const void* values, const float* scale, int type, const uint8_t* bits,
+                                      const int64_t* offset, int64_t rows, int64_t columns, const void* x, int64_t tokens,
+                                      const void* bias, void* out, int threads) {
+    const Matrix m{values, bits, offset, rows, columns};
+    const auto run = bits ? (type == FLOAT ? product_codes<false, FLOAT> : type == BRAIN ? product_codes<false, BRAIN> : product_codes<false, HALVES>)
+                          : (type == FLOAT ? product_codes<true, FLOAT> : type == BRAIN ? product_codes<true, BRAIN> : product_codes<true, HALVES>);
+    run(m, scale, x, tokens, bias, out, threads);
+    return 1;
+}
