@@ -142,7 +142,13 @@ def _embedded(entry: Any) -> tuple[Any, bytes | None]:
             return entry, _decode_base64(content)
         if isinstance(content, bytes | bytearray | memoryview) and len(content):
             return entry, bytes(content)
-        return entry.get("path"), None
+        if content is not None and not isinstance(content, str | bytes | bytearray | memoryview):
+            raise BadRecord(f"an image's 'bytes' must be bytes or base64, got {kind_of(content)}")
+        if entry.get("path") is None:
+            raise BadRecord(
+                f"an image that is an object needs something under 'bytes' or 'path'; got the keys {quote(list(entry))}"
+            )
+        return entry["path"], None
     if isinstance(entry, bytes | bytearray | memoryview):
         return entry, bytes(entry)
     if not isinstance(entry, str):
