@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparsight.errors import Notice, SparsightError
 from sparsight.model.discover import discover
-from sparsight.model.files import check_config, check_files, check_unexpected
+from sparsight.model.files import check_config, check_files, check_unexpected, stored_dtypes
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,6 +68,14 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: s
         raise SparsightError(f"{where}: weights missing from the files: {', '.join(absent[:3])}{more}; save the model again")
     if note := check_unexpected(where, info["unexpected_keys"], _lists(model)):
         warnings.warn(note, Notice, stacklevel=2)
+    stored, own = stored_dtypes(where), str(model.dtype).removeprefix("torch.")
+    if dtype == "auto" and stored and own not in stored:
+        warnings.warn(
+            f"{where}: the files hold {' and '.join(sorted(stored))}, and the model is loaded in {own}, as config.json "
+            "says; set `dtype` for another",
+            Notice,
+            stacklevel=2,
+        )
     try:
         return model.eval().to(device)
     except RuntimeError as error:
@@ -129,8 +137,8 @@ def _config(where: str) -> None:
     try:
         check_files(where)
     except OSError as error:  # a name too long, no permission
-        reason = error.strerror or _reason(error)
-        raise SparsightError(f"{where}: cannot be opened ({reason}); give the folder of a model or a hub name") from error
+        reason, file = error.strerror or _reason(error), error.filename or where
+        raise SparsightError(f"{file}: cannot be opened ({reason}); give the folder of a model or a hub name") from error
     try:
         with quiet():
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
