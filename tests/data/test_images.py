@@ -369,6 +369,18 @@ def test_floats_are_fractions():
     assert np.array_equal(levels(Image.fromarray(RAMP.astype(np.float32))), np.arange(256))
 
 
+@pytest.mark.parametrize("pixels", [12, 7])
+def test_a_large_image_is_read_and_a_huge_one_refused(places, monkeypatch, pixels):
+    (places[0] / "x.png").write_bytes(as_bytes(Image.new("RGB", (4, 4), "red")))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)  # Pillow warns above it, and refuses above twice as many
+    source = write(places[0], {"image": "x.png"})
+    if pixels == 12:
+        assert read(source)[0].load_images()[0].size == (4, 4)
+    else:
+        with pytest.raises(SparsightError, match=r"image 'x\.png' is too large: .*16 pixels.*; make it smaller"):
+            read(source)
+
+
 def tiff(bits, content, width, height):
     """The bytes of a gray TIFF without compression."""
     tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1),

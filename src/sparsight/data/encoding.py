@@ -274,6 +274,9 @@ class Encoder:
         for mark in sorted({PLACEHOLDER, *chat.image_marks(self.processor)}):
             if any(mark in text for text in (*texts, *(prompts if mark != PLACEHOLDER else ()))):
                 return f"its text holds {mark}, which stands for an image; take it out"
+        end = getattr(self.processor.tokenizer, "eos_token", None)
+        if end and end.strip() and any(end in text for text in (*texts, *prompts)):
+            return f"its text holds {end}, at which the model ends an answer; take it out"
         return self.style.refuse(sample)
 
     def _without(self, rows: Sequence[Sample], reasons: Sequence[Reason]) -> list[Sample]:

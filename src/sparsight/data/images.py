@@ -14,7 +14,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from PIL import Image, UnidentifiedImageError
 
-from sparsight.data.pixels import upright
+from sparsight.data.pixels import opened, upright
 from sparsight.data.sample import Sample
 from sparsight.errors import SparsightError, first_line, quote
 
@@ -161,7 +161,7 @@ def _embedded(entry: Any) -> tuple[Any, bytes | None]:
     if _BASE64.fullmatch(entry):
         try:
             content = _decode_base64(entry)
-            with Image.open(io.BytesIO(content)):
+            with opened(io.BytesIO(content)):
                 return entry, content
         except Exception:  # then it is a path
             return entry, None
@@ -178,11 +178,13 @@ def _decode_base64(text: str) -> bytes:
 
 def _check_whole(content: bytes, name: str) -> None:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(io.BytesIO(content)) as image:
             image.verify()
-        with Image.open(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
+        with opened(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
             upright(image)
     except UnidentifiedImageError as error:
         raise BadRecord(f"{name} cannot be read: not an image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise BadRecord(f"{name} is too large: {first_line(error)}; make it smaller") from error
     except Exception as error:  # Pillow raises nearly everything on a broken file
         raise BadRecord(f"{name} cannot be read: {first_line(error)}") from error

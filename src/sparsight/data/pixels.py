@@ -10,10 +10,25 @@ other values are refused.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+
+@contextlib.contextmanager
+def opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """Open an image, without Pillow's warning about a large one. **Raises** what Pillow raises, above all for a huge one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file)
+    with image:
+        yield image
 
 
 def upright(image: Image.Image, *, alpha: bool = False) -> Image.Image:
