@@ -133,7 +133,7 @@ def test_the_longest_sample_in_every_verb(run, zoo_folder, tmp_path):
     model, long = zoo_folder("llava"), ("--data", "data.jsonl", "--max-length", 60)
     for words in (("prune", model, "sparse"), ("eval", model), ("plan", model, "--policy", "owl")):
         code, _, err = run(*words, *long)
-        assert (code, "sample '2': " in err, "more than max_length=60" in err) == (2, True, True)
+        assert (code, "sample '2': " in err, "more than --max-length 60" in err) == (2, True, True)
     code, out, _ = run("prune", model, "sparse", *long, "--skip-bad")
     assert (code, "Left out 1 broken samples" in out) == (0, True)
     code, _, _ = run("restore", "sparse", "out", *long, "--skip-bad", "--steps", 1, "--batch-size", 2)

@@ -232,7 +232,7 @@ def test_too_long_samples_are_named_or_skipped(family):
     _, model, processor, encoder = family
     long = ask("long", A, ("what is this?", "red " * 300))
     limit = int(encoder.encode(SAMPLES).padding["text"].sum(1).max())
-    with pytest.raises(SparsightError, match=rf"sample 'long': \d+ tokens, more than max_length={limit}"):
+    with pytest.raises(SparsightError, match=rf"sample 'long': \d+ tokens, more than `max_length={limit}`"):
         Encoder(processor, model, max_length=limit).encode([ONE, long])
     skipping = Encoder(processor, model, max_length=limit, skip_bad=True)
     assert [sample.id for sample in skipping.encode([ONE, long, TWO]).samples] == ["one", "two"]

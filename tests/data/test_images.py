@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -161,9 +162,9 @@ def test_images_in_parts_of_messages(places):
         ("data:image/png;base64,", "not an image"),
         ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "not an image that Pillow knows"),
         ({"bytes": "AAAA"}, "not an image that Pillow knows"),
-        ({"bytes": None, "path": None}, "must be a relative path, got nothing"),
+        ({"bytes": None, "path": None}, "needs something under 'bytes' or 'path'; got the keys"),
         ({"bytes": None, "path": "none.png"}, "'none.png' does not exist"),
-        ({}, "must be a relative path"),
+        ({}, "needs something under"),
         (base64.b64encode(as_bytes(PICTURE)[:400]).decode(), "truncated|cannot be read"),
     ],
 )
@@ -173,10 +174,10 @@ def test_what_is_no_image_in_the_record(places, entry, reason):
     assert "\n" not in str(caught.value)
 
 
-def parquet(path, rows, **features):
+def parquet(path, rows, keep=None, **features):
     import datasets
 
-    made = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
+    made = datasets.Dataset.from_dict({key: [row[key] for row in rows][:keep] for key in rows[0]})
     for column, feature in features.items():
         made = made.cast_column(column, feature)
     made.to_parquet(path)
@@ -216,6 +217,35 @@ def test_a_parquet_file(places, cache):
         read(typed, split="test")
     with pytest.raises(SparsightError, match="no such file"):
         read(data / "none.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("Image", b"x", "unknown key 'Image'; did you mean 'image'"),
+        ("image_path", "a.png", "'image_path' without 'image'"),
+        ("video", "x.mp4", "only images and texts are read"),
+        ("promt", "x", "did you mean 'prompt'"),
+    ],
+)
+def test_a_column_that_was_meant_is_not_ignored(places, cache, column, value, reason):
+    path = parquet(places[0] / "x.parquet", [{**FLAT, column: value}])
+    with pytest.raises(SparsightError, match=reason):
+        read(path)
+
+
+def test_columns_are_read_as_records_are(places, cache, capfd):
+    data, _ = places
+    (sample,) = read(parquet(data / "name.parquet", [{**FLAT, "file_name": "a.png"}]))
+    assert sample.images == (data / "a.png",)
+    more = {"answer": "4", "answers": ["5"], "source": "x"}
+    rows = [{"question": "one?", "prompt": None, **more}, {"question": "two?", "prompt": "read", **more}]
+    got = read(parquet(data / "both.parquet", rows))
+    assert [(sample.prompt, sample.answers) for sample in got] == [("one?", ("4",)), ("read", ("4",))]
+    assert got.ignored == {"answers (another column is read)": 2, "question (another column is read)": 1, "source": 2}
+    with pytest.raises(SparsightError, match="no samples"):
+        read(parquet(data / "empty.parquet", [FLAT], keep=0))
+    assert "Generating" not in capfd.readouterr().err
 
 
 def test_messages_in_a_parquet_file(places, cache):
@@ -337,6 +367,41 @@ def test_32_bit_integers_are_8_or_16_bits():
 
 def test_floats_are_fractions():
     assert np.array_equal(levels(Image.fromarray(RAMP.astype(np.float32))), np.arange(256))
+
+
+@pytest.mark.parametrize("pixels", [12, 7])
+def test_a_large_image_is_read_and_a_huge_one_refused(places, monkeypatch, pixels):
+    (places[0] / "x.png").write_bytes(as_bytes(Image.new("RGB", (4, 4), "red")))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)  # Pillow warns above it, and refuses above twice as many
+    source = write(places[0], {"image": "x.png"})
+    if pixels == 12:
+        assert read(source)[0].load_images()[0].size == (4, 4)
+    else:
+        with pytest.raises(SparsightError, match=r"image 'x\.png' is too large: .*16 pixels.*; make it smaller"):
+            read(source)
+
+
+def tiff(bits, content, width, height):
+    """The bytes of a gray TIFF without compression."""
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1),
+            (278, 4, height), (279, 4, len(content))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4 + content
+
+
+def test_the_file_says_how_many_bits_a_value_has():
+    values = np.array([[0, 17, 2048, 4095]])
+    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.reshape(-1, 2).tolist())
+    dark = np.array([[0, 100, 200, 255]], dtype=">u2").tobytes()
+    files = {
+        "12 bits": (tiff(12, packed, 4, 1), [0, 1, 128, 255]),
+        "16 bits, and none above 255": (tiff(16, np.array([[0, 100, 200, 255]], dtype="<u2").tobytes(), 4, 1), [0, 0, 1, 1]),
+        "16 bits of a PGM": (b"P5 4 1 65535\n" + dark, [0, 0, 1, 1]),
+        "9 bits of a PGM": (b"P5 4 1 511\n" + dark, [0, 50, 100, 127]),
+    }
+    for name, (content, expected) in files.items():
+        with Image.open(io.BytesIO(content)) as image:
+            assert np.asarray(upright(image))[0, :, 0].tolist() == expected, name
 
 
 @pytest.mark.parametrize(

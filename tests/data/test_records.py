@@ -153,6 +153,50 @@ def test_a_key_of_another_meaning_is_not_taken_for_a_misspelt_one(folder, key):
     assert dict(read(write(folder, {"prompt": "how many?", "answer": "4", key: 1})).ignored) == {key: 1}
 
 
+@pytest.mark.parametrize("key", ["image_path", "image_url", "image_id", "img", "img_path", "picture"])
+def test_another_name_of_an_image_is_not_ignored_where_there_is_no_image(folder, key):
+    flat = {"prompt": "how many?", "answer": "4", key: "a.png"}
+    for record in (flat, {"messages": [ASK, SAY], key: "a.png"}):
+        with pytest.raises(SparsightError, match=f"'{key}' without 'image'; say which file it is"):
+            read(write(folder, record))
+    assert dict(read(write(folder, {**flat, "image": "b.png"})).ignored) == {key: 1}
+
+
+@pytest.mark.parametrize("key", ["image", "images", "image_url", "video", "file_name"])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_images_beside_the_text_of_a_message_are_refused(folder, form, key):
+    turns = [{**ASK, key: ["a.png"]}, SAY]
+    if form == "conversations":
+        turns = [{"from": "human", "value": "?!", key: "a.png"}, {"from": "gpt", "value": "4"}]
+    with pytest.raises(SparsightError, match=rf"{form}\[0\]: '{key}' beside the text; put images into"):
+        read(write(folder, {form: turns}))
+
+
+def test_other_keys_of_messages_and_parts_are_counted(folder):
+    part = {"type": "image", "image": "a.png", "resized_height": 28}
+    asks = {"role": "user", "images": [], "content": [part, {"type": "text", "text": "how many?", "detail": "high"}]}
+    talk = {"messages": [asks, {**SAY, "weight": 0}, ASK, {**SAY, "weight": 1, "tool_calls": None}]}
+    assert dict(read(write(folder, talk, talk)).ignored) == {"messages.content.resized_height": 2, "messages.weight": 2}
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"image": "a.png", "prompt": "?!", "answer": "4", "answer": "5"}', "answer"),
+        ('{"image": "a.png", "image": "b.png", "prompt": "?!", "answer": "4"}', "image"),
+        (
+            '{"messages": [{"role": "user", "content": "?!", "content": "!!"}, {"role": "assistant", "content": "4"}]}',
+            "content",
+        ),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(folder, line, key):
+    for name, text in (("x.jsonl", line), ("x.json", f"[{line}]"), ("y.json", f'{{"data": [{line}]}}')):
+        (folder / name).write_text(text)
+        with pytest.raises(SparsightError, match=f"the key '{key}' stands twice"):
+            read(folder / name)
+
+
 def test_what_carries_more_than_images_is_refused(folder):
     flat = {"prompt": "how many?", "answer": "4"}
     for key in ("video", "audios"):
@@ -238,6 +282,69 @@ def test_coco_captions_are_one_sample_per_image(folder):
     assert second.answers == ("a cat",)
     with pytest.raises(SparsightError, match="holds captions without the images' file names"):
         read(write_json(folder, {"annotations": said}))
+
+
+def test_ids_that_tables_wrote_as_floats_are_whole_numbers(folder):
+    files = [{"id": 1.0, "file_name": "a.png"}, {"id": 2.0, "file_name": "b.png"}]
+    said = [{"image_id": i, "caption": f"picture {i}"} for i in (1, 2.0)]
+    got = read(write_json(folder, {"images": files, "annotations": said}))
+    assert [(sample.id, sample.images, sample.answers) for sample in got] == [
+        ("1", (folder / "a.png",), ("picture 1",)), ("2", (folder / "b.png",), ("picture 2.0",))
+    ]  # fmt: skip
+    questions = [{"question_id": float(i), "question": f"question {i}?"} for i in (1, 2)]
+    asked = [{"question_id": float(i), "image_id": 1, "answers": ["x"]} for i in (1, 2)]
+    got = read(write_json(folder, {"images": files, "questions": questions, "annotations": asked}))
+    assert [(sample.id, sample.prompt) for sample in got] == [("1", "question 1?"), ("2", "question 2?")]
+
+
+FILES = [{"id": 1, "file_name": "a.png"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"images": FILES, "annotations": [{"caption": "x"}, {"caption": "y"}]}, "'image_id' must be .* got nothing"),
+        ({"images": FILES, "annotations": [{"image_id": True, "caption": "x"}]}, "'image_id' must be .* got true or false"),
+        ({"images": FILES, "annotations": [{"image_id": 1.5, "caption": "x"}]}, "'image_id' must be .* got a number"),
+        (
+            {"images": [*FILES, {"id": 1, "file_name": "b.png"}], "annotations": [{"image_id": 1, "caption": "x"}]},
+            "'images': 'id' 1 stands for two: 'a.png' and 'b.png'",
+        ),
+        (
+            {
+                "images": FILES,
+                "questions": [{"question_id": 1, "question": word} for word in ("one?", "two?")],
+                "annotations": [{"question_id": 1, "image_id": 1, "answers": ["x"]}],
+            },
+            r"'question_id' 1 stands for two: 'one\?' and 'two\?'",
+        ),
+        ({"data": [{"question": "?!"}, None]}, "'data' must be a list of objects, got nothing among them"),
+    ],
+)
+def test_annotations_that_do_not_say_what_they_belong_to(folder, content, reason):
+    with pytest.raises(SparsightError, match=reason):
+        read(write_json(folder, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (
+            "x.json",
+            '[{"prompt": "?!", "answer": "4"}]\n[{"prompt": "??", "answer": "5"}]',
+            r"json:2: a \.json file holds one list",
+        ),
+        ("x.json", '[{"prompt": "?!", "answer": "4"}] end', r"json:1: a \.json file holds one list"),
+        ("x.json", '{"prompt": "?!"}\n{"prompt": "??"}', r"json:2: .* for one record a line use \.jsonl"),
+        ("x.jsonl", '[{"prompt": "?!", "answer": "4"}]', r"got a list; a list of records belongs in a \.json file"),
+        ("x.jsonl", '[\n{"prompt": "?!", "answer": "4"}\n]', r"jsonl:1: not JSON: .* belongs in a \.json file"),
+        ("x.jsonl", '{"prompt": "?!", "answer": "4"},', "jsonl:1: not JSON: Extra data.* holds one whole object"),
+    ],
+)
+def test_nothing_behind_the_end_is_left_out(folder, name, text, reason):
+    (folder / name).write_text(text)
+    with pytest.raises(SparsightError, match=reason):
+        read(folder / name)
 
 
 def test_textvqa_and_docvqa(folder):

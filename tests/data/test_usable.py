@@ -1,5 +1,6 @@
 """Samples that only the processor refuses, and samples that are too long, are found before anything is computed."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,21 @@ def test_a_token_of_images_in_a_text_names_its_sample(name, mark, built):
         assert [identity for identity, _ in encoder.skipped] == ["bad"]
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_a_text_with_the_end_of_an_answer_names_its_sample(name, built):
+    model, processor = built(name)
+    end = processor.tokenizer.eos_token
+    images = tuple(zoo.images(1))
+    for turn, system in (
+        (Turn("what?", (f"red{end}",)), ""),
+        (Turn("what?", ("red", f"red{end} blue", "red")), ""),
+        (Turn(f"one{end} two?", ("red",)), ""),
+        (Turn("what?", ("red",)), f"be brief{end}"),
+    ):
+        with pytest.raises(SparsightError, match=f"sample 'a': its text holds {re.escape(end)}, at which the model ends"):
+            Encoder(processor, model).usable([Sample("a", images, (turn,), system=system)])
+
+
 @pytest.mark.parametrize(
     "error", [IndexError("a\nb"), KeyError("x"), RuntimeError("shape"), StopIteration(), OSError("gone")]
 )
@@ -92,7 +108,7 @@ def test_the_longest_sample_is_a_setting(name, built):
     plain = Encoder(processor, model)
     limit = int(plain.encode(GOOD[:1]).padding["text"].sum(1).max())
     assert plain.usable(among(long)) == among(long)
-    with pytest.raises(SparsightError, match=rf"sample 'long': \d+ tokens, more than max_length={limit}"):
+    with pytest.raises(SparsightError, match=rf"sample 'long': \d+ tokens, more than `max_length={limit}`"):
         Encoder(processor, model, max_length=limit).usable(among(long))
     encoder = Encoder(processor, model, max_length=limit, skip_bad=True)
     assert encoder.usable(among(long)) == GOOD

@@ -91,6 +91,115 @@ def test_tensors_of_a_quantized_model_without_a_word_in_the_configuration(key, v
         load(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_whole_numbers_are_no_weights(dtype, folder):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+        tensors[name] = (9 * tensors[name]).to(dtype)
+
+    change_tensors(folder, change)
+    with pytest.raises(SparsightError, match=r"is quantized \(model\.safetensors holds \S+up_proj\.weight as "):
+        load(folder)
+
+
+@pytest.mark.parametrize("settings", ["awq", [1], False, 4])
+def test_settings_of_a_quantization_that_are_no_object(settings, folder):
+    configure(folder, quantization_config=settings)
+    with pytest.raises(SparsightError, match=r"says quantization_config=.* is no object; take it out"):
+        load(folder)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
+def test_another_dtype_than_the_stored_one_is_said(stored, folder):
+    change_tensors(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    said = str(stored).removeprefix("torch.")
+    with pytest.warns(Notice, match=rf"the files hold {said}, and the model is loaded in float32, as config\.json says"):
+        load(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        load(folder, dtype="float32")  # the user's own
+    assert not caught
+
+
+def shard(folder):
+    """Split the weights over two files with an index; return their names and the content of the index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    places = {name: names[i % 2] for i, name in enumerate(tensors)}
+    for file in names:
+        part = {name: tensors[name] for name in tensors if places[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return names, index
+
+
+def test_shards_are_read(folder):
+    before = load(folder)[0].state_dict()
+    shard(folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load(folder)[0].state_dict().items())
+
+
+INDEXES = {
+    "no object": ([1], r"it holds \[1\] and no object"),
+    "nothing": ({}, "needs 'metadata' and a 'weight_map'"),
+    "no files": ({"metadata": {}, "weight_map": {}}, "'weight_map' with the file"),
+    "another file": (
+        {"metadata": {}, "weight_map": {"x": "model-00009-of-00009.safetensors"}},
+        "00009.safetensors, named in .* is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_that_names_no_shards(case, folder):
+    shard(folder)
+    content, reason = INDEXES[case]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(SparsightError, match=reason):
+        load(folder)
+
+
+def test_shards_that_are_missing_or_say_two_things(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    names, index = shard(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    with pytest.raises(SparsightError, match=r"holds model\.safetensors and model\S+index\.json, and only the first"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    second = load_file(folder / names[1])
+    twice = next(name for name, file in index["weight_map"].items() if file == names[0])
+    save_file({**second, twice: torch.ones(2)}, folder / names[1], metadata={"format": "pt"})
+    with pytest.raises(SparsightError, match=rf"{twice} stands in {names[0]} and in {names[1]}"):
+        load(folder)
+    (folder / names[1]).unlink()
+    with pytest.raises(SparsightError, match=rf"{names[1]}, named in \S+, is missing; copy it"):
+        load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(SparsightError, match=rf"holds {names[0]}, and neither model\.safetensors nor"):
+        load(folder)
+
+
+def test_a_link_to_nothing_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+    with pytest.raises(SparsightError, match=r"copy/model\.safetensors: cannot be opened"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_generation_settings_that_cannot_be_read(text, folder):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(SparsightError, match=r"generation_config\.json: .*(not JSON|no object)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name(name):
+    with pytest.raises(SparsightError, match="the name of the model is empty"):
+        load(name)
+
+
 def test_a_quantized_model_in_memory_is_refused():
     model, _ = zoo.build("llava")
     model.config.quantization_config = QUANTIZED["fp8"]

@@ -8,7 +8,7 @@ TextVQA, DocVQA: `{"data": [{"question", "answers", "image" or "image_id"}]}`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def records_of(content: Mapping[str, Any], path: Path) -> list[Row]:
             f"{quote(list(content))}; for one record a line use .jsonl"
         )
     annotations = _rows(content["annotations"], "annotations", path)
-    files = {_key(row.get("id")): row.get("file_name") for row in _rows(content.get("images") or [], "images", path)}
+    files = _by_key(_rows(content.get("images") or [], "images", path), "id", "file_name", f"{path}: 'images'")
     if any("caption" in row for row in annotations):
         return _captions(annotations, files, content, path)
     if not any("answers" in row or "multiple_choice_answer" in row for row in annotations):
@@ -48,6 +48,7 @@ def records_of(content: Mapping[str, Any], path: Path) -> list[Row]:
         raise SparsightError(f"{path}: holds annotations without {' and without '.join(missing)}; put them there")
     rows = []
     for row in annotations:
+        _check_id(row, "question_id", path)
         question = questions.get(_key(row.get("question_id")))
         answers = row.get("answers", [row.get("multiple_choice_answer")])
         made = {"image": _file_name(row, files, content), "answers": answers, "id": _name(row.get("question_id"))}
@@ -58,6 +59,7 @@ def records_of(content: Mapping[str, Any], path: Path) -> list[Row]:
 def _captions(annotations: list[Row], files: Mapping[Any, Any], content: Mapping[str, Any], path: Path) -> list[Row]:
     by_image: dict[Any, list[Any]] = {}
     for row in annotations:
+        _check_id(row, "image_id", path)
         by_image.setdefault(_key(row.get("image_id")), []).append(row)
     if any(_file_name(rows[0], files, content) is None for rows in by_image.values()):
         raise SparsightError(
@@ -75,18 +77,19 @@ def _captions(annotations: list[Row], files: Mapping[Any, Any], content: Mapping
 def _questions(content: Mapping[str, Any], path: Path) -> dict[Any, Any]:
     """The questions by id: those of the file itself, else of the files beside it whose names say so."""
     if (own := content.get("questions")) is not None:
-        return {_key(row.get("question_id")): row.get("question") for row in _rows(own, "questions", path)}
+        return _by_key(_rows(own, "questions", path), "question_id", "question", f"{path}: 'questions'")
     wanted = {_key(row.get("question_id")) for row in content["annotations"]}
     found: dict[Any, Any] = {}
     for other in sorted(path.parent.glob("*.json")):
         if "question" in other.name.lower() and other != path:
             try:
-                beside = json.loads(other.read_text(encoding="utf-8"))
+                beside = json.loads(other.read_text(encoding="utf-8-sig"))
             except (OSError, ValueError, RecursionError):
                 continue  # it is no file of questions
             if isinstance(beside, dict) and isinstance(beside.get("questions"), list):
-                rows = (row for row in beside["questions"] if isinstance(row, dict))
-                found |= {key: row.get("question") for row in rows if (key := _key(row.get("question_id"))) in wanted}
+                rows = [row for row in beside["questions"] if isinstance(row, dict)]
+                rows = [row for row in rows if _key(row.get("question_id")) in wanted]
+                found = _by_key(rows, "question_id", "question", str(other), found)
     return found
 
 
@@ -108,14 +111,37 @@ def _file_name(row: Row, files: Mapping[Any, Any], content: Mapping[str, Any]) -
 
 
 def _key(value: Any) -> Any:
-    return value if isinstance(value, int | str) else None
+    """A number or a text that names a row; None for what names none. `1.0` is 1, as tables write whole numbers."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def _by_key(rows: Iterable[Row], key: str, value: str, where: str, known: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """`known`, and a value of every row by its key. **Raises** `SparsightError` for two values under one key."""
+    made = dict(known or {})
+    for row in rows:
+        name, new = _key(row.get(key)), row.get(value)
+        if name is not None and made.setdefault(name, new) != new:
+            raise SparsightError(f"{where}: {key!r} {quote(name)} stands for two: {quote(made[name])} and {quote(new)}")
+    return made
+
+
+def _check_id(row: Row, key: str, path: Path) -> None:
+    if _key(row.get(key)) is None:
+        raise SparsightError(
+            f"{path}: an annotation's {key!r} must be a whole number or a string, got {kind_of(row.get(key))}; it says what "
+            "the annotation belongs to"
+        )
 
 
 def _name(value: Any) -> str:
-    return str(value) if isinstance(value, int | str) and value != "" else "?"
+    value = _key(value)
+    return "?" if value is None or value == "" else str(value)
 
 
 def _rows(value: Any, key: str, path: Path) -> list[Row]:
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise SparsightError(f"{path}: {key!r} must be a list of objects, got {kind_of(value)}")
+    wrong = next((row for row in value if not isinstance(row, dict)), None) if isinstance(value, list) else value
+    if wrong is not None or not isinstance(value, list) or None in value:
+        among = " among them" if isinstance(value, list) else ""
+        raise SparsightError(f"{path}: {key!r} must be a list of objects, got {kind_of(wrong)}{among}")
     return value

@@ -70,6 +70,21 @@ IMAGE_FIRST = ("git",)  # the positions of the image stand in front of the token
 TOKENS = ("input_ids", "decoder_input_ids", "labels")  # inputs with a row per sequence
 
 
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def vocabulary(model: Any) -> int | None:
+    """The number of embeddings of a model; None where it is not known, as from a configuration alone."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        words = find() if find else None
+    except NotImplementedError:
+        return None
+    if not isinstance(words, torch.nn.Embedding):
+        return None
+    return words.num_embeddings + getattr(words, "num_additional_embeddings", 0)
+
+
 def is_encoder_decoder(config: Any) -> bool:
     """Whether a model's labels are the outputs of a decoder of their own, and not on its input tokens."""
     return bool(getattr(config, "is_encoder_decoder", False) or config.get_text_config().is_encoder_decoder)
@@ -118,6 +133,7 @@ class Encoder:
         self.max_length = max_length
         self.skip_bad = skip_bad
         self.limits = Limits.of(self.config, processor)
+        self.vocabulary = vocabulary(model)
         self.skipped: list[tuple[str, str]] = []
         self.style = PLAIN.get(self.config.model_type, CHAT)
         if self.style is CHAT and not chat.template(processor):
@@ -214,7 +230,24 @@ class Encoder:
             if not any(isinstance(reason, SparsightError) for reason in alone):
                 raise
             return None, alone
-        return inputs, self.limits.too_long(inputs, self.max_length, usual=usual)
+        long = self.limits.too_long(inputs, self.max_length, usual=usual)
+        return inputs, [known or own for known, own in zip(long, self._unknown(inputs), strict=True)]
+
+    def _unknown(self, inputs: dict[str, Tensor]) -> list[str | None]:
+        """Why the model has no embedding for a token of each row, None where it has all of them."""
+        reasons: list[str | None] = [None] * len(inputs["attention_mask"])
+        marks = {getattr(self.config, name, None) for name in IMAGE_TOKENS}  # many models put images over these
+        for key in TOKENS:
+            if self.vocabulary is not None and key in inputs:
+                for row, place in (inputs[key] >= self.vocabulary).nonzero().tolist():
+                    token = int(inputs[key][row, place])
+                    word = self.processor.tokenizer.convert_ids_to_tokens(token)
+                    if token not in marks:
+                        reasons[row] = (
+                            f"its text holds {quote(word)}, which is token {token}, and the model has {self.vocabulary} "
+                            "embeddings; give the tokenizer that was saved with the model, or resize the embeddings"
+                        )
+        return reasons
 
     def _rows_of(self, sample: Sample) -> list[Sample]:
         return [sample] if self.style.turns else [replace(sample, turns=(turn,)) for turn in sample.turns]
@@ -244,6 +277,9 @@ class Encoder:
         for mark in sorted({PLACEHOLDER, *chat.image_marks(self.processor)}):
             if any(mark in text for text in (*texts, *(prompts if mark != PLACEHOLDER else ()))):
                 return f"its text holds {mark}, which stands for an image; take it out"
+        end = getattr(self.processor.tokenizer, "eos_token", None)
+        if end and end.strip() and any(end in text for text in (*texts, *prompts)):
+            return f"its text holds {end}, at which the model ends an answer; take it out"
         return self.style.refuse(sample)
 
     def _without(self, rows: Sequence[Sample], reasons: Sequence[Reason]) -> list[Sample]:

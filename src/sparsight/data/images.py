@@ -14,7 +14,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from PIL import Image, UnidentifiedImageError
 
-from sparsight.data.pixels import upright
+from sparsight.data.pixels import opened, upright
 from sparsight.data.sample import Sample
 from sparsight.errors import SparsightError, first_line, quote
 
@@ -142,7 +142,13 @@ def _embedded(entry: Any) -> tuple[Any, bytes | None]:
             return entry, _decode_base64(content)
         if isinstance(content, bytes | bytearray | memoryview) and len(content):
             return entry, bytes(content)
-        return entry.get("path"), None
+        if content is not None and not isinstance(content, str | bytes | bytearray | memoryview):
+            raise BadRecord(f"an image's 'bytes' must be bytes or base64, got {kind_of(content)}")
+        if entry.get("path") is None:
+            raise BadRecord(
+                f"an image that is an object needs something under 'bytes' or 'path'; got the keys {quote(list(entry))}"
+            )
+        return entry["path"], None
     if isinstance(entry, bytes | bytearray | memoryview):
         return entry, bytes(entry)
     if not isinstance(entry, str):
@@ -155,7 +161,7 @@ def _embedded(entry: Any) -> tuple[Any, bytes | None]:
     if _BASE64.fullmatch(entry):
         try:
             content = _decode_base64(entry)
-            with Image.open(io.BytesIO(content)):
+            with opened(io.BytesIO(content)):
                 return entry, content
         except Exception:  # then it is a path
             return entry, None
@@ -172,11 +178,13 @@ def _decode_base64(text: str) -> bytes:
 
 def _check_whole(content: bytes, name: str) -> None:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(io.BytesIO(content)) as image:
             image.verify()
-        with Image.open(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
+        with opened(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
             upright(image)
     except UnidentifiedImageError as error:
         raise BadRecord(f"{name} cannot be read: not an image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise BadRecord(f"{name} is too large: {first_line(error)}; make it smaller") from error
     except Exception as error:  # Pillow raises nearly everything on a broken file
         raise BadRecord(f"{name} cannot be read: {first_line(error)}") from error

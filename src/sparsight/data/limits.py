@@ -53,7 +53,7 @@ class Limits:
 
     def _reason(self, tokens: int, question: int, max_length: int | None, usual: bool) -> str | None:
         if max_length is not None and tokens > max_length:
-            return f"{tokens} tokens, more than max_length={max_length}"
+            return f"{tokens} tokens, more than `max_length={max_length}`; shorten its texts, or raise `max_length`"
         if self.fixed is not None and tokens > self.fixed:
             return f"{tokens} tokens, more than the {self.fixed} positions of the model; shorten its texts"
         if self.qformer is not None and question > self.qformer:

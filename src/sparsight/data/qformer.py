@@ -23,7 +23,7 @@ def prompts(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str,
 
     The Q-Former's own copy of the question is always padded on the right, since its positions are absolute.
     """
-    inputs = _questions(processor, samples)
+    inputs = _questions(processor, samples, config)
     if not config.text_config.is_encoder_decoder:
         inputs |= _pad(_rows(inputs), _pad_id(processor), left=True)
     return inputs
@@ -37,7 +37,7 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
     **Raises** `SparsightError` if the tokenizer joins a question with its answer.
     """
     tokenizer = processor.tokenizer
-    inputs = separate_lengths(_questions(processor, samples), config)
+    inputs = separate_lengths(_questions(processor, samples, config), config)
     end = _end(processor, config)
     answers = [sample.turns[-1].answer.strip() for sample in samples]
     if config.text_config.is_encoder_decoder:
@@ -60,7 +60,7 @@ def encode(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, 
     return {**inputs, "labels": _pad(labels, -100)["input_ids"]}
 
 
-def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def _questions(processor: Any, samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
     if getattr(processor, "num_query_tokens", None) is None:
         raise SparsightError(
             f"{type(processor).__name__} has no num_query_tokens, so it writes no image tokens; set it to the value in "
@@ -68,7 +68,15 @@ def _questions(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
         )
     images = [image for sample in samples for image in sample.load_images(alpha=converts(processor))]
     texts = [_prompt(sample) for sample in samples]
-    return dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
+    inputs = dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
+    token, queries = getattr(config, "image_token_index", None), config.num_query_tokens
+    written = [] if token is None else (inputs["input_ids"] == token).sum(1).tolist()
+    if wrong := [n for n in written if n != queries]:  # the model puts in as many queries as fit, and says nothing
+        raise SparsightError(
+            f"{type(processor).__name__} writes {wrong[0]} of the model's image tokens (number {token}) for an image, and "
+            f"the model has {queries} queries; give the processor that was saved with the model"
+        )
+    return inputs
 
 
 def separate_lengths(inputs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

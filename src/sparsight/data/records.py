@@ -31,10 +31,23 @@ _FLAT = ("prompt", "question", "answer", "answers")
 _FORMS = {"messages": ("role", "user", "assistant"), "conversations": ("from", "human", "gpt")}
 _KEYS = (*_FLAT, *_FORMS, *_IMAGES, "id", "kind", "system")
 _MEDIA = ("video", "videos", "audio", "audios")  # what no sample holds
+# other people's names of an image; a record without one would become a question about nothing
+_OTHER_IMAGES = (
+    "image_id", "image_file", "image_name", "image_path", "image_paths", "image_url", "image_urls", "img", "imgs",
+    "img_path", "img_paths", "picture",
+)  # fmt: skip
+_PARTS = (
+    "type",
+    "text",
+    "detail",
+    "cache_control",
+    "annotations",
+)  # keys of a part beside its image; the others are counted
 _SILENT = ("model",)  # LLaVA's files name the model that wrote the text
 _ASKS = ("user", "human")
 _ANSWERS = ("assistant", "gpt", "chatgpt", "model", "bot", "bing", "bard")
 _SYSTEM = ("system", "developer")
+_TURN = ("role", "content", "from", "value")  # keys of a message
 _SOURCES = ("image", "path", "url", "base64", "image_url", "source")  # keys of an image part
 
 
@@ -60,15 +73,16 @@ def parse(record: Any, number: int, find: Find) -> Parsed:
     system = _system(record)
     form = next((form for form in _FORMS if form in record), None)
     if form:
-        turns, entries, first = _dialogue(record, form, entries)
+        turns, entries, first, more = _dialogue(record, form, entries)
+        ignored += more
         if system and first:
             raise BadRecord(f"the key 'system' and a turn of the role 'system' in {form!r} cannot stand together")
         system = system or first
     else:
         answers, empty = _answers(record)
         turns = [Turn(_text(record, "question" if "prompt" not in record else "prompt"), answers)]
-    if "image_id" in ignored and not entries:
-        raise BadRecord("'image_id' without 'image'; say which file it is")
+    if not entries and (other := next((key for key in ignored if key in _OTHER_IMAGES), None)):
+        raise BadRecord(f"{other!r} without 'image'; say which file it is, under 'image' or 'images'")
     if PLACEHOLDER in system:
         raise BadRecord(f"a system text cannot hold {PLACEHOLDER}")
     turns = _place(turns, len(entries))
@@ -171,9 +185,9 @@ def _text(record: dict[str, Any], key: str) -> str:
     return record[key]
 
 
-def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[list[Turn], list[Any], str]:
+def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[list[Turn], list[Any], str, tuple[str, ...]]:
     """Read alternating questions and answers, and the system text before; image parts with an image of their own add to
-    the images."""
+    the images. Last come the keys of messages and parts that are ignored."""
     who, asks, answers = _FORMS[form]
     messages = record[form]
     if not isinstance(messages, list) or not messages:
@@ -181,9 +195,11 @@ def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[li
     texts: list[str] = []
     system: list[str] = []
     paths: list[Any] = []  # of image parts; None for one without a path
+    ignored: dict[str, None] = {}
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRecord(f"{form}[{i}] must be an object, got {kind_of(message)}")
+        ignored |= dict.fromkeys(_other_keys(message, form, i))
         role = next((message[key] for key in (who, "role", "from") if message.get(key) is not None), None)
         key = "content" if message.get("content") is not None or (form == "messages" and "value" not in message) else "value"
         if role in _SYSTEM and not texts:
@@ -200,7 +216,20 @@ def _dialogue(record: dict[str, Any], form: str, entries: list[Any]) -> tuple[li
     if own and entries:
         raise BadRecord("give image paths either in 'images' or in the messages, not in both")
     turns = [Turn(texts[i], (_answer(texts[i + 1]),)) for i in range(0, len(texts), 2)]
-    return turns, own or entries, "\n\n".join(filter(None, system))
+    return turns, own or entries, "\n\n".join(filter(None, system)), tuple(ignored)
+
+
+def _other_keys(message: dict[str, Any], form: str, i: int) -> list[str]:
+    """The keys of a message, and of its parts, that are ignored. **Raises** `BadRecord` for images beside the text."""
+    others = [key for key in message if key not in _TURN and message[key] not in (None, "", [])]
+    for key in others:
+        if key in (*_IMAGES, *_OTHER_IMAGES, *_MEDIA):
+            raise BadRecord(f"{form}[{i}]: {key!r} beside the text; put images into the record's 'images', or into parts")
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    known = (*_PARTS, *_SOURCES)
+    inner = [key for part in parts for key in part if key not in known and part[key] is not None]
+    return [f"{form}.{key}" for key in others] + [f"{form}.content.{key}" for key in inner]
 
 
 def _content(content: Any, where: str, paths: list[Any], *, parts: bool) -> str:

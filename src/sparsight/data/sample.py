@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sparsight.data.pixels import upright
+from sparsight.data.pixels import opened, upright
 from sparsight.errors import SparsightError, first_line, quote
 
 PLACEHOLDER = "<image>"
@@ -71,8 +71,8 @@ class Sample:
         try:
             if isinstance(image, Image.Image):
                 return upright(image, alpha=alpha)
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                return upright(opened, alpha=alpha)
+            with opened(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+                return upright(picture, alpha=alpha)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             name = image if isinstance(image, Path) else "an image in memory"
             raise SparsightError(f"sample {quote(self.id)}: cannot decode {name}: {first_line(error)}") from error

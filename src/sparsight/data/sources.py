@@ -9,18 +9,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from sparsight.data.annotations import records_of
 from sparsight.data.images import BadRecord, Find, finder
+from sparsight.data.json_rows import json_rows, jsonl_rows
 from sparsight.data.records import Parsed, parse
 from sparsight.data.sample import Sample
 from sparsight.data.tables import Rows, dataset_rows
 from sparsight.errors import LINE, SparsightError, first_line, quote
 
-_SPACE = re.compile(r"\s*")
 _NAMES = re.compile(r"""\b(image|image path|[a-z]+\[)(?: (?:'[^']*'|"[^"]*")|\d+(?=\]))""")  # of images, places of messages
 _REASONS = 5  # shown where every record is bad
 
@@ -126,7 +124,7 @@ def read(
 
     `source` is a `.jsonl` file, a `.json` file with a list or with published annotations (VQA, COCO captions), a folder
     with `metadata.jsonl`, a `.parquet` file or a folder of them, a folder that `datasets` has saved, or the name of a
-    dataset on the Hub ("name" or "name:configuration"). Unknown columns of the last four are ignored. A `Source` is
+    dataset on the Hub ("name" or "name:configuration"). Unknown keys and columns are ignored and counted. A `Source` is
     opened already.
 
     `split` is the part of a dataset to read: by default "train", for `held_out` samples "test", else "validation", and
@@ -207,6 +205,8 @@ def _fingerprint(samples: Sequence[Parsed]) -> str:
 
 def _open(source: str | Path, split: str | None, held_out: bool, images: Path | None) -> tuple[str, Rows, Find, str]:
     """The name of a source, its rows, how its images are found, and the split that is read."""
+    if not str(source).strip():
+        raise SparsightError("`data`: is an empty name; give a file, a folder or the name of a dataset")
     path = Path(source)
     if path.is_dir():
         if (path / "metadata.jsonl").is_file():
@@ -231,7 +231,7 @@ def _open(source: str | Path, split: str | None, held_out: bool, images: Path | 
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise SparsightError(f"{source}: not UTF-8 text: {error}") from error
-        rows = _jsonl_rows(text) if path.suffix == ".jsonl" else _json_rows(text, path)
+        rows = jsonl_rows(text) if path.suffix == ".jsonl" else json_rows(text, path)
         return str(source), rows, finder(path.parent, images), ""
     if (
         path.suffix in (".jsonl", ".json", ".parquet")
@@ -246,53 +246,3 @@ def _open(source: str | Path, split: str | None, held_out: bool, images: Path | 
 
 def _named(source: str | Path, split: str) -> str:
     return f"{source}[{split}]" if split else str(source)
-
-
-def _jsonl_rows(text: str) -> Rows:
-    lines = text.removeprefix("\ufeff").split("\n")  # not splitlines(): a string may hold U+2028
-    return [(number, partial(_decode, line)) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _decode(line: str) -> Any:
-    try:
-        record = json.loads(line)
-        if "\\u" in line:
-            json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord("half of a surrogate pair, which is no character") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"not JSON: {error}") from error
-    return record
-
-
-def _json_rows(text: str, source: Path) -> Rows:
-    """Split a JSON list into its items, each with the line where it starts; annotation files into numbered records."""
-    text = text.removeprefix("\ufeff")
-    decoder, items = json.JSONDecoder(), []
-    at = _skip_space(text, 0)
-    try:
-        if text[at : at + 1] == "{":
-            return [(i, partial(_decode, json.dumps(row))) for i, row in enumerate(records_of(json.loads(text), source), 1)]
-        if text[at : at + 1] != "[":
-            raise SparsightError(f"{source}: a .json file must hold a list of records; for one record a line use .jsonl")
-        at = _skip_space(text, at + 1)
-        while text[at : at + 1] != "]":
-            _, end = decoder.raw_decode(text, at)
-            items.append((at, end))
-            at = _skip_space(text, end)
-            if text[at : at + 1] == ",":
-                at = _skip_space(text, at + 1)
-            elif text[at : at + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-    except (ValueError, RecursionError) as error:
-        line = 1 + text.count("\n", 0, error.pos if isinstance(error, json.JSONDecodeError) else at)
-        raise SparsightError(f"{source}:{line}: not JSON: {error}") from error
-    rows, line, last = [], 1, 0
-    for start, end in items:
-        line, last = line + text.count("\n", last, start), start
-        rows.append((line, partial(_decode, text[start:end])))
-    return rows
-
-
-def _skip_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too

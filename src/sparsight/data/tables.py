@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,33 +52,64 @@ def dataset_rows(
     except ImportError as error:
         raise SparsightError(f"{source}: reading it needs datasets: pip install 'sparsight[data]'") from error
     try:
-        if saved:
-            table = datasets.load_from_disk(source)
-        elif Path(source).is_file():
-            table = datasets.load_dataset("parquet", data_files=source, split="train")
-        else:
-            builder = datasets.load_dataset_builder(source, configuration or None)
-            names = [str(name) for name in builder.info.splits or builder.config.data_files or ("train",)]
-            unnamed = names == ["train"] and Path(source).is_dir() and not _names_a_split(Path(source))
-            if not unnamed:
-                split = choose_split(source, names, split, held_out)
-            elif split is not None:
-                raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
-            table = datasets.load_dataset(source, configuration or None, split=split or "train")
-            return _rows(table), split or ""
-        if isinstance(table, datasets.DatasetDict):
-            split = choose_split(source, list(table), split, held_out)
-            name, _, part = split.partition("[")
-            if part or "+" in name:
-                raise SparsightError(f"{source}: a saved dataset is read by whole splits; give one of {', '.join(table)}")
-            return _rows(table[split]), split
+        with _quiet(datasets, source):
+            return _load(datasets, source, split, held_out, saved, configuration)
     except SparsightError:
         raise
     except Exception as error:  # a network, a file system or a script may fail in any way
-        raise SparsightError(f"{source}: cannot load this dataset: {first_line(error)}") from error
+        reason = first_line(error.__cause__ or error)  # the cause has the fault in the file
+        raise SparsightError(f"{source}: cannot load this dataset: {reason}") from error
+
+
+def _load(
+    datasets: Any, source: str, split: str | None, held_out: bool, saved: bool, configuration: str
+) -> tuple[Rows, str]:
+    if saved:
+        table = datasets.load_from_disk(source)
+    elif Path(source).is_file():
+        table = _read_parquet(datasets, source)
+    else:
+        builder = datasets.load_dataset_builder(source, configuration or None)
+        names = [str(name) for name in builder.info.splits or builder.config.data_files or ("train",)]
+        unnamed = names == ["train"] and Path(source).is_dir() and not _names_a_split(Path(source))
+        if not unnamed:
+            split = choose_split(source, names, split, held_out)
+        elif split is not None:
+            raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
+        table = datasets.load_dataset(source, configuration or None, split=split or "train")
+        return _rows(table), split or ""
+    if isinstance(table, datasets.DatasetDict):
+        split = choose_split(source, list(table), split, held_out)
+        name, _, part = split.partition("[")
+        if part or "+" in name:
+            raise SparsightError(f"{source}: a saved dataset is read by whole splits; give one of {', '.join(table)}")
+        return _rows(table[split]), split
     if split is not None:
         raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
     return _rows(table), ""
+
+
+def _read_parquet(datasets: Any, source: str) -> Any:
+    from pyarrow import parquet
+
+    if not parquet.read_metadata(source).num_rows:  # datasets fails on a file without rows
+        return []
+    return datasets.load_dataset("parquet", data_files=source, split="train")
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any, source: str) -> Iterator[None]:
+    """Silence the reports of `datasets` inside the block, and for files the bars, which downloads keep."""
+    level, bars = datasets.logging.get_verbosity(), datasets.utils.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if hide := bars and Path(source).exists():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if hide:
+            datasets.enable_progress_bars()
 
 
 def _names_a_split(folder: Path) -> bool:
@@ -89,17 +122,15 @@ def _rows(table: Any) -> Rows:
 
 
 def _record(table: Any, i: int) -> dict[str, Any]:
-    """The columns of a row that a record has; the others are for other uses."""
+    """A row as a record: its columns that hold something. Of two that would contradict each other one is ignored."""
     try:
         row = table[i]
     except Exception as error:  # an image that does not decode
         raise BadRecord(f"cannot be read: {first_line(error)}") from error
-    if "prompt" not in row and "question" in row:
-        row["prompt"] = row["question"]
-    forms = ("messages", "conversations", "prompt")
-    form = next((key for key in forms if row.get(key) is not None), "prompt")
-    columns = ("image", "images", "id", "kind", "system", form, *(("answer", "answers") if form == "prompt" else ()))
-    record = {key: row[key] for key in columns if row.get(key) is not None}
-    if "answer" in record:
-        record.pop("answers", None)
-    return record
+    record = {key: value for key, value in row.items() if value is not None}
+    forms = ("messages", "conversations", "prompt", "question")
+    form = next((key for key in forms if key in record), "prompt")
+    beside = [key for key in forms if key != form]
+    beside += ["answers"] if form in ("prompt", "question") and "answer" in record else []
+    beside += ["answer", "answers"] if form in ("messages", "conversations") else []
+    return {f"{key} (another column is read)" if key in beside else key: value for key, value in record.items()}

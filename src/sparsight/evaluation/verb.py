@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.calibration.gradients import evaluating
+from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import read_record
 from sparsight.data import Encoder, Samples, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
@@ -32,6 +33,7 @@ def evaluate_samples(
     """Score a loaded model's answers; the samples that it could take, too."""
     encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     usable = encoder.usable(samples)
+    rehearse(model, encoder, usable)
     result = evaluate(
         model, processor, usable, metrics=spec.metrics, beams=spec.beams, max_new_tokens=spec.max_new_tokens,
         batch_size=spec.batch_size, seed=spec.seed, progress=progress,

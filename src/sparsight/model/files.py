@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from sparsight.errors import LINE, SparsightError, first_line
+from sparsight.errors import LINE, SparsightError, first_line, quote
 from sparsight.packing.shards import METHOD, check_layout
 
 POINTER = b"version https://git-lfs"
@@ -23,6 +23,9 @@ QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
 # the last words of tensors that stand for quantized weights, and the dtypes that they are stored in
 PACKED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "quant_map", "SCB", "g_idx")
 LOW = ("F8_", "F4", "F6_", "I4", "U4")
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what weights are stored in
+WEIGHTS = ("weight", "_proj")  # the last letters of the names of matrices; other tensors may be integers
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers reads the first, else the second
 SUPPORTED = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
 BUFFERS = ("inv_freq", "position_ids", "masked_bias", "attn.bias")  # of older versions; computed anew, and no weights
 
@@ -30,9 +33,11 @@ BUFFERS = ("inv_freq", "position_ids", "masked_bias", "attn.bias")  # of older v
 def check_files(where: str) -> None:
     """Refuse what is neither a folder with a model nor a hub name, and a folder whose model cannot be pruned.
 
-    **Raises** `SparsightError`: for an adapter, quantized weights, pointers of Git LFS, a configuration that is not JSON,
-    and a type of model that transformers does not have or that takes no images.
+    **Raises** `SparsightError`: for an adapter, quantized weights, pointers of Git LFS, shards that are missing or say two
+    things, a configuration that is not JSON, and a type of model that transformers does not have or that takes no images.
     """
+    if not where.strip():
+        raise SparsightError("the name of the model is empty; give the folder of a model or a hub name")
     try:
         _check_files(where, Path(where))
     except OSError as error:  # no permission, a name too long
@@ -52,11 +57,15 @@ def _check_files(where: str, folder: Path) -> None:
             _check_pointer(path)
         config = _read_config(folder / "config.json")
         check_config(where, config)
+        if (folder / "generation_config.json").is_file():  # transformers passes over one that it cannot read
+            _read_config(folder / "generation_config.json")
         for name in QUANTIZED_FILES:
             if (folder / name).is_file():
                 raise SparsightError(f"{where}: is quantized ({name}); {_remedy({})}")
-        for path in weights:
-            _check_tensors(path, _is_packed(config))
+        headers = {path.name: read_header(path) for path in weights}
+        if not _is_packed(config):
+            _check_tensors(folder, headers)
+        _check_shards(folder, headers)
     elif folder.exists():
         raise SparsightError(f"{where}: is a file; give the folder of a model or a hub name")
     elif where.startswith((".", "/", "~")) or where.count("/") != 1:
@@ -73,7 +82,13 @@ def check_config(where: str, config: dict[str, Any]) -> None:
             if part is config and _is_packed(config):
                 check_layout(config[key], where)
                 break
-            if isinstance(settings := part.get(key), dict):
+            settings = part.get(key)
+            if settings is not None and not isinstance(settings, dict):
+                raise SparsightError(
+                    f"{where}: its configuration says {key}={quote(settings)}, which is no object; take it out if the "
+                    "weights are not quantized"
+                )
+            if settings is not None:
                 method = settings.get("quant_method") or settings.get("quant_type") or settings.get("format") or key
                 raise SparsightError(f"{where}: is quantized ({method}); {_remedy(config)}")
     kind = config.get("model_type")
@@ -145,7 +160,47 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SparsightError(f"{path}: no model configuration could be read: it is not JSON ({error})") from error
-    return config if isinstance(config, dict) else {}  # transformers says what is wrong with anything else
+    if not isinstance(config, dict):
+        raise SparsightError(f"{path}: no model configuration could be read: it holds {quote(config)} and no object")
+    return config
+
+
+def stored_dtypes(where: str) -> set[str]:
+    """The dtypes of the matrices in the files of a folder that weights can have; empty for a hub name."""
+    headers = [read_header(path) for path in Path(where).glob("*.safetensors")] if Path(where).is_dir() else []
+    entries = [entry for header in headers for entry in header.values() if len(entry["shape"]) > 1]
+    return {FLOATS[entry["dtype"]] for entry in entries if entry["dtype"] in FLOATS}
+
+
+def _check_shards(folder: Path, headers: dict[str, dict[str, Any]]) -> None:
+    """Refuse weights that transformers would not find, or would find twice; `headers` are those of all files by name."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise SparsightError(
+            f"{folder}: holds {SINGLE} and {INDEX}, and only the first would be read; move the one away that is out of date"
+        )
+    if single.is_file():
+        return
+    if not index.is_file():
+        raise SparsightError(
+            f"{folder}: holds {min(headers)}, and neither {SINGLE} nor {INDEX}, which transformers looks for; copy what is "
+            "missing, or save the model again"
+        )
+    content = _read_config(index)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not places or "metadata" not in content:
+        raise SparsightError(
+            f"{index}: needs 'metadata' and a 'weight_map' with the file of every tensor; save the model again"
+        )
+    files = sorted({str(file) for file in places.values()})
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise SparsightError(f"{folder}: {absent[0]}{more}, named in {INDEX}, is missing; copy it from where it came from")
+    found: dict[str, str] = {}
+    for file in files:
+        for name in headers.get(file, ()):
+            if (first := found.setdefault(name, file)) != file:
+                raise SparsightError(f"{folder}: {name} stands in {first} and in {file}; save the model again")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -158,11 +213,13 @@ def read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if 8 + size <= whole else None
-        ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
+        entries = [entry for name, entry in (header or {}).items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for entry in entries if entry["dtype"] and len(entry["shape"]) >= 0]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         header, ends = None, []
     if header is None or 8 + size + max(ends, default=0) != whole:
         raise SparsightError(f"{path}: is cut short or damaged; copy it again from where it came from")
+    header.pop("__metadata__", None)
     return header
 
 
@@ -172,13 +229,14 @@ def _is_packed(config: dict[str, Any]) -> bool:
     return isinstance(layout, dict) and layout.get("quant_method") == METHOD
 
 
-def _check_tensors(path: Path, packed: bool) -> None:
-    """Refuse a file that is cut short, and tensors of a quantized model, by the header of the file."""
-    header = read_header(path)
-    for name, entry in header.items() if not packed else ():
-        dtype = entry.get("dtype", "") if isinstance(entry, dict) else ""
-        if name.rpartition(".")[2] in PACKED or dtype.startswith(LOW):
-            raise SparsightError(f"{path.parent}: is quantized ({path.name} holds {name} as {dtype}); {_remedy({})}")
+def _check_tensors(folder: Path, headers: dict[str, dict[str, Any]]) -> None:
+    """Refuse the tensors of a quantized model, by the headers of all files."""
+    for file, header in headers.items():
+        for name, entry in header.items():
+            dtype = entry["dtype"]
+            codes = dtype not in FLOATS and name.endswith(WEIGHTS) and len(entry["shape"]) > 1
+            if name.rpartition(".")[2] in PACKED or dtype.startswith(LOW) or codes:
+                raise SparsightError(f"{folder}: is quantized ({file} holds {name} as {dtype}); {_remedy({})}")
 
 
 def _remedy(config: dict[str, Any]) -> str:

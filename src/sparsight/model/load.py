@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from sparsight.errors import Notice, OutOfMemory, SparsightError
 from sparsight.memory import is_out_of_memory
 from sparsight.model.discover import discover
-from sparsight.model.files import check_config, check_files, check_unexpected
+from sparsight.model.files import check_config, check_files, check_unexpected, stored_dtypes
 from sparsight.packing.reader import register
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +85,14 @@ def load_model(
         raise SparsightError(f"{where}: weights missing from the files: {', '.join(absent[:3])}{more}; save the model again")
     if note := check_unexpected(where, info["unexpected_keys"], _lists(model)):
         warnings.warn(note, Notice, stacklevel=2)
+    stored, own = stored_dtypes(where), str(model.dtype).removeprefix("torch.")
+    if dtype == "auto" and stored and own not in stored:
+        warnings.warn(
+            f"{where}: the files hold {' and '.join(sorted(stored))}, and the model is loaded in {own}, as config.json "
+            "says; set `dtype` for another",
+            Notice,
+            stacklevel=2,
+        )
     try:
         return model.eval().to(device)
     except RuntimeError as error:

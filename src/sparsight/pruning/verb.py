@@ -10,6 +10,7 @@ from typing import Any
 from sparsight import distributed
 from sparsight.allocation.plan import Plan, PlannedModel, find_policy, make_plan, planned_budget
 from sparsight.calibration.probe import Probe
+from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
@@ -204,7 +205,9 @@ def encode(samples: Samples, processor: Any, model: Any, spec: Any) -> tuple[lis
     """Samples as batches on the model's device, and the number left out."""
     encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     device = next(model.parameters()).device
-    ready = [batch.to(device) for batch in batches(encoder.usable(samples), encoder, spec.batch_size)]
+    usable = encoder.usable(samples)
+    rehearse(model, encoder, usable)
+    ready = [batch.to(device) for batch in batches(usable, encoder, spec.batch_size)]
     return ready, len(samples.skipped) + len(encoder.skipped)
 
 

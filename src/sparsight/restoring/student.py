@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparsight import distributed
+from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import family_of, plan_of_zeros, read_record
 from sparsight.checks import check_name_of, parse_pairs
 from sparsight.data import Encoder, batches
@@ -211,6 +212,8 @@ def inspect_sparse(
     encoder: Any = own or Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     held = encoder.usable(held_out) if held_out else []
     usable = [*encoder.usable(samples), *held]
+    if own is None:
+        rehearse(model, encoder, usable)
     head = Head(model)
     masked = ADAPTERS[spec.adapter].masked
     facts = SparseFacts(

@@ -21,6 +21,7 @@ import torch
 from sparsight.allocation.plan import Plan, make_plan
 from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.probe import Probe
+from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import (
     Record,
     family_of,
@@ -77,6 +78,7 @@ class Workbench:
         samples = read_samples(recipe["held_out"], self.spec)
         self.held_out_facts = samples.facts
         self.held_out = self.encoder.usable(samples)
+        rehearse(self.model, self.encoder, self.held_out)
         self._calibrations: dict[str, Calibration] = {}
         self._dense: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
 
