@@ -6,6 +6,7 @@ the fields of `specs.py`. Tables are named as "module:TABLE" and read when a nam
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -65,6 +66,26 @@ class Option:
     def text(self) -> str:
         """The help with the names filled in."""
         return self.help.replace("{names}", ", ".join(self.names()))
+
+
+def _at_least_one(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def count(help: str, **more: Any) -> Option:
+    """The option of a whole number of at least 1."""
+    return Option(help, fits=_at_least_one, says="a whole number of at least 1", **more)
+
+
+def above_zero(help: str, **more: Any) -> Option:
+    """The option of a number above 0."""
+    return Option(help, fits=lambda value: math.isfinite(value) and value > 0, says="a number above 0", **more)
+
+
+def epochs(help: str) -> Option:
+    """The option of a number of epochs, 0 or more."""
+    says = "a number of epochs, 0 or more"
+    return Option(help, fits=lambda value: isinstance(value, int) and value >= 0, says=says, cost=False)
 
 
 def _read_table(where: str) -> tuple[str, ...]:

@@ -10,25 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from sparsight.checks import SEEDS, check_paths
 from sparsight.errors import SparsightError
-from sparsight.options import Budget, Name, Option, Ranks, Spec, options
-
-
-def _at_least_one(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
-
-
-def _count(help: str, **more: Any) -> Option:
-    return Option(help, fits=_at_least_one, says="a whole number of at least 1", **more)
-
-
-def _above_zero(help: str, **more: Any) -> Option:
-    return Option(help, fits=lambda value: math.isfinite(value) and value > 0, says="a number above 0", **more)
-
-
-def _epochs(help: str) -> Option:
-    says = "a number of epochs, 0 or more"
-    return Option(help, fits=lambda value: isinstance(value, int) and value >= 0, says=says, cost=False)
-
+from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, count, epochs, options
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
@@ -42,13 +24,13 @@ Seed = Annotated[
         says=f"a whole number from 0 to {SEEDS - 1}",
     ),
 ]
-BatchSize = Annotated[int, _count("Samples per batch.", cost=True)]
-Samples = Annotated[int | None, _count("How many samples to draw from the data. [default: all]", cost=True)]
+BatchSize = Annotated[int, count("Samples per batch.", cost=True)]
+Samples = Annotated[int | None, count("How many samples to draw from the data. [default: all]", cost=True)]
 Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
 _SCORED = "[default: test, else validation; never train]"
 ScoredSplit = Annotated[str | None, Option(f"Split to read, of data that has several. {_SCORED}", cost=True, work=None)]
 HeldOutSplit = Annotated[str | None, Option(f"Split of the held-out data to read. {_SCORED}", work=None)]
-NewTokens = Annotated[int, _count("Longest answer, in tokens.", cost=True)]
+NewTokens = Annotated[int, count("Longest answer, in tokens.", cost=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +60,7 @@ class SharedSpec(FamilySpec):
     ] = None
 
     max_length: Annotated[
-        int | None, _count("Most tokens of a sample, images included. [default: those that the model takes]", work=None)
+        int | None, count("Most tokens of a sample, images included. [default: those that the model takes]", work=None)
     ] = None
 
     def __post_init__(self) -> None:
@@ -110,7 +92,7 @@ class SparsitySpec(SharedSpec):
     ] = None
     pattern: Annotated[Name, Option("row, tensor, or n:m (n kept of every m inputs).", cost=True)] = "row"
     ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
-    samples: Annotated[int, _count("Calibration samples.", cost=True)] = 128
+    samples: Annotated[int, count("Calibration samples.", cost=True)] = 128
     split: Split = None
     batch_size: BatchSize = 8
     seed: Seed = 0
@@ -137,7 +119,7 @@ class MethodSpec(Spec):
     ] = "wanda"
     refine: Annotated[Name | None, Option("Move the zeros: {names}.", (f"{METHODS}:REFINES",), cost=True)] = None
     update: Annotated[Name | None, Option("Solve for the kept weights: {names}.", (f"{METHODS}:UPDATES",), cost=True)] = None
-    reconstruct: Annotated[int, _epochs("Epochs of fitting each block to its dense outputs.")] = 0
+    reconstruct: Annotated[int, epochs("Epochs of fitting each block to its dense outputs.")] = 0
     tokens: Annotated[Name, Option("Which calibration tokens count: {names}.", ("sparsight.calibration.tokens:TOKENS",))] = (
         "all"
     )
@@ -180,7 +162,7 @@ class SearchSpec(MethodSpec, SparsitySpec):
     ] = "dense"
     metric: Annotated[str, Option("Score held-out answers by: {names}.", (METRICS,))] = "exact_match"
     max_new_tokens: NewTokens = 32
-    held_out_samples: Annotated[int | None, _count("How many held-out samples to draw. [default: all]")] = None
+    held_out_samples: Annotated[int | None, count("How many held-out samples to draw. [default: all]")] = None
     held_out_split: HeldOutSplit = None
 
     def prune(self, **changes: Any) -> PruneSpec:
@@ -205,8 +187,8 @@ class RestoreSpec(SharedSpec):
     rank: Annotated[
         Ranks | None, Option("Rank per component. [default: vision=4,connector=2,language=8]", cost=True)
     ] = None  # fmt: skip
-    alpha: Annotated[float, _above_zero("LoRA alpha; the product is scaled by alpha / rank.")] = 16
-    reconstruct: Annotated[int, _epochs("Epochs of fitting each block to the dense one before training.")] = 0
+    alpha: Annotated[float, above_zero("LoRA alpha; the product is scaled by alpha / rank.")] = 16
+    reconstruct: Annotated[int, epochs("Epochs of fitting each block to the dense one before training.")] = 0
     teacher_mode: Annotated[
         str,
         Option(
@@ -223,7 +205,7 @@ class RestoreSpec(SharedSpec):
     kl: Annotated[
         float, Option("Weight of distillation, 0 to 1.", fits=lambda x: 0 <= x <= 1, says="a weight from 0 to 1", cost=True)
     ] = 0.1  # fmt: skip
-    temperature: Annotated[float, _above_zero("Temperature of distillation.")] = 1.0
+    temperature: Annotated[float, above_zero("Temperature of distillation.")] = 1.0
     divergence: Annotated[
         str,
         Option("{names}: KL(teacher || student), KL(student || teacher), Jensen-Shannon.", (DIVERGENCES,)),
@@ -240,7 +222,7 @@ class RestoreSpec(SharedSpec):
     reduction: Annotated[
         str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
     ] = "token"
-    lr: Annotated[float, _above_zero("Peak learning rate.")] = 1e-4
+    lr: Annotated[float, above_zero("Peak learning rate.")] = 1e-4
     scheduler: Annotated[str, Option("One of {names}.", (("cosine", "linear", "constant"),))] = "cosine"
     warmup: Annotated[
         float,
@@ -250,10 +232,10 @@ class RestoreSpec(SharedSpec):
             says="a part of the steps, from 0 to below 1",
         ),
     ] = 0.03
-    epochs: Annotated[float, _above_zero("Passes over the data.", cost=True)] = 1.0
-    steps: Annotated[int | None, _count("Optimizer steps, instead of epochs.", cost=True)] = None
+    epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
+    steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
     batch_size: BatchSize = 32
-    accumulate: Annotated[int, _count("Batches per optimizer step.", cost=True)] = 1
+    accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
     samples: Samples = None
     split: Split = None
     held_out: Annotated[
@@ -263,8 +245,8 @@ class RestoreSpec(SharedSpec):
         ),
     ] = None  # fmt: skip
     held_out_split: HeldOutSplit = None
-    patience: Annotated[int | None, _count("Stop after so many checkpoints without a better one.")] = None
-    save_every: Annotated[int, _count("Steps between checkpoints for `resume`.")] = 100
+    patience: Annotated[int | None, count("Stop after so many checkpoints without a better one.")] = None
+    save_every: Annotated[int, count("Steps between checkpoints for `resume`.")] = 100
     report_to: Annotated[
         tuple[str, ...],
         Option(
@@ -339,7 +321,7 @@ class EvaluateSpec(SharedSpec):
             (METRICS,),
         ),
     ] = ()
-    beams: Annotated[int, _count("Beams; 1 is greedy.", cost=True)] = 1
+    beams: Annotated[int, count("Beams; 1 is greedy.", cost=True)] = 1
     max_new_tokens: NewTokens = 32
     batch_size: BatchSize = 32
     samples: Samples = None

@@ -61,6 +61,8 @@ def pack_folder(
     if shards.int8:
         raise SparsightError(f"{sparse}: holds int8 values, from which the original does not come back; pack that one")
     target = check_output(out, overwrite, inputs=(sparse,))
+    if not _any_zeros(shards):
+        raise SparsightError(f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote")
     record = read_record(sparse)
     hashes = {entry["weight"]: name for name, entry in (record or {}).get("layers", {}).items()}
     change = _packing(str(sparse), spec, hashes)
@@ -96,8 +98,16 @@ def pack_folder(
             if spec.values == "int8" and record is not None:
                 write_json(new / "sparsity.json", _rounded(record, tensors))
             write_json(new / PACKED, facts)
-            _write_card(new, packed_card)
+            if shards.layout is None:
+                _write_card(new, packed_card)
     return facts
+
+
+def _any_zeros(shards: Shards) -> bool:
+    """Whether anything would be packed; reads as far as the first such weight."""
+    return any(
+        _fitting(shard.read(name), {}) is not None for shard in map(shards.open, shards.files) for name in shard.names
+    )
 
 
 def _packing(where: str, spec: PackSpec, hashes: Mapping[str, str]) -> Change:
@@ -241,7 +251,7 @@ def _write_shards(
     """Write every file of weights anew into `folder`; those that an interrupted run wrote there are kept."""
     done: dict[str, dict[str, Any]] = {}
     sizes = {
-        file: {n: d.itemsize * math.prod(s) for n, (d, s) in shards.open(file).known().items()} for file in shards.files
+        file: {n: d.itemsize * math.prod(s) for n, (d, s) in shards.open(file).forms().items()} for file in shards.files
     }
     total = sum(sum(of_file.values()) for of_file in sizes.values())
     for file in shards.files:
@@ -275,11 +285,11 @@ def _packed_order(shard: Shard) -> tuple[list[str], int]:
 
 def _plain_order(shard: Shard) -> tuple[list[str], int]:
     """Names as safetensors orders them, and the length of their header."""
-    known = shard.known()
+    forms = shard.forms()
     header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
-    names, at = in_order(known), 0
+    names, at = in_order(forms), 0
     for name in names:
-        header[name] = header_entry(*known[name], at)
+        header[name] = header_entry(*forms[name], at)
         at = header[name]["data_offsets"][1]
     return names, len(header_text(header))
 

@@ -239,15 +239,15 @@ def _verified(facts: Any, values: Values) -> Shown:
 
 
 def _packed(facts: Any, values: Values) -> Shown:
-    from sparsight.cli import tables
+    from sparsight.cli.packed import packed_tables
 
-    return {"out": values["out"], **facts}, tables.packed_tables(facts, values["out"]), True
+    return {"out": values["out"], **facts}, packed_tables(facts, values["out"]), True
 
 
 def _unpacked(facts: Any, values: Values) -> Shown:
-    from sparsight.cli import tables
+    from sparsight.cli.packed import unpacked_lines
 
-    return {"out": values["out"], **facts}, tables.unpacked_lines(facts, values["out"]), True
+    return {"out": values["out"], **facts}, unpacked_lines(facts, values["out"]), True
 
 
 def _ran(facts: Any, values: Values) -> Shown:

@@ -18,7 +18,7 @@ from sparsight.errors import Notice, OutOfMemory, SparsightError
 from sparsight.memory import is_out_of_memory
 from sparsight.model.discover import discover
 from sparsight.model.files import check_config, check_files, check_unexpected, stored_dtypes
-from sparsight.packing.reader import register
+from sparsight.packing.reader import errors, register
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +51,7 @@ def load_model(
     check_device(device)
     config = _config(where)
     register()
+    errors.clear()
     if packed:
         layout = getattr(config, "quantization_config", None)
         if layout is None:
@@ -71,7 +72,8 @@ def load_model(
             )
         except Exception as error:  # files and configurations can be wrong in any way
             _check_memory(where, error)
-            raise SparsightError(f"{where}: the model could not be loaded: {_reason(error)}") from error
+            reason = errors[0] if errors else _reason(error)
+            raise SparsightError(f"{where}: the model could not be loaded: {reason}") from error
     model, info = loaded
     if misfits := sorted(info["mismatched_keys"]):
         key, stored, expected = misfits[0]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsight import kernels
+from sparsight.errors import SparsightError
 from sparsight.kernels.build import DTYPES
 from sparsight.packing.tensor import Packed, row_offsets
 
@@ -47,11 +48,11 @@ class SparseLinear(nn.Module):
         return cls(linear.in_features, linear.out_features, values, packed.bits, packed.scale, linear.bias)
 
     @classmethod
-    def empty(cls, linear: nn.Linear, kept: int, int8: bool = False) -> SparseLinear:
-        """A layer without content, on the device of `linear`, to load a packed weight into."""
+    def empty(cls, linear: nn.Linear, size: int, int8: bool = False) -> SparseLinear:
+        """A layer with room for `size` values, on the device of `linear`, to load a packed weight into."""
         rows, columns = linear.out_features, linear.in_features
         device, dtype = linear.weight.device, torch.int8 if int8 else linear.weight.dtype
-        values = torch.empty(kept, dtype=dtype, device=device)
+        values = torch.empty(size, dtype=dtype, device=device)
         bits = torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device=device)
         scale = torch.empty(rows, device=device) if int8 else None
         return cls(columns, rows, values, bits, scale, linear.bias)
@@ -66,7 +67,11 @@ class SparseLinear(nn.Module):
         return self.packed.expand(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out)."""
+        """x (..., in) -> (..., out). **Raises** `SparsightError` for another number of features."""
+        if x.shape[-1] != self.in_features:
+            raise SparsightError(
+                f"inputs of {x.shape[-1]} features were given to a packed layer that takes {self.in_features}"
+            )
         return sparse_linear(x, self.weight, self.weight_bits, self.weight_scale, self.bias, self._where())
 
     def _where(self) -> torch.Tensor:
@@ -79,7 +84,7 @@ class SparseLinear(nn.Module):
         return self._offset
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = self.weight_scale
+        scale = None if self.weight_scale is None else self.weight_scale.detach()
         result = super()._apply(fn, recurse)
         self._offset = None
         if scale is not None:  # float32, whatever the rest becomes

@@ -21,11 +21,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, first_line
 from sparsight.packing.linear import SparseLinear
 from sparsight.packing.shards import METHOD, check_layout, expand, widths
 from sparsight.packing.squeeze import unsqueeze
 from sparsight.packing.tensor import BITS, SCALE
+
+errors: list[str] = []  # what went wrong with packed tensors while a model was loaded
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -78,12 +80,12 @@ class PackedQuantizer(HfQuantizer):
         return {"dequantize": Expand, "deserialize": Expand}
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Cast every tensor of floats, and note the dtype for those that are stored as bytes."""
-        for operation in getattr(converter, "operations", ()):
-            if isinstance(operation, Expand):
-                operation.dtype = dtype if dtype is None or dtype.is_floating_point else operation.dtype
+        """The dtype of a tensor of floats that is not packed; packed ones are cast once they are dense."""
+        operations = [op for op in getattr(converter, "operations", ()) if isinstance(op, Expand)]
+        for operation in operations:
+            operation.dtype = dtype if dtype is not None and dtype.is_floating_point else None
         stored = param.get_dtype() if hasattr(param, "get_dtype") else ""
-        return dtype if stored.startswith(("F", "BF")) and dtype is not None and dtype.is_floating_point else None
+        return dtype if not operations and stored.startswith(("F", "BF")) else None
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """No parameter: packed ones come from the files as they are."""
@@ -156,7 +158,15 @@ class Expand(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         """`{pattern: [tensors]}` with patterns of bits and scales -> the same without them, dense."""
-        stays = self._stays_packed(kwargs.get("model"), kwargs.get("full_layer_name"))
+        name = kwargs.get("full_layer_name")
+        try:
+            self._check_bits(input_dict, kwargs.get("model"), name)
+            return self._convert(input_dict, self._stays_packed(kwargs.get("model"), name))
+        except (SparsightError, RuntimeError) as error:
+            errors.append(f"{name}: {first_line(error)}")  # transformers hides it in a report
+            raise
+
+    def _convert(self, input_dict: dict[str, Any], stays: bool) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name, tensors in input_dict.items():
             if name.endswith((BITS, SCALE)) and self._is_part(name, input_dict):
@@ -166,7 +176,7 @@ class Expand(ConversionOps):
             if not stays:
                 result[name] = self._expand_all(name, values, bits, scale)
                 continue
-            result[name] = [unsqueeze(v).reshape(-1) if v.dtype == torch.uint8 else v.reshape(-1) for v in values]
+            result[name] = [self._cast(unsqueeze(v) if v.dtype == torch.uint8 else v).reshape(-1) for v in values]
             result |= {name + part: list(others) for part, others in ((BITS, bits), (SCALE, scale)) if others}
         return result
 
@@ -178,12 +188,29 @@ class Expand(ConversionOps):
                 tensor = unsqueeze(tensor)
             columns = self.quantizer.widths.get(tuple(left[0].shape)) if left else None
             if not left or (columns is not None and tuple(tensor.shape) == (*left[0].shape[:-1], columns)):
-                dense.append(tensor.to(self.dtype or tensor.dtype))
+                dense.append(self._cast(tensor))
                 continue
             dense.append(expand(tensor, left.pop(0), scales.pop(0) if scales else None, columns, self.dtype))
         if left:
             raise SparsightError(f"{name}: {len(left)} masks have no values; copy the folder again")
         return dense
+
+    @staticmethod
+    def _check_bits(inputs: dict[str, Any], model: Any, name: str | None) -> None:
+        """Refuse kept values whose bits are not in the files."""
+        (tensors, *others) = map(_listed, inputs.values())
+        if others or len(tensors) != 1 or tensors[0].ndim != 1 or tensors[0].dtype == torch.uint8 or model is None:
+            return
+        path, _, leaf = (name or "").rpartition(".")
+        try:
+            shape = getattr(model.get_submodule(path), leaf).shape
+        except AttributeError:  # a name that conversions will change
+            return
+        if len(shape) > 1:
+            raise SparsightError(f"{tensors[0].numel()} values for {list(shape)} have no bits; copy the folder again")
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     @staticmethod
     def _is_part(name: str, inside: dict[str, Any]) -> bool:

@@ -125,21 +125,13 @@ class Shards:
         )
 
     def _find(self) -> list[str]:
-        index = self.folder / INDEX
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
-        if not index.is_file():
-            raise SparsightError(
-                f"{self.folder}: holds no {SINGLE} and no {INDEX}; give a folder that save_pretrained wrote"
-            )
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            places = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return sorted(set(places.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SparsightError(f"{index}: is damaged ({first_line(error)}); write the folder again") from error
-        for file in files:
-            if not (self.folder / file).is_file():
-                raise SparsightError(f"{self.folder}: {file} is missing, which {INDEX} names; copy the folder again")
-        return files
+            raise SparsightError(f"{self.folder}: no weights that transformers would load ({first_line(error)})") from error
 
     def open(self, file: str) -> Shard:
         """One file of weights."""
@@ -163,7 +155,7 @@ class Shard:
         self.names = [name for name in self.stored if name not in parts]
 
     def read(self, name: str) -> torch.Tensor:
-        """The dense tensor."""
+        """The dense tensor. **Raises** `SparsightError` for damaged files."""
         entry = self._shards.layers.get(name)
         if entry is None or entry[1] is None:
             with self._open() as stored:
@@ -193,7 +185,7 @@ class Shard:
         except SparsightError as error:
             raise SparsightError(f"{self.path}: {name}: {error}") from error
 
-    def known(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def forms(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every dense tensor, without reading one."""
         kinds = {text: dtype for dtype, text in KINDS.items()}
         facts = {}
@@ -281,6 +273,6 @@ def header_text(header: Mapping[str, Any]) -> bytes:
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def in_order(known: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
-    """Names, of known dtypes and shapes, in the order in which safetensors writes them: the widest dtypes first."""
-    return sorted(known, key=lambda name: (ORDER.index(KINDS[known[name][0]]), name))
+def in_order(forms: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """Names, of these dtypes and shapes, in the order in which safetensors writes them: the widest dtypes first."""
+    return sorted(forms, key=lambda name: (ORDER.index(KINDS[forms[name][0]]), name))

@@ -90,7 +90,7 @@ class Packed:
         return out.view(self.shape).to(dtype or out.dtype)
 
     def check(self, offset: torch.Tensor) -> None:
-        """Refuse bits of another shape than the tensor's, and another number of values than bits say."""
+        """Refuse bits of another shape than the tensor's, and of another number of values, by a `SparsightError`."""
         columns, rows = self.shape[-1], self.bits.reshape(-1, self.bits.shape[-1])
         fits = tuple(self.bits.shape) == (*self.shape[:-1], (columns + 7) // 8) and self.bits.dtype == torch.uint8
         beyond = columns % 8 and bool((rows[:, -1] >> columns % 8).any())

@@ -1,0 +1,53 @@
+// Packs, expands and multiplies small matrices and prints the bits of every result, so that machines can be compared.
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+#include <cstdint>
+#include <cstring>
+extern "C" int sparsight_product(const void*, int, const uint8_t*, const int64_t*, int64_t, int64_t, const void*, int64_t,
+                                 const void*, void*, int);
+extern "C" int sparsight_product_int8(const void*, const float*, int, const uint8_t*, const int64_t*, int64_t, int64_t,
+                                      const void*, int64_t, const void*, void*, int);
+extern "C" int sparsight_offsets(const uint8_t*, int64_t, int64_t, int64_t*);
+extern "C" int sparsight_pack_rows(const void*, int, int64_t, int64_t, uint8_t*, void*, int64_t*);
+extern "C" int sparsight_expand_rows(const void*, int, const uint8_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t,
+                                     void*, int);
+static uint32_t state = 1;
+static uint32_t next() { return state = state * 1664525u + 1013904223u; }
+int main() {
+    for (int type = 0; type < 4; type++)  // 3: int8 with inputs of float32
+        for (int64_t columns : {1, 7, 64, 100, 513})
+            for (int64_t tokens : {1, 3, 8}) {
+                const int64_t rows = 13;
+                const int size = type == 0 ? 4 : type == 3 ? 1 : 2, in = type == 3 ? 4 : size;
+                std::vector<uint8_t> W(rows * columns * size + 64), x(tokens * columns * in), bits(rows * ((columns + 7) / 8));
+                std::vector<uint8_t> values(rows * columns * size + 64), out(tokens * rows * in), back(rows * columns * size);
+                std::vector<float> scale(rows, 0.125f);
+                const auto number = [&](uint8_t* to, int kind) {
+                    const float v = float(int32_t(next() >> 16) - 32768) / 8192;
+                    uint32_t b;
+                    std::memcpy(&b, &v, 4);
+                    const uint16_t brain = uint16_t(b >> 16), half = uint16_t((next() >> 17 & 0x83ff) | 0x3c00);
+                    const int8_t code = int8_t(next() >> 24);
+                    std::memcpy(to, kind == 0 ? (void*)&v : kind == 1 ? (void*)&brain : kind == 2 ? (void*)&half : (void*)&code,
+                                kind == 0 ? 4 : kind == 3 ? 1 : 2);
+                };
+                for (int64_t i = 0; i < rows * columns; i++)
+                    if (next() >> 31) number(&W[i * size], type);
+                for (int64_t i = 0; i < tokens * columns; i++) number(&x[i * in], type == 3 ? 0 : type);
+                int64_t kept;
+                sparsight_pack_rows(W.data(), size, rows, columns, bits.data(), values.data(), &kept);
+                std::vector<int64_t> offset(rows + 1);
+                sparsight_offsets(bits.data(), rows, (columns + 7) / 8, offset.data());
+                std::vector<uint8_t> exact(values.begin(), values.begin() + kept * size);  // nothing may be read behind them
+                sparsight_expand_rows(exact.data(), size, bits.data(), offset.data(), rows, columns, 0, rows, back.data(), 1);
+                if (std::memcmp(back.data(), W.data(), back.size())) return 1;
+                if (type == 3) sparsight_product_int8(exact.data(), scale.data(), 0, bits.data(), offset.data(), rows, columns,
+                                                      x.data(), tokens, nullptr, out.data(), 1);
+                else sparsight_product(exact.data(), type, bits.data(), offset.data(), rows, columns, x.data(), tokens, nullptr,
+                                       out.data(), 1);
+                for (uint8_t byte : out) std::printf("%02x", byte);
+                std::puts("");
+            }
+}

@@ -1,0 +1,244 @@
+"""Products with packed weights: against exact sums, on every kind of instructions, in `torch.compile` and autocast."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparsight import SparseLinear, kernels
+from sparsight.errors import SparsightError
+from sparsight.kernels import build
+from sparsight.packing.tensor import Packed, row_offsets
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SHAPES = [(1, 1), (3, 7), (8, 64), (13, 100), (64, 250), (129, 513)]
+TOKENS = [1, 2, 3, 5, 8, 11, 40]
+
+
+def layer(rows, columns, dtype, sparsity=0.6, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(columns, rows, bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(rows, columns, generator=generator))
+        linear.weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+        if bias:
+            linear.bias.copy_(torch.randn(rows, generator=generator))
+    return linear.to(dtype)
+
+
+def close(y, x, W, bias, dtype):
+    """Within rounding of sums in float32, and one rounding at the end."""
+    exact = x.double() @ W.double().T + (0 if bias is None else bias.double())
+    error = 4e-6 * (x.abs().double() @ W.abs().double().T) + 1.01 * UNIT[dtype] * exact.abs() + 1e-6
+    return bool(((y.double() - exact).abs() <= error).all())
+
+
+@pytest.mark.parametrize("compiled", ["1", "0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_multiplies(dtype, compiled, monkeypatch):
+    monkeypatch.setenv("SPARSIGHT_KERNELS", compiled)
+    for (rows, columns), sparsity in [*((shape, 0.6) for shape in SHAPES), ((9, 40), 0.0), ((9, 40), 1.0)]:
+        for tokens in TOKENS:
+            linear = layer(rows, columns, dtype, sparsity, bias=tokens % 2 == 1)
+            x = torch.randn(tokens, columns).to(dtype)
+            y = SparseLinear.of(linear)(x)
+            assert y.dtype == dtype
+            bias = linear.bias
+            tight = partial(close, y, x, linear.weight, bias, dtype)
+            assert tight() or torch.equal(y, F.linear(x, linear.weight, bias)), (rows, columns, tokens)
+
+
+def test_shapes_and_devices():
+    linear = layer(24, 40, torch.float32)
+    sparse = SparseLinear.of(linear)
+    x = torch.randn(2, 3, 40)
+    torch.testing.assert_close(sparse(x), linear(x))
+    assert sparse(x[:0]).shape == (0, 3, 24)
+    torch.testing.assert_close(sparse(x.transpose(0, 1)), linear(x.transpose(0, 1)))
+    assert torch.equal(sparse.dense(), linear.weight)
+    with pytest.raises(SparsightError, match=r"inputs of 39 features.*takes 40"):
+        sparse(torch.randn(2, 39))
+    assert "sparsity=0.6" in repr(sparse)
+    assert not any(parameter.requires_grad for name, parameter in sparse.named_parameters() if name != "bias")
+
+
+def test_another_dtype_and_state():
+    linear = layer(32, 64, torch.float32)
+    sparse = SparseLinear.of(linear)
+    x = torch.randn(3, 64)
+    assert torch.equal(sparse.to(torch.bfloat16).dense(), linear.weight.bfloat16())
+    assert sparse(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse(x.bfloat16()).dtype == torch.bfloat16
+    other = SparseLinear.of(layer(32, 64, torch.float32, seed=1))
+    again = SparseLinear.empty(linear, sparse.weight.numel())
+    again.load_state_dict(SparseLinear.of(linear).state_dict())
+    torch.testing.assert_close(again(x), linear(x))
+    again.weight_bits = nn.Parameter(other.weight_bits.data, requires_grad=False)  # not the bits of these values
+    assert other.weight.numel() != again.weight.numel()
+    with pytest.raises(SparsightError, match="do not belong to"):
+        again(x)
+
+
+def test_int8_scales_stay_float32():
+    sparse = SparseLinear.of(layer(32, 64, torch.float32), int8=True)
+    before = sparse.weight_scale.clone()
+    sparse.to(torch.bfloat16)
+    assert torch.equal(sparse.weight_scale, before)
+    assert sparse.weight.dtype == torch.int8
+    assert sparse.bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("compiled", ["1", "0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_values(dtype, compiled, monkeypatch):
+    monkeypatch.setenv("SPARSIGHT_KERNELS", compiled)
+    for rows, columns in SHAPES[2:]:
+        linear = layer(rows, columns, dtype)
+        sparse = SparseLinear.of(linear, int8=True)
+        for tokens in (1, 4, 8, 30):
+            x = torch.randn(tokens, columns).to(dtype)
+            y, exact = sparse(x).float(), linear(x).detach().float()
+            assert float((y - exact).norm() / exact.norm()) < 0.02
+
+
+def test_what_is_not_finite_stays_so():
+    linear = layer(16, 600, torch.float32)
+    x = torch.randn(3, 600)
+    x[0, 5], x[1, 300] = float("inf"), float("nan")
+    for int8 in (False, True):
+        y = SparseLinear.of(linear, int8)(x)
+        assert not y[:2].isfinite().all(1).any()
+        assert bool(y[2].isfinite().all())
+
+
+def test_compile_and_the_checks_of_torch():
+    linear = layer(24, 40, torch.float32)
+    sparse, x = SparseLinear.of(linear), torch.randn(3, 40)
+    args = (x, sparse.weight, sparse.weight_bits, None, sparse.bias, row_offsets(sparse.weight_bits))
+    torch.library.opcheck(torch.ops.sparsight.sparse_linear, args, test_utils=("test_schema", "test_faketensor"))
+    whole = torch.compile(nn.Sequential(sparse, nn.ReLU()), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        sparse(x)
+        torch.testing.assert_close(whole(x), linear(x).relu())
+
+
+# the same sources for other instructions
+
+
+def sums(library, dtype, int8):
+    """Products of a few shapes through a library of ours, one behind the other."""
+    results = []
+    for rows, columns in SHAPES:
+        for tokens in (1, 2, 3, 8, 11):
+            linear = layer(rows, columns, dtype)
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+            packed = Packed.int8(linear.weight) if int8 else Packed.of(linear.weight)
+            offset, out = row_offsets(packed.bits), torch.empty(tokens, rows, dtype=dtype)
+            places = (packed.bits.data_ptr(), offset.data_ptr(), rows, columns, x.data_ptr(), tokens, linear.bias.data_ptr())
+            if int8:
+                library.sparsight_product_int8(
+                    packed.values.data_ptr(), packed.scale.data_ptr(), build.DTYPES[dtype], *places, out.data_ptr(), 1
+                )
+            else:
+                library.sparsight_product(packed.values.data_ptr(), build.DTYPES[dtype], *places, out.data_ptr(), 1)
+            dense = torch.empty(rows, columns, dtype=packed.values.dtype)
+            where = (
+                packed.values.data_ptr(),
+                dense.element_size(),
+                packed.bits.data_ptr(),
+                offset.data_ptr(),
+                rows,
+                columns,
+            )
+            library.sparsight_expand_rows(*where, 0, rows, dense.data_ptr(), 1)
+            results += [out.float().view(-1), dense.float().view(-1)]
+    return torch.cat(results)
+
+
+SOURCES = [Path(build.__file__).parent / name for name in ("packed.cpp", "sparse.cpp", "sparse_int8.cpp")]
+COMPILER = shutil.which("g++")
+
+
+@pytest.fixture(scope="module")
+def library_of(tmp_path_factory):
+    made = {}
+
+    def get(flags):
+        if flags not in made:
+            path = tmp_path_factory.mktemp("kernels") / "library.so"
+            command = [COMPILER, "-O2", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags.split(), "-o", path, *SOURCES]
+            subprocess.run(command, check=True, capture_output=True)
+            made[flags] = library = ctypes.CDLL(str(path))
+            kinds = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int}
+            for name, letters in build.SIGNATURES.items():
+                if hasattr(library, name):
+                    getattr(library, name).argtypes = [kinds[letter] for letter in letters]
+        return made[flags]
+
+    return get
+
+
+@pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind_of_instructions_gives_the_same_sums(dtype, int8, library_of):
+    flags = Path("/proc/cpuinfo").read_text()
+    if not {"avx2", "fma", "f16c"} <= set(flags.split()):
+        pytest.skip("the CPU has no AVX2")
+    plain = sums(library_of("-march=native -DSPARSIGHT_PLAIN"), dtype, int8)
+    assert torch.equal(sums(library_of("-march=x86-64-v3"), dtype, int8), plain)
+    native = sums(library_of("-march=native"), dtype, int8)
+    if dtype == torch.bfloat16 and not int8:  # AVX-512 adds in pairs
+        torch.testing.assert_close(native, plain, rtol=1e-2, atol=1e-2)
+    else:
+        assert torch.equal(native, plain)
+
+
+PROGRAM = Path(__file__).with_name("program.cpp")
+
+
+@pytest.mark.skipif(
+    COMPILER is None or not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64-static"),
+    reason="needs g++ for ARM and qemu",
+)
+def test_neon_under_emulation_gives_the_same_bits(tmp_path):
+    here = [COMPILER, "-O2", "-march=native", "-DSPARSIGHT_PLAIN"]
+    there = ["aarch64-linux-gnu-g++", "-O2", "-static"]
+    results = []
+    for command, runner in ((here, []), (there, ["qemu-aarch64-static"])):
+        program = tmp_path / command[0].rpartition("/")[2]
+        subprocess.run(
+            [*command, "-std=c++17", "-pthread", "-o", program, PROGRAM, *SOURCES], check=True, capture_output=True
+        )
+        results.append(subprocess.run([*runner, program], check=True, capture_output=True, text=True).stdout)
+    assert results[0].count("\n") == 60
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+def test_nothing_is_read_or_written_outside(tmp_path):
+    """The same program under the address sanitizer, with this CPU's own instructions."""
+    program = tmp_path / "program"
+    flags = ["-O1", "-march=native", "-fsanitize=address", "-static-libasan"]
+    command = [COMPILER, *flags, "-std=c++17", "-pthread", "-o", program, PROGRAM, *SOURCES]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("the compiler has no address sanitizer")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+def test_the_dense_product_of_one_bfloat16_matrix():
+    W, x = torch.randn(37, 130).bfloat16(), torch.randn(3, 130).bfloat16()
+    y = kernels.product(x, W, None, None)
+    assert y is None or close(y, x, W, None, torch.bfloat16)
