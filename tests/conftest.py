@@ -23,7 +23,8 @@ from sparsight.cli import app as cli  # noqa: E402
 import zoo  # noqa: E402
 
 LONG = ("test_many_processes.py", "test_interrupted.py", "test_sweep.py", "test_guides.py", "test_run.py", "test_report.py",
-        "test_in_memory.py")  # fmt: skip
+        "test_trainer.py", "test_in_memory.py", "test_estimate.py", "test_pipeline.py", "test_adapt_kernels.py",
+        "test_specs.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
