@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -15,17 +16,35 @@ from typing import Any
 
 import pytest
 
-from sparsight.cli import app as cli
+gc.disable()  # until the tests are found: what imports make stays, and looking for garbage in it takes seconds
 
-import zoo
+from sparsight.cli import app as cli  # noqa: E402
+
+import zoo  # noqa: E402
 
 LONG = ("test_many_processes.py", "test_interrupted.py", "test_sweep.py", "test_guides.py", "test_run.py", "test_report.py",
-        "test_in_memory.py")  # fmt: skip
+        "test_trainer.py", "test_in_memory.py", "test_estimate.py", "test_pipeline.py", "test_adapt_kernels.py",
+        "test_specs.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, so that no worker waits at the end for another."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.enable()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_modules_are_no_garbage() -> None:
+    """What is alive when a file of tests begins lives on: collections, of which a restoration makes four, pass it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -71,11 +69,6 @@ def check(text: str) -> Page:
     return page
 
 
-def sparsight(*arguments, cwd=None):
-    command = [sys.executable, "-m", "sparsight", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
 def test_what_an_evaluation_leaves(models):
     scores, answers = read_evaluation(models / "restored")
     assert len(answers) == 24
@@ -110,10 +103,10 @@ def test_runs_of_models(models):
     assert all(0 < layer["error"] < 1 for layer in pruned.layers.values())
 
 
-def test_a_page_of_models(models, tmp_path):
+def test_a_page_of_models(models, run, tmp_path):
     folders = [models / name for name in ("dense", "pruned", "restored")]
-    done = sparsight("report", *folders, "--out", tmp_path / "page.html", "--figures", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run("report", *folders, "--out", tmp_path / "page.html", "--figures", tmp_path / "figures")
+    assert code == 0, errors
     text = (tmp_path / "page.html").read_text()
     page = check(text)
     assert page.tags.count("img") == 12
@@ -266,10 +259,10 @@ def test_where_a_page_cannot_go(sweep, tmp_path):
     assert (tmp_path / "thesis.html").read_text() == "<p>years of work"
 
 
-def test_record_needs_a_folder_of_ones_own(models, zoo_folder):
-    done = sparsight("eval", "someone/model", "--data", models / "test", "--record")
-    assert done.returncode == 2
-    assert "--record: someone/model is not a folder" in done.stderr
+def test_record_needs_a_folder_of_ones_own(models, run):
+    code, _, errors = run("eval", "someone/model", "--data", models / "test", "--record")
+    assert code == 2
+    assert "--record: someone/model is not a folder" in errors
     with pytest.raises(SparsightError, match="belong beside its weights"):
         api.evaluate(models / "pruned", data=models / "test", record=models / "elsewhere")
     assert not (models / "elsewhere").exists()

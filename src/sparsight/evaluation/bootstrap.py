@@ -8,6 +8,8 @@ import numpy as np
 
 from sparsight.errors import SparsightError
 
+DRAWS = 2**18  # values that are drawn at once
+
 
 def bootstrap(values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Return the interval that holds the means of a share `level` of `n` resamples, drawn with replacement from `values`.
@@ -20,6 +22,10 @@ def bootstrap(values: Sequence[float], n: int = 2000, seed: int = 0, level: floa
         raise SparsightError(f"an interval needs a level between 0 and 1 and n of at least 1, got {level} and {n}")
     array = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(n)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    at_once = max(1, DRAWS // len(array))
+    means = [
+        array[generator.integers(0, len(array), (min(at_once, n - done), len(array)))].mean(axis=1)
+        for done in range(0, n, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -107,7 +107,8 @@ class ModelSource:
         if self._borrowed:
             self.drop()
         model = self.get(dtype)
-        self.drop()
+        if self.path is not None:
+            self.model = None
         return model
 
     def drop(self) -> None:

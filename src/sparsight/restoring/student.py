@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,9 +171,8 @@ def make_student(
         live = live_teacher(dense, head)
     else:
         head.remove()
-    teacher.drop()
     del dense, body
-    gc.collect()
+    teacher.drop()
     model = sparse.take(facts.dtype)
     errors: dict[str, tuple[float, float]] = {}
     if spec.reconstruct:
