@@ -160,8 +160,11 @@ class Expand(ConversionOps):
         """`{pattern: [tensors]}` with patterns of bits and scales -> the same without them, dense."""
         name = kwargs.get("full_layer_name")
         try:
-            self._check_bits(input_dict, kwargs.get("model"), name)
-            return self._convert(input_dict, self._stays_packed(kwargs.get("model"), name))
+            stays = self._stays_packed(kwargs.get("model"), name)
+            result = self._convert(input_dict, stays)
+            if not stays and source_patterns[0] in self.quantizer.serialized_names:  # nothing follows
+                self._check_shape(result, kwargs.get("model"), name)
+            return result
         except (SparsightError, RuntimeError) as error:
             errors.append(f"{name}: {first_line(error)}")  # transformers hides it in a report
             raise
@@ -196,18 +199,13 @@ class Expand(ConversionOps):
         return dense
 
     @staticmethod
-    def _check_bits(inputs: dict[str, Any], model: Any, name: str | None) -> None:
-        """Refuse kept values whose bits are not in the files."""
-        (tensors, *others) = map(_listed, inputs.values())
-        if others or len(tensors) != 1 or tensors[0].ndim != 1 or tensors[0].dtype == torch.uint8 or model is None:
-            return
+    def _check_shape(result: dict[str, Any], model: Any, name: str | None) -> None:
+        """Refuse what is not of its parameter's shape: kept values without their bits, which transformers would take."""
         path, _, leaf = (name or "").rpartition(".")
-        try:
-            shape = getattr(model.get_submodule(path), leaf).shape
-        except AttributeError:  # a name that conversions will change
-            return
-        if len(shape) > 1:
-            raise SparsightError(f"{tensors[0].numel()} values for {list(shape)} have no bits; copy the folder again")
+        (tensors,) = result.values()
+        expected = getattr(model.get_submodule(path), leaf).shape
+        if tensors[0].shape != expected:
+            raise SparsightError(f"is {list(tensors[0].shape)} and should be {list(expected)}; copy the folder again")
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
