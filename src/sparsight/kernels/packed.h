@@ -32,6 +32,7 @@ enum Type { FLOAT, BRAIN, HALVES };  // as in build.py
 
 constexpr int64_t AHEAD = 2048;      // bytes of values to prefetch
 constexpr int64_t SHARE = 1 << 20;   // weights that pay for a thread
+constexpr int64_t CACHE = 1 << 19;   // weights that stay in a cache between passes
 constexpr int LANES = 16, STREAMS = 4, MOST = 8;  // lanes of a sum, rows at a time, tokens at most
 
 template <class T> inline T load(const void* from) {
@@ -266,8 +267,24 @@ void walk_rows(const Matrix& m, int64_t first, int64_t last, const Group& group)
     for (int64_t row = first + R * apart; row < last; row++) group.template run<ALL ? DENSE : CLOSE, 1>(row, 0);
 }
 
+// Memory that starts on a cache line.
+template <class T> struct Lines {
+    std::vector<T> room;
+    T* start;
+    explicit Lines(int64_t size) : room(size_t(size) + 64 / sizeof(T)) {
+        start = (T*)((uintptr_t(room.data()) + 63) / 64 * 64);
+    }
+};
+
+// Run `some(first, last)` on rows few enough to stay in a cache for all tokens; all at once where one pass is enough.
+template <class Some> void walk_blocks(int64_t first, int64_t last, int64_t columns, int64_t tokens, const Some& some) {
+    const int64_t few = std::max<int64_t>(4 * STREAMS, CACHE / columns / STREAMS * STREAMS);
+    const int64_t step = tokens <= MOST ? last - first : few;
+    for (int64_t from = first; from < last; from += step) some(from, std::min(last, from + step));
+}
+
 // Run `some(token, std::integral_constant<int, T>)` on all tokens, eight, four, two or one at a time.
-template <class Some> void walk_tokens(int64_t tokens, const Some& some) {
+template <class Some> void walk_tokens(int64_t tokens, const Some& some) {  // inputs of a group lie together, chunk by chunk
     int64_t token = 0;
     for (; tokens - token >= 8; token += 8) some(token, std::integral_constant<int, 8>());
     if (tokens - token >= 4) some(token, std::integral_constant<int, 4>()), token += 4;

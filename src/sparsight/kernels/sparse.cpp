@@ -1,4 +1,5 @@
-// Products with packed weights in float32, bfloat16 and float16. Inputs are copied once, padded with zeros to whole steps.
+// Products with packed weights in float32, bfloat16 and float16. Inputs are copied once, padded with
+// zeros to whole steps, and in the order in which they are read: (chunks, T, columns of a chunk) for each group of T tokens.
 //
 // Sums of float32, float16 and, without AVX-512, bfloat16: sixteen lanes, column c in lane c % 16, fused multiply-adds, lanes
 // added in halves: the same bits on every CPU that has fused multiply-adds. AVX-512 adds bfloat16 in pairs.
@@ -151,9 +152,9 @@ template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* valu
 
 #endif
 
-// `R` rows, each `apart` from the last, times `T` tokens; x is float32 (T, padded).
+// `R` rows, each `apart` from the last, times `T` tokens; x is float32 (chunks, T, 16).
 template <int TYPE, int R, int T>
-void multiply(const Matrix& m, int64_t row, int64_t apart, const float* x, int64_t padded, const Output<TYPE>& out, int64_t token) {
+void multiply(const Matrix& m, int64_t row, int64_t apart, const float* x, const Output<TYPE>& out, int64_t token) {
     using Value = typename Stored<TYPE>::type;
     const Value* const end = (const Value*)m.values + m.offset[m.rows];
     const Value* values[R];
@@ -165,7 +166,7 @@ void multiply(const Matrix& m, int64_t row, int64_t apart, const float* x, int64
             const uint32_t bits = uint32_t(load_bits(m.bits + (row + r * apart) * m.pitch() + c / 8, bytes));
             if (c % 32 == 0) prefetch(values[r]);
             const auto w = expand16<TYPE>(values[r], bits, end - values[r]);
-            for (int t = 0; t < T; t++) sum[r][t].add(w, x + t * padded + c);
+            for (int t = 0; t < T; t++) sum[r][t].add(w, x + c * T + t * LANES);
             values[r] += count(bits);
         }
     }
@@ -175,9 +176,9 @@ void multiply(const Matrix& m, int64_t row, int64_t apart, const float* x, int64
 
 #if defined(SPARSIGHT_AVX512)
 
-// The same for bfloat16: x is bfloat16 (T, padded), products are added in pairs.
+// The same for bfloat16: x is bfloat16 (chunks, T, 32), products are added in pairs.
 template <Kind KIND, int R, int T>
-void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t* x, int64_t padded, const Output<BRAIN>& out, int64_t token) {
+void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t* x, const Output<BRAIN>& out, int64_t token) {
     const uint16_t* values[R];
     const uint8_t* bits[R];
     __m512 sum[R][T];
@@ -193,7 +194,7 @@ void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t*
         if (KIND != DENSE) w = expand_words(mask, w);
         values[r] += kept;
         for (int t = 0; t < T; t++) {
-            const __m512i in = _mm512_loadu_si512(x + t * padded + c);
+            const __m512i in = _mm512_load_si512(x + c * T + t * 32);
             sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)w, (__m512bh)in);
         }
     };
@@ -217,23 +218,31 @@ void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t*
 #endif
 
 #if defined(SPARSIGHT_AVX512)
+constexpr int WIDE = 2;  // rows at a time for eight tokens
+
 template <int T> struct Pairs {
     const Matrix& m;
     const uint16_t* x;
-    int64_t padded;
     const Output<BRAIN>& out;
     int64_t token;
-    template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply_pairs<KIND, R, T>(m, row, apart, x, padded, out, token); }
+    template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply_pairs<KIND, R, T>(m, row, apart, x, out, token); }
 };
 
 template <bool ALL> void product_pairs(const Matrix& m, const uint16_t* x, int64_t tokens, const Output<BRAIN>& out, int threads) {
     const int64_t padded = (m.columns + 31) / 32 * 32;
-    std::vector<uint16_t> in(size_t(tokens * padded));
-    for (int64_t t = 0; t < tokens; t++) std::memcpy(&in[size_t(t * padded)], x + t * m.columns, size_t(m.columns) * 2);
+    const Lines<uint16_t> in(tokens * padded);
+    walk_tokens(tokens, [&](int64_t token, auto count) {
+        constexpr int T = count();
+        for (int t = 0; t < T; t++)
+            for (int64_t c = 0; c < m.columns; c += 32)
+                std::memcpy(in.start + token * padded + c * T + t * 32, x + (token + t) * m.columns + c, size_t(std::min<int64_t>(32, m.columns - c)) * 2);
+    });
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
-        walk_tokens(tokens, [&](int64_t token, auto count) {
-            constexpr int T = count(), R = T == MOST ? STREAMS / 2 : STREAMS;
-            walk_rows<ALL, R, 32>(m, first, last, Pairs<T>{m, &in[size_t(token * padded)], padded, out, token});
+        walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
+            walk_tokens(tokens, [&](int64_t token, auto count) {
+                constexpr int T = count(), R = T == MOST ? WIDE : STREAMS;
+                walk_rows<ALL, R, 32>(m, from, to, Pairs<T>{m, in.start + token * padded, out, token});
+            });
         });
     });
 }
@@ -246,16 +255,22 @@ template <int TYPE> void product(const Matrix& m, const void* x, int64_t tokens,
     if constexpr (TYPE == BRAIN) return product_pairs<false>(m, (const Value*)x, tokens, output, threads);
 #endif
     const int64_t padded = (m.columns + LANES - 1) / LANES * LANES;
-    std::vector<float> in(size_t(tokens * padded));
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t c = 0; c < m.columns; c++) in[size_t(t * padded + c)] = Stored<TYPE>::wide(((const Value*)x)[t * m.columns + c]);
+    const Lines<float> in(tokens * padded);
+    walk_tokens(tokens, [&](int64_t token, auto count) {
+        constexpr int T = count();
+        for (int t = 0; t < T; t++)
+            for (int64_t c = 0; c < m.columns; c++)
+                in.start[token * padded + c / LANES * LANES * T + t * LANES + c % LANES] = Stored<TYPE>::wide(((const Value*)x)[(token + t) * m.columns + c]);
+    });
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
-        walk_tokens(tokens, [&](int64_t token, auto count) {
-            constexpr int T = count(), R = T == MOST ? STREAMS / 2 : STREAMS;
-            const float* from = &in[size_t(token * padded)];
-            const int64_t apart = (last - first) / R;
-            for (int64_t row = first; row < first + apart; row++) multiply<TYPE, R, T>(m, row, apart, from, padded, output, token);
-            for (int64_t row = first + R * apart; row < last; row++) multiply<TYPE, 1, T>(m, row, 0, from, padded, output, token);
+        walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
+            walk_tokens(tokens, [&](int64_t token, auto count) {
+                constexpr int T = count(), R = T == MOST ? STREAMS / 2 : STREAMS;
+                const float* own = in.start + token * padded;
+                const int64_t apart = (to - from) / R;
+                for (int64_t row = from; row < from + apart; row++) multiply<TYPE, R, T>(m, row, apart, own, output, token);
+                for (int64_t row = from + R * apart; row < to; row++) multiply<TYPE, 1, T>(m, row, 0, own, output, token);
+            });
         });
     });
 }

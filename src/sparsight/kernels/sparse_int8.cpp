@@ -12,30 +12,36 @@ constexpr int64_t BLOCK = 256;  // columns that share a scale of the input
 // Inputs in int8, with a scale per block of columns; `shift`: -128 times the sum of a lane, since weights are multiplied as
 // unsigned q + 128, and a pruned one as 128.
 struct Codes {
-    std::vector<int8_t> code;     // (tokens, padded)
+    int64_t padded, blocks;
+    Lines<int8_t> code;           // per group of T tokens: (chunks, T, 64)
     std::vector<float> scale;     // (tokens, blocks)
     std::vector<int32_t> shift;   // (tokens, blocks, LANES)
-    int64_t padded, blocks;
 
     template <int TYPE> Codes(const typename Stored<TYPE>::type* x, int64_t tokens, int64_t columns, Stored<TYPE>)
-        : padded((columns + BLOCK - 1) / BLOCK * BLOCK), blocks(padded / BLOCK) {
-        code.resize(size_t(tokens * padded));
-        scale.resize(size_t(tokens * blocks));
-        shift.resize(size_t(tokens * blocks * LANES));
-        for (int64_t i = 0; i < tokens * blocks; i++) {
-            const int64_t token = i / blocks, from = i % blocks * BLOCK, known = std::min(BLOCK, columns - from);
-            float wide[BLOCK] = {};
-            uint32_t most = 0;  // of absolute values, which count in the order of their bits
-            for (int64_t c = 0; c < known; c++) wide[c] = Stored<TYPE>::wide(x[token * columns + from + c]);
-            for (int64_t c = 0; c < BLOCK; c++) most = std::max(most, as_bits(wide[c]) & 0x7fffffff);
-            const bool finite = most < 0x7f800000;  // else the whole block gives NaN, and not zeros
-            const float inverse = finite && most ? 127 / as_float(most) : 0;
-            scale[size_t(i)] = finite ? as_float(most) / 127 : NAN;
-            int8_t* const to = &code[size_t(token * padded + from)];
-            int32_t* const sums = &shift[size_t(i * LANES)];
-            for (int64_t c = 0; c < BLOCK; c++) to[c] = int8_t(round(finite ? wide[c] : 0, inverse));
-            for (int64_t c = 0; c < BLOCK; c++) sums[c / 4 % LANES] -= 128 * to[c];
-        }
+        : padded((columns + BLOCK - 1) / BLOCK * BLOCK), blocks(padded / BLOCK), code(tokens * padded),
+          scale(size_t(tokens * blocks)), shift(size_t(tokens * blocks * LANES)) {
+        walk_tokens(tokens, [&](int64_t first, auto count) {
+            constexpr int T = count();
+            for (int64_t i = 0; i < T * blocks; i++) {
+                const int64_t t = i / blocks, token = first + t, from = i % blocks * BLOCK, place = token * blocks + i % blocks;
+                const int64_t known = std::min(BLOCK, columns - from);
+                float wide[BLOCK] = {};
+                uint32_t most = 0;  // of absolute values, which count in the order of their bits
+                for (int64_t c = 0; c < known; c++) wide[c] = Stored<TYPE>::wide(x[token * columns + from + c]);
+                for (int64_t c = 0; c < BLOCK; c++) most = std::max(most, as_bits(wide[c]) & 0x7fffffff);
+                const bool finite = most < 0x7f800000;  // else the whole block gives NaN, and not zeros
+                const float inverse = finite && most ? 127 / as_float(most) : 0;
+                scale[size_t(place)] = finite ? as_float(most) / 127 : NAN;
+                int32_t* const sums = &shift[size_t(place * LANES)];
+                int8_t* const to = code.start + first * padded + from * T + t * 64;
+                for (int64_t chunk = 0; chunk < BLOCK; chunk += 64)
+                    for (int64_t c = 0; c < 64; c++) {
+                        const int8_t value = int8_t(round(finite ? wide[chunk + c] : 0, inverse));
+                        to[chunk * T + c] = value;
+                        sums[c / 4] -= 128 * value;
+                    }
+            }
+        });
     }
 
     static int32_t round(float a, float b) {  // a * b to nearest even, for less than 2^22: the sum's last bit is worth one
@@ -61,7 +67,7 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
             for (int r = 0; r < R; r++) part[r][t] = _mm512_loadu_si512(&in.shift[size_t(((token + t) * in.blocks + block) * LANES)]);
         const auto step = [&](int64_t c, bool whole) {
             __m512i x[T];
-            for (int t = 0; t < T; t++) x[t] = _mm512_loadu_si512(&in.code[size_t((token + t) * in.padded + c)]);
+            for (int t = 0; t < T; t++) x[t] = _mm512_load_si512(in.code.start + token * in.padded + c * T + t * 64);
             for (int r = 0; r < R; r++) {
                 uint64_t mask = ~uint64_t(0);
                 if (KIND != DENSE) mask = whole ? load<uint64_t>(bits[r] + c / 8) : load_bits(bits[r] + c / 8, m.pitch() - c / 8);
@@ -102,12 +108,13 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
         else expand_rows<uint8_t>(m, row + r * apart, row + r * apart + 1, (uint8_t*)dense.data());
         for (int64_t block = 0; block < in.blocks; block++)
             for (int t = 0; t < T; t++) {
-                const int8_t *w = &dense[size_t(block * BLOCK)], *x = &in.code[size_t((token + t) * in.padded + block * BLOCK)];
+                const int8_t* w = &dense[size_t(block * BLOCK)];
+                const int8_t* x = in.code.start + token * in.padded + block * BLOCK * T + t * 64;
                 const float scale = in.scale[size_t((token + t) * in.blocks + block)];
                 for (int lane = 0; lane < LANES; lane++) {
                     int32_t part = 0;
                     for (int c = 4 * lane; c < BLOCK; c += 64)
-                        for (int i = c; i < c + 4; i++) part += int32_t(w[i]) * x[i];
+                        for (int i = c; i < c + 4; i++) part += int32_t(w[i]) * x[i / 64 * 64 * T + i % 64];
                     lanes[t][lane] = fused(float(part), scale, lanes[t][lane]);
                 }
             }
@@ -131,9 +138,11 @@ void product_codes(const Matrix& m, const float* scale, const void* x, int64_t t
     const Codes in((const Value*)x, tokens, m.columns, Stored<TYPE>());
     const auto total = [&](int64_t row, int64_t token, float sum) { output.put(row, token, sum, scale[row]); };
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
-        walk_tokens(tokens, [&](int64_t token, auto count) {
-            constexpr int T = count(), R = T == MOST ? 1 : T == MOST / 2 ? 2 : STREAMS;
-            walk_rows<ALL, R, 64>(m, first, last, Coded<T, decltype(total)>{m, in, token, total});
+        walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
+            walk_tokens(tokens, [&](int64_t token, auto count) {
+                constexpr int T = count(), R = T == MOST ? 1 : T == MOST / 2 ? 2 : STREAMS;
+                walk_rows<ALL, R, 64>(m, from, to, Coded<T, decltype(total)>{m, in, token, total});
+            });
         });
     });
 }
