@@ -98,6 +98,14 @@ def test_bootstrap_holds_the_mean_and_is_repeatable():
     assert bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize("n", [1, 24, 129, 700])
+def test_resamples_are_drawn_as_if_one_by_one(n):
+    """Also where they are too many to be drawn at once."""
+    values, generator = np.random.default_rng(n).normal(size=n), np.random.default_rng(3)
+    means = [values[generator.integers(0, n, n)].mean() for _ in range(999)]
+    assert bootstrap(values, 999, seed=3) == tuple(np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2]))
+
+
 def test_bootstrap_agrees_with_the_normal_law():
     values = np.random.default_rng(0).normal(size=2000)
     low, high = bootstrap(values)
