@@ -86,7 +86,7 @@ def test_every_family(name, sparse, tmp_path):
         report = sparsight.verify(tmp_path / "packed")
         assert report["differences"] == {}
         assert report["zeros"] == sparsight.verify(sparse(name))["zeros"]
-    kept = load_model(tmp_path / "packed", packed=True)
+    kept = load_model(tmp_path / "packed", packed="all")
     layers = packed_layers(kept)
     linear = [module for module in dense.modules() if type(module) is torch.nn.Linear and (module.weight == 0).any()]
     assert len(layers) == len(linear)
@@ -101,7 +101,7 @@ def test_every_dtype_answers_the_same(dtype, sparse, zoo_folder, tmp_path):
     folder = sparse("llava", dtype)
     sparsight.pack(folder, tmp_path / "packed")
     dense, expanded = load_model(folder), load_model(tmp_path / "packed")
-    kept, processor = sparsight.load(tmp_path / "packed", packed=True)
+    kept, processor = sparsight.load(tmp_path / "packed", packed="all")
     inputs = zoo.inputs("llava", processor) if hasattr(zoo, "inputs") else None
     inputs = inputs or processor(text=["<image> a red ball"], images=[zoo.images(1)[0]], return_tensors="pt")
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_shards_dtypes_and_places(name, packed, sparse, tmp_path):
     assert files(tmp_path / "unpacked") == files(tmp_path / "parts")
     for dtype in (torch.float32, torch.float16):
         config = AutoConfig.from_pretrained(tmp_path / "packed")
-        config.quantization_config["packed"] = packed
+        config.quantization_config["packed"] = packed and "all"
         model = loaded(tmp_path / "packed", config=config, dtype=dtype, device_map="cpu")
         other = loaded(tmp_path / "parts", dtype=dtype)
         assert model.dtype == dtype
@@ -207,7 +207,7 @@ def test_int8(sparse, scenes, tmp_path, run):
         assert float((V - W).float().norm()) <= 0.01 * float(W.float().norm()) + 1e-9, name
     record = json.loads((tmp_path / "packed" / "sparsity.json").read_text())
     assert record["mask_only"] is False  # the kept weights are not the dense model's
-    kept = load_model(tmp_path / "packed", packed=True)
+    kept = load_model(tmp_path / "packed", packed="all")
     assert {layer.weight.dtype for layer in packed_layers(kept)} == {torch.int8}
     result = sparsight.evaluate(kept, scenes, processor=sparsight.load(tmp_path / "packed")[1])
     assert len(result.predictions) == len(sparsight.evaluate(sparse("llava"), scenes).predictions)
@@ -224,12 +224,15 @@ def test_int8_of_experts_that_the_model_merges(sparse, tmp_path):
 
 def test_a_packed_model_in_memory_is_for_inference(sparse, scenes, tmp_path):
     sparsight.pack(sparse("llava"), tmp_path / "packed")
-    model, processor = sparsight.load(tmp_path / "packed", packed=True)
+    model, processor = sparsight.load(tmp_path / "packed", packed="all")
     for verb in (sparsight.prune, sparsight.restore):
         with pytest.raises(SparsightError, match="its layers are packed"):
             verb(model, scenes, processor=processor)
     with pytest.raises(SparsightError, match="is not packed; pack it first"):
         sparsight.load(sparse("llava"), packed=True)
+    with pytest.raises(SparsightError, match="'some' is not one of True, False, 'all'"):
+        sparsight.load(tmp_path / "packed", packed="some")
+    assert packed_layers(sparsight.load(tmp_path / "packed", packed=True)[0]) == []  # all are small
 
 
 def test_what_is_written_beside_the_weights(sparse, tmp_path, run):

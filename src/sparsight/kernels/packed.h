@@ -33,7 +33,7 @@ enum Type { FLOAT, BRAIN, HALVES };  // as in build.py
 constexpr int64_t AHEAD = 2048;      // bytes of values to prefetch
 constexpr int64_t SHARE = 1 << 20;   // weights that pay for a thread
 constexpr int64_t CACHE = 1 << 19;   // weights that stay in a cache between passes
-constexpr int LANES = 16, STREAMS = 4, MOST = 8;  // lanes of a sum, rows at a time, tokens at most
+constexpr int LANES = 16, STREAMS = 4, MOST = 4;  // lanes of a sum, rows and tokens at a time
 
 template <class T> inline T load(const void* from) {
     T value;
@@ -283,11 +283,11 @@ template <class Some> void walk_blocks(int64_t first, int64_t last, int64_t colu
     for (int64_t from = first; from < last; from += step) some(from, std::min(last, from + step));
 }
 
-// Run `some(token, std::integral_constant<int, T>)` on all tokens, eight, four, two or one at a time.
+// Run `some(token, std::integral_constant<int, T>)` on all tokens, four, two or one at a time: more inputs of
+// many columns would not fit into the first cache.
 template <class Some> void walk_tokens(int64_t tokens, const Some& some) {  // inputs of a group lie together, chunk by chunk
     int64_t token = 0;
-    for (; tokens - token >= 8; token += 8) some(token, std::integral_constant<int, 8>());
-    if (tokens - token >= 4) some(token, std::integral_constant<int, 4>()), token += 4;
+    for (; tokens - token >= MOST; token += MOST) some(token, std::integral_constant<int, MOST>());
     if (tokens - token >= 2) some(token, std::integral_constant<int, 2>()), token += 2;
     if (tokens - token >= 1) some(token, std::integral_constant<int, 1>());
 }

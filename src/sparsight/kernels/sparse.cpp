@@ -102,6 +102,7 @@ template <int TYPE> inline void expand8(const typename Stored<TYPE>::type* value
     }
     if constexpr (TYPE == FLOAT) {  // two registers are a table of 32 bytes
         const uint8x16x2_t table = {{vld1q_u8((const uint8_t*)values), vld1q_u8((const uint8_t*)(values + 4))}};
+        #pragma GCC unroll 8
         for (int half = 0; half < 2; half++) {
             uint8_t place[16];
             for (int i = 0; i < 16; i++) {
@@ -159,18 +160,23 @@ void multiply(const Matrix& m, int64_t row, int64_t apart, const float* x, const
     const Value* const end = (const Value*)m.values + m.offset[m.rows];
     const Value* values[R];
     Lanes sum[R][T];
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++) values[r] = (const Value*)m.values + m.offset[row + r * apart];
     for (int64_t c = 0; c < m.columns; c += LANES) {
         const int64_t bytes = std::min<int64_t>(2, m.pitch() - c / 8);
+        #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const uint32_t bits = uint32_t(load_bits(m.bits + (row + r * apart) * m.pitch() + c / 8, bytes));
             if (c % 32 == 0) prefetch(values[r]);
             const auto w = expand16<TYPE>(values[r], bits, end - values[r]);
+            #pragma GCC unroll 8
             for (int t = 0; t < T; t++) sum[r][t].add(w, x + c * T + t * LANES);
             values[r] += count(bits);
         }
     }
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) out.put(row + r * apart, token + t, sum[r][t].total());
 }
 
@@ -182,9 +188,11 @@ void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t*
     const uint16_t* values[R];
     const uint8_t* bits[R];
     __m512 sum[R][T];
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
         values[r] = (const uint16_t*)m.values + (KIND == DENSE ? (row + r * apart) * m.columns : m.offset[row + r * apart]);
         bits[r] = m.bits + (row + r * apart) * m.pitch();
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
     }
     const auto step = [&](int64_t c, int r, uint32_t mask, bool close) {
@@ -193,6 +201,7 @@ void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t*
                           : _mm512_loadu_si512(values[r]);
         if (KIND != DENSE) w = expand_words(mask, w);
         values[r] += kept;
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             const __m512i in = _mm512_load_si512(x + c * T + t * 32);
             sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)w, (__m512bh)in);
@@ -200,26 +209,30 @@ void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t*
     };
     int64_t c = 0;
     for (; c + 64 <= m.columns; c += 64) {
+        #pragma GCC unroll 8
         for (int r = 0; r < R; r++) prefetch(values[r]);
         if (KIND == DENSE) for (int r = 0; r < R; r++) prefetch(values[r] + 32);
+        #pragma GCC unroll 8
         for (int half = 0; half < 2; half++)
+            #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
                 step(c + 32 * half, r, KIND == DENSE ? ~0u : load<uint32_t>(bits[r] + c / 8 + 4 * half), KIND == CLOSE);
     }
     for (; c < m.columns; c += 32) {
         const int64_t left = std::min<int64_t>(32, m.columns - c), bytes = (left + 7) / 8;
+        #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
             step(c, r, KIND == DENSE ? _bzhi_u32(~0u, unsigned(left)) : uint32_t(load_bits(bits[r] + c / 8, bytes)), KIND != SPARSE);
     }
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) out.put(row + r * apart, token + t, Lanes{sum[r][t]}.total());
 }
 
 #endif
 
 #if defined(SPARSIGHT_AVX512)
-constexpr int WIDE = 2;  // rows at a time for eight tokens
-
 template <int T> struct Pairs {
     const Matrix& m;
     const uint16_t* x;
@@ -233,6 +246,7 @@ template <bool ALL> void product_pairs(const Matrix& m, const uint16_t* x, int64
     const Lines<uint16_t> in(tokens * padded);
     walk_tokens(tokens, [&](int64_t token, auto count) {
         constexpr int T = count();
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++)
             for (int64_t c = 0; c < m.columns; c += 32)
                 std::memcpy(in.start + token * padded + c * T + t * 32, x + (token + t) * m.columns + c, size_t(std::min<int64_t>(32, m.columns - c)) * 2);
@@ -240,7 +254,7 @@ template <bool ALL> void product_pairs(const Matrix& m, const uint16_t* x, int64
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
         walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
             walk_tokens(tokens, [&](int64_t token, auto count) {
-                constexpr int T = count(), R = T == MOST ? WIDE : STREAMS;
+                constexpr int T = count(), R = STREAMS;
                 walk_rows<ALL, R, 32>(m, from, to, Pairs<T>{m, in.start + token * padded, out, token});
             });
         });
@@ -258,6 +272,7 @@ template <int TYPE> void product(const Matrix& m, const void* x, int64_t tokens,
     const Lines<float> in(tokens * padded);
     walk_tokens(tokens, [&](int64_t token, auto count) {
         constexpr int T = count();
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++)
             for (int64_t c = 0; c < m.columns; c++)
                 in.start[token * padded + c / LANES * LANES * T + t * LANES + c % LANES] = Stored<TYPE>::wide(((const Value*)x)[(token + t) * m.columns + c]);
@@ -265,7 +280,7 @@ template <int TYPE> void product(const Matrix& m, const void* x, int64_t tokens,
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
         walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
             walk_tokens(tokens, [&](int64_t token, auto count) {
-                constexpr int T = count(), R = T == MOST ? STREAMS / 2 : STREAMS;
+                constexpr int T = count(), R = STREAMS;
                 const float* own = in.start + token * padded;
                 const int64_t apart = (to - from) / R;
                 for (int64_t row = from; row < from + apart; row++) multiply<TYPE, R, T>(m, row, apart, own, output, token);

@@ -53,21 +53,29 @@ struct Codes {
 template <Kind KIND, int R, int T, class Total>
 void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in, int64_t token, const Total& total) {
     const int8_t* values[R];
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++) values[r] = (const int8_t*)m.values + (KIND == DENSE ? (row + r * apart) * m.columns : m.offset[row + r * apart]);
 #if defined(SPARSIGHT_AVX512)
     const uint8_t* bits[R];
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++) bits[r] = m.bits + (row + r * apart) * m.pitch();
     const __m512i flip = _mm512_set1_epi8(char(-128));
     __m512 sum[R][T];
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
     for (int64_t block = 0; block < in.blocks; block++) {
         __m512i part[R][T];
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++)
+            #pragma GCC unroll 8
             for (int r = 0; r < R; r++) part[r][t] = _mm512_loadu_si512(&in.shift[size_t(((token + t) * in.blocks + block) * LANES)]);
         const auto step = [&](int64_t c, bool whole) {
             __m512i x[T];
+            #pragma GCC unroll 8
             for (int t = 0; t < T; t++) x[t] = _mm512_load_si512(in.code.start + token * in.padded + c * T + t * 64);
+            #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 uint64_t mask = ~uint64_t(0);
                 if (KIND != DENSE) mask = whole ? load<uint64_t>(bits[r] + c / 8) : load_bits(bits[r] + c / 8, m.pitch() - c / 8);
@@ -79,12 +87,14 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
                 if (KIND != DENSE) w = expand_bytes(mask, w);
                 w = _mm512_xor_si512(w, flip);
                 values[r] += kept;
+                #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) part[r][t] = _mm512_dpbusd_epi32(part[r][t], w, x[t]);
             }
         };
         const int64_t from = block * BLOCK;
         if (from + BLOCK <= m.columns) {
             for (int64_t c = from; c < from + BLOCK; c += 128) {
+                #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) prefetch(values[r]);
                 if (KIND == DENSE) for (int r = 0; r < R; r++) prefetch(values[r] + 64);
                 step(c, true);
@@ -93,20 +103,26 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
         } else {
             for (int64_t c = from; c < m.columns; c += 64) step(c, c + 64 <= m.columns);
         }
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             const __m512 scale = _mm512_set1_ps(in.scale[size_t((token + t) * in.blocks + block)]);
+            #pragma GCC unroll 8
             for (int r = 0; r < R; r++) sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r][t]), scale, sum[r][t]);
         }
     }
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(sum[r][t]));
 #else
+    #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
         std::vector<int8_t> dense(size_t(in.padded));
         float lanes[T][LANES] = {};
         if (KIND == DENSE) std::memcpy(dense.data(), values[r], size_t(m.columns));
         else expand_rows<uint8_t>(m, row + r * apart, row + r * apart + 1, (uint8_t*)dense.data());
         for (int64_t block = 0; block < in.blocks; block++)
+            #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 const int8_t* w = &dense[size_t(block * BLOCK)];
                 const int8_t* x = in.code.start + token * in.padded + block * BLOCK * T + t * 64;
@@ -118,6 +134,7 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
                     lanes[t][lane] = fused(float(part), scale, lanes[t][lane]);
                 }
             }
+        #pragma GCC unroll 8
         for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(lanes[t]));
     }
 #endif
@@ -140,7 +157,7 @@ void product_codes(const Matrix& m, const float* scale, const void* x, int64_t t
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
         walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
             walk_tokens(tokens, [&](int64_t token, auto count) {
-                constexpr int T = count(), R = T == MOST ? 1 : T == MOST / 2 ? 2 : STREAMS;
+                constexpr int T = count(), R = T == MOST ? STREAMS / 2 : STREAMS;
                 walk_rows<ALL, R, 64>(m, from, to, Coded<T, decltype(total)>{m, in, token, total});
             });
         });

@@ -24,13 +24,13 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 
 def load(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", packed: bool = False
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", packed: bool | str = False
 ) -> tuple[Any, Any]:
     """Load the model, in eval mode, and its processor.
 
     `path` is a folder that `save_pretrained` or `pack` wrote, or a hub name. `dtype` is one of `auto` (as stored),
     `float32`, `bfloat16`, `float16`, or a torch dtype. `packed` keeps the linear layers of a packed folder packed in
-    memory, for inference only; otherwise they are expanded.
+    memory, for inference only, "all" the small ones, too, which are faster dense; otherwise they are expanded.
 
     **Raises** `SparsightError` in one line if there is no such folder, no configuration, no safetensors, a weight that is
     missing or of another shape, no processor, or a processor that needs a package that is not installed.
@@ -43,7 +43,7 @@ def load(
 
 
 def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", packed: bool = False
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", packed: bool | str = False
 ) -> Any:  # fmt: skip
     """Load the model alone; the folder need not hold a processor. **Raises** `SparsightError` as `load` does."""
     where = str(path)
@@ -58,7 +58,9 @@ def load_model(
             raise SparsightError(
                 f"`packed`: {where} is not packed; pack it first with `sparsight pack`, or leave `packed` out"
             )
-        layout["packed"] = True
+        if packed not in (True, "all"):
+            raise SparsightError(f"`packed`: {packed!r} is not one of True, False, 'all'")
+        layout["packed"] = packed
     with quiet():
         try:
             loaded: Any = AutoModelForMultimodalLM.from_pretrained(

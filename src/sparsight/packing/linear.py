@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError
 from sparsight.kernels.build import DTYPES
 from sparsight.packing.tensor import Packed, row_offsets
 
-FEW = 8  # tokens that the sparse product takes at once; more are multiplied with dense tiles
+FEW = 32  # tokens, at most, that are multiplied with the packed weight; more are with dense tiles
 TILE = 256  # rows that are expanded at a time: into a cache, and from there multiplied
 
 

@@ -27,6 +27,7 @@ from sparsight.packing.shards import METHOD, check_layout, expand, widths
 from sparsight.packing.squeeze import unsqueeze
 from sparsight.packing.tensor import BITS, SCALE
 
+SMALL = 1 << 19  # weights of a layer that fits into a cache, where a dense product is as fast or faster
 errors: list[str] = []  # what went wrong with packed tensors while a model was loaded
 
 
@@ -34,11 +35,11 @@ class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed folder.
 
     `layers` has `[shape, kept]` by the names of the tensors in the files, `kept` None for one that is squeezed only;
-    `values` is `kept` or `int8`; `packed` keeps linear layers packed in memory.
+    `values` is `kept` or `int8`; `packed` keeps linear layers packed in memory, those below `SMALL` only as "all".
     """
 
     def __init__(
-        self, format: int = 0, values: str = "kept", layers: Any = None, packed: bool = False, **others: Any
+        self, format: int = 0, values: str = "kept", layers: Any = None, packed: bool | str = False, **others: Any
     ) -> None:  # fmt: skip
         check_layout({"format": format, "values": values, "layers": layers}, "config.json")
         self.quant_method: Any = METHOD
@@ -110,7 +111,8 @@ class PackedQuantizer(HfQuantizer):
             if kept is None or merged is not None or leaf != "weight" or name not in known or name in tied:
                 continue
             linear = model.get_submodule(path)
-            if type(linear) is nn.Linear and list(linear.weight.shape) == list(shape):
+            small = linear.weight.numel() < SMALL and self.quantization_config.packed != "all"
+            if type(linear) is nn.Linear and list(linear.weight.shape) == list(shape) and not small:
                 parent, _, child = path.rpartition(".")
                 setattr(model.get_submodule(parent), child, SparseLinear.empty(linear, kept, int8))
                 self.in_memory[key] = path
