@@ -14,6 +14,7 @@ from sparsight.version import VERSION
 
 if TYPE_CHECKING:
     from sparsight.api import (
+        bench,
         estimate,
         evaluate,
         inspect,
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
     from sparsight.packing.linear import SparseLinear
     from sparsight.restoring.adapter_files import load_adapter
     from sparsight.restoring.wrap import merge, sparse_lora
-    from sparsight.specs import EvaluateSpec, PackSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
+    from sparsight.specs import BenchSpec, EvaluateSpec, PackSpec, PlanSpec, PruneSpec, RestoreSpec, SearchSpec
 
 __version__ = VERSION
 
 _API = (
-    "estimate", "evaluate", "inspect", "pack", "plan", "prune", "report", "restore", "run", "search", "sweep", "unpack",
-    "verify",
+    "bench", "estimate", "evaluate", "inspect", "pack", "plan", "prune", "report", "restore", "run", "search", "sweep",
+    "unpack", "verify",
 )  # fmt: skip
-_SPECS = ("EvaluateSpec", "PackSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
+_SPECS = ("BenchSpec", "EvaluateSpec", "PackSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(_SPECS, "specs"),
@@ -62,9 +63,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "EvaluateSpec", "Family", "PackSpec", "Pattern", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec", "SparseLinear",
-    "SparsightError", "anatomy", "estimate", "evaluate", "inspect", "load", "load_adapter", "lockstep", "merge", "pack",
-    "plan", "prune", "report", "restore", "run", "save", "search", "sparse_lora", "sweep", "unpack", "verify",
+    "BenchSpec", "EvaluateSpec", "Family", "PackSpec", "Pattern", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec",
+    "SparseLinear", "SparsightError", "anatomy", "bench", "estimate", "evaluate", "inspect", "load", "load_adapter",
+    "lockstep", "merge", "pack", "plan", "prune", "report", "restore", "run", "save", "search", "sparse_lora", "sweep",
+    "unpack", "verify",
 ]  # fmt: skip
 
 

@@ -348,6 +348,16 @@ class PackSpec(Spec):
     ] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchSpec(Spec):
+    """Settings of `bench`."""
+
+    verb: ClassVar[str] = "bench"
+
+    repeats: Annotated[int, count("Timed calls of every product; the 10th percentile is shown.")] = 30
+    new_tokens: Annotated[int, count("Tokens to generate, for tokens per second.")] = 16
+
+
 SPECS: dict[str, type[Spec]] = {
-    spec.verb: spec for spec in (FamilySpec, PlanSpec, PruneSpec, SearchSpec, RestoreSpec, EvaluateSpec, PackSpec)
+    spec.verb: spec for spec in (FamilySpec, PlanSpec, PruneSpec, SearchSpec, RestoreSpec, EvaluateSpec, PackSpec, BenchSpec)
 }

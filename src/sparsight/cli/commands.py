@@ -238,16 +238,16 @@ def _verified(facts: Any, values: Values) -> Shown:
     return facts, tables.verify_lines(facts), not facts["differences"]
 
 
-def _packed(facts: Any, values: Values) -> Shown:
-    from sparsight.cli.packed import packed_tables
+def _print(part: str) -> Callable[[Any, Values], Shown]:
+    """What a verb of packed folders prints, by the name of its function in `cli/packed.py`."""
 
-    return {"out": values["out"], **facts}, packed_tables(facts, values["out"]), True
+    def shown(facts: Any, values: Values) -> Shown:
+        from sparsight.cli import packed
 
+        out = {"out": values["out"]} if "out" in values else {}
+        return {**out, **facts}, getattr(packed, part)(facts, **out), True
 
-def _unpacked(facts: Any, values: Values) -> Shown:
-    from sparsight.cli.packed import unpacked_lines
-
-    return {"out": values["out"], **facts}, unpacked_lines(facts, values["out"]), True
+    return shown
 
 
 def _ran(facts: Any, values: Values) -> Shown:
@@ -349,8 +349,9 @@ COMMANDS: dict[str, Command] = {
     "restore": Command("restore", _restored),
     "eval": Command("evaluate", _evaluated, EVAL_FILES, _check_eval, after=_write_eval),
     "verify": Command("verify", _verified, quiet=False),
-    "pack": Command("pack", _packed),
-    "unpack": Command("unpack", _unpacked),
+    "pack": Command("pack", _print("pack_tables")),
+    "unpack": Command("unpack", _print("unpack_lines")),
+    "bench": Command("bench", _print("bench_tables")),
     "run": Command("run", _ran, (RECIPE_COST,), _recipe_cost("run")),
     "sweep": Command("sweep", _swept, (RECIPE_COST,), _recipe_cost("sweep")),
     "search": Command("search", _searched),

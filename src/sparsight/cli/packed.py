@@ -1,4 +1,4 @@
-"""What `pack` and `unpack` print."""
+"""What `pack`, `unpack` and `bench` print."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.cli.tables import table
+from sparsight.packing.timing import OURS, TORCH
 
 
-def packed_tables(facts: Mapping[str, Any], out: str | Path) -> list[Any]:
+def pack_tables(facts: Mapping[str, Any], out: str | Path) -> list[Any]:
     """What `pack` prints: bytes, and the output errors of int8 values, the largest first."""
     sizes = facts["bytes"]
     rows = [
@@ -30,7 +31,54 @@ def packed_tables(facts: Mapping[str, Any], out: str | Path) -> list[Any]:
     return [*made, f"Written to {out}; after `import sparsight`, from_pretrained reads it."]
 
 
-def unpacked_lines(facts: Mapping[str, Any], out: str | Path) -> list[str]:
+def unpack_lines(facts: Mapping[str, Any], out: str | Path) -> list[str]:
     """What `unpack` prints."""
     sizes = facts["bytes"]
     return [f"Unpacked {sizes['packed']:,} bytes of weights to {sizes['dense']:,}.", f"Written to {out}."]
+
+
+def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
+    """What `bench` prints: a table per shape of layers, then the whole model."""
+    speed = facts["read_bytes_per_second"]
+    reads = f", reads memory at {speed / 1e9:.0f} GB/s" if speed else ""
+    made: list[Any] = [
+        f"{facts['machine']}, {facts['threads']} threads{reads}. Weights cold in memory, 10th percentile, milliseconds."
+    ]
+    slower = False
+    for layer in facts["layers"]:
+        forms = list(next(iter(layer["ms"].values())))
+        rows = []
+        for tokens, times in layer["ms"].items():
+            ratio = times[TORCH] / times[OURS]
+            slower = slower or ratio < 1
+            own = times.get("dense, ours")
+            rows.append(
+                (tokens, *(f"{times[form]:.3f}" for form in forms), f"{ratio:.2f}{' slower' if ratio < 1 else ''}",
+                 f"{own / times[OURS]:.2f}" if own else "")
+            )  # fmt: skip
+        title = f"{layer['rows']} x {layer['columns']}, {layer['count']} layers, {layer['sparsity']:.0%} zeros, "
+        title += f"{layer['bytes']['dense'] / layer['bytes']['packed']:.2f} times smaller packed"
+        made.append(table(title, ("tokens", *forms, "F.linear / packed", "dense, ours / packed"), rows))
+    rows = []
+    for run in facts["generate"]:
+        first, rate = run["first_token_seconds"], run["tokens_per_second"]
+        ratio = rate["packed"] / rate["dense"]
+        firsts = [f"{first[name]:.3f}" for name in ("dense", "packed")]
+        rates = [f"{rate[name]:.1f}" for name in ("dense", "packed")]
+        rows.append((run["batch"], *firsts, *rates, f"{ratio:.2f}{' slower' if ratio < 1 else ''}"))
+        slower = slower or ratio < 1
+    if not facts["packed_layers"]:
+        return [*made, "No layer is large enough to gain from packing: all fit into a cache, and stay dense in memory."]
+    title = f"The model: a picture and a question, {facts['prompt_tokens']} tokens"
+    columns = ("batch", "first token, dense (s)", "packed (s)", "tokens/s, dense", "packed", "ratio")
+    made.append(table(title, columns, rows))
+    memory, load = facts["memory"], facts["load"]
+    made.append(f"Parameters in memory: {memory['dense']:,} bytes dense, {memory['packed']:,} packed.")
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in load["seconds"].items())
+    made.append(f"Files of weights: {load['bytes']:,} bytes{' (packed)' if load['packed_folder'] else ''}; {seconds}.")
+    if slower:
+        made.append(
+            "Slower where a weight fits into a cache, since there is nothing to read less of, and for many tokens at once, "
+            "since each weight is then used often and arithmetic decides, not memory."
+        )
+    return made

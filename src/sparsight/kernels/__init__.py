@@ -12,7 +12,7 @@ import torch
 
 from sparsight.kernels.adapt import compress, expand, merge, pack, project, unpack
 from sparsight.kernels.build import library_for, load
-from sparsight.kernels.sparse import expand_rows, pack_rows, product, row_offsets
+from sparsight.kernels.sparse import expand_rows, pack_rows, product, read, row_offsets
 
 __all__ = [
     "add_gram",
@@ -27,6 +27,7 @@ __all__ = [
     "pack_rows",
     "product",
     "project",
+    "read",
     "row_offsets",
     "swap_rows",
     "sweep",

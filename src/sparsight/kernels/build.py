@@ -36,6 +36,7 @@ SIGNATURES = {  # q: 64-bit integer, i: integer, p: address, d: double
     "sparsight_product_int8": "ppippqqpqppi",
     "sparsight_expand_rows": "pippqqqqpi",
     "sparsight_pack_rows": "piqqppp",
+    "sparsight_read": "pqpi",
 }
 logger = logging.getLogger(__name__)
 

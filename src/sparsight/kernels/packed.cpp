@@ -77,3 +77,27 @@ extern "C" int sparsight_pack_rows(const void* from, int size, int64_t rows, int
     else *kept = pack_rows((const uint32_t*)from, rows, columns, bits, (uint32_t*)values);
     return 1;
 }
+
+// The sum of 64-bit words, read in as many streams as products have: how fast memory can be read.
+extern "C" int sparsight_read(const uint64_t* from, int64_t words, uint64_t* total, int threads) {
+    std::vector<uint64_t> sums(size_t(threads), 0);
+    const int64_t part = words / threads / STREAMS / 8 * 8;
+    std::vector<std::thread> others;
+    const auto run = [&](int thread) {
+        const uint64_t* start = from + thread * part * STREAMS;
+        uint64_t sum[STREAMS][8] = {};
+        for (int64_t i = 0; i < part; i += 8)
+            for (int s = 0; s < STREAMS; s++) {
+                prefetch(start + s * part + i);
+                for (int k = 0; k < 8; k++) sum[s][k] += start[s * part + i + k];
+            }
+        for (auto& stream : sum)
+            for (const uint64_t lane : stream) sums[size_t(thread)] += lane;
+    };
+    for (int thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
+    run(0);
+    for (auto& thread : others) thread.join();
+    *total = 0;
+    for (const uint64_t sum : sums) *total += sum;
+    return 1;
+}

@@ -80,3 +80,12 @@ def product(
     else:
         success = library.sparsight_product_int8(values.data_ptr(), scale.data_ptr(), dtype, *sizes, threads)
     return out if success else None
+
+
+def read(data: torch.Tensor) -> bool:
+    """Read all of `data`, as products read weights; False without a kernel."""
+    if (library := library_for(data, data.dtype)) is None:
+        return False
+    total = torch.empty((), dtype=torch.int64)
+    library.sparsight_read(data.data_ptr(), data.nbytes // 8, total.data_ptr(), torch.get_num_threads())
+    return True

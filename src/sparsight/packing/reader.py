@@ -22,12 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsight.errors import SparsightError, first_line
-from sparsight.packing.linear import SparseLinear
+from sparsight.packing.linear import SMALL, SparseLinear, use_own_products
 from sparsight.packing.shards import METHOD, check_layout, expand, widths
 from sparsight.packing.squeeze import unsqueeze
 from sparsight.packing.tensor import BITS, SCALE
 
-SMALL = 1 << 19  # weights of a layer that fits into a cache, where a dense product is as fast or faster
 errors: list[str] = []  # what went wrong with packed tensors while a model was loaded
 
 
@@ -120,9 +119,11 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # the conversions that were run read packed tensors; a model is saved by those of its own
         model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+        config = self.quantization_config
         for path in self.in_memory.values():
             model.get_submodule(path).requires_grad_(False)
-        config = self.quantization_config
+        if config.packed:
+            use_own_products(model)
         config.layers = {key: config.layers[key] for key in self.in_memory}  # the rest is dense by now
         return model
 
