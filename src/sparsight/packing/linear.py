@@ -33,12 +33,11 @@ class SparseLinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.weight_bits = nn.Parameter(bits, requires_grad=False)
-        self.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        self.weight = nn.Parameter(values.contiguous(), requires_grad=False)
+        self.weight_bits = nn.Parameter(bits.contiguous(), requires_grad=False)
+        self.weight_scale = None if scale is None else nn.Parameter(scale.contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._offset: torch.Tensor | None = None
-        self._offset_of: torch.Tensor | None = None
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None  # bits, and where the values of their rows begin
 
     @classmethod
     def of(cls, linear: nn.Linear, int8: bool = False) -> SparseLinear:
@@ -77,17 +76,21 @@ class SparseLinear(nn.Module):
     def _where(self) -> torch.Tensor:
         """Where the values of each row begin; counted once, and again for other bits."""
         bits = self.weight_bits
-        if self._offset is None or self._offset_of is not bits:
+        if self._known is None or self._known[0] is not bits:
             offset = row_offsets(bits)
             self.packed.check(offset)
-            self._offset, self._offset_of = offset, bits
-        return self._offset
+            self._known = bits, offset
+        return self._known[1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._known = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = None if self.weight_scale is None else self.weight_scale.detach()
         result = super()._apply(fn, recurse)
-        self._offset = None
-        if scale is not None:  # float32, whatever the rest becomes
+        self._known = None
+        if scale is not None and self.weight_scale.dtype != scale.dtype:  # float32, whatever the rest becomes
             self.weight_scale = nn.Parameter(scale.to(self.weight.device), requires_grad=False)
         return result
 
@@ -125,6 +128,7 @@ def _multiply(
     offset: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     alike = (values.dtype == x.dtype or scale is not None) and x.dtype in DTYPES and not x.is_cuda
+    alike = alike and values.device == x.device and (bias is None or bias.dtype == x.dtype)
     few = alike and len(x) <= FEW
     if few and (y := kernels.product(x, values, bits, offset, bias, scale)) is not None:
         return y
