@@ -32,6 +32,7 @@ from sparsight.packing.shards import (
     header_text,
     in_order,
     read_layout,
+    widths,
 )
 from sparsight.packing.squeeze import squeeze
 from sparsight.packing.tensor import Packed, row_offsets
@@ -65,15 +66,11 @@ def pack_folder(
         raise SparsightError(f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote")
     record = read_record(sparse)
     hashes = {entry["weight"]: name for name, entry in (record or {}).get("layers", {}).items()}
-    change = _packing(str(sparse), spec, hashes)
     settings = {"verb": "pack", **spec.facts(), "files": identity(sparse)}
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
+        change = _packing(str(sparse), spec, hashes, _columns(folder))
         done = _write_shards(shards, folder, change, _packed_order, "pack", progress)
         tensors = {name: facts for shard in done.values() for name, facts in shard["facts"].items()}
-        if not tensors:
-            raise SparsightError(
-                f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote"
-            )
         facts = {
             "format": FORMAT,
             "values": spec.values,
@@ -110,9 +107,19 @@ def _any_zeros(shards: Shards) -> bool:
     )
 
 
-def _packing(where: str, spec: PackSpec, hashes: Mapping[str, str]) -> Change:
-    """What packing does to a tensor; `hashes` has the names of layers by the hashes of their weights."""
-    columns: dict[tuple[int, ...], int] = {}  # by the shape of bits, which say them only to the next eight
+def _columns(folder: Path) -> dict[tuple[int, ...], int]:
+    """What `widths` says of the files that an interrupted run has packed."""
+    notes = [read_json(note, "start over with `overwrite`") for note in folder.glob("*.safetensors.json")]
+    return widths({name: entry for note in notes for name, entry in note["layers"].items()})
+
+
+def _packing(
+    where: str, spec: PackSpec, hashes: Mapping[str, str], columns: dict[tuple[int, ...], int]
+) -> Change:  # fmt: skip
+    """What packing does to a tensor; `hashes` has the names of layers by the hashes of their weights.
+
+    `columns` has those of packed tensors by the shape of their bits, which say them only to the next eight.
+    """
 
     def change(name: str, W: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[Any] | None, dict[str, Any]]:
         packed = _fitting(W, columns)
@@ -189,19 +196,14 @@ def unpack_folder(
 class StoredLayer:
     """A layer of a packed folder, whose dense weight is read where it is asked for."""
 
-    def __init__(self, shards: Shards, file: str, tensor: str, facts: Mapping[str, Any]) -> None:
-        self.tensor, self.facts = tensor, facts
-        self._shards, self._file = shards, file
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns."""
-        return tuple(self._shards.layers[self.tensor][0])
+    def __init__(self, shard: Shard, tensor: str, shape: tuple[int, ...]) -> None:
+        self.tensor, self.shape = tensor, shape
+        self._shard = shard
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight, read from the file."""
-        return self._shards.open(self._file).read(self.tensor)
+        return self._shard.read(self.tensor)
 
 
 def stored_layers(folder: str | Path, names: Collection[str]) -> dict[str, StoredLayer] | None:
@@ -215,13 +217,13 @@ def stored_layers(folder: str | Path, names: Collection[str]) -> dict[str, Store
     if shards is None or not record.is_file():
         return None
     tensors = read_json(record, "pack the model again").get("tensors", {})
-    of_layer = {facts["layer"]: (name, facts) for name, facts in tensors.items() if "layer" in facts}
+    of_layer = {facts["layer"]: name for name, facts in tensors.items() if "layer" in facts}
     if not set(names) <= set(of_layer):
         return None
-    files = shards.names()
-    if lost := sorted(name for name, _ in of_layer.values() if name not in files or name not in shards.layers):
+    places = {name: shard for shard in map(shards.open, shards.files) for name in shard.names}
+    if lost := sorted(name for name in of_layer.values() if name not in places or name not in shards.layers):
         raise SparsightError(f"{folder}: {lost[0]} is missing from the files; copy the folder again")
-    return {layer: StoredLayer(shards, files[name], name, facts) for layer, (name, facts) in of_layer.items()}
+    return {layer: StoredLayer(places[name], name, tuple(shards.layers[name][0])) for layer, name in of_layer.items()}
 
 
 def output_error(W: torch.Tensor, packed: Packed) -> float:
@@ -256,9 +258,10 @@ def _write_shards(
     total = sum(sum(of_file.values()) for of_file in sizes.values())
     for file in shards.files:
         note, shard = folder / f"{file}.json", shards.open(file)
-        if not note.is_file():
+        if not note.is_file() or not (folder / file).is_file():  # it may have been moved to a folder that was given up
             names, room = order(shard)
             facts: dict[str, Any] = {"names": [], "layers": {}, "facts": {}, "dense": 0, "stored": 0}
+            before = sum(sum(sizes[earlier].values()) for earlier in done)
             with replace_file(folder / file) as beside, ShardWriter(beside, room, shard.metadata) as writer:
                 for name in names:
                     W = shard.read(name)
@@ -271,7 +274,6 @@ def _write_shards(
                     facts["facts"] |= {name: said} if said else {}
                     facts["dense"] += W.nbytes
                     if progress is not None:
-                        before = sum(sum(sizes[earlier].values()) for earlier in done)
                         progress(f"{verb} {file}", before + facts["dense"], total)
             write_json(note, facts)
         done[file] = read_json(note, "start over with `overwrite`")

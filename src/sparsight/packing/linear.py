@@ -87,11 +87,11 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = None if self.weight_scale is None else self.weight_scale.detach()
+        before = None if self.weight_scale is None else self.weight_scale.detach()
         result = super()._apply(fn, recurse)
-        self._known = None
-        if scale is not None and self.weight_scale.dtype != scale.dtype:  # float32, whatever the rest becomes
-            self.weight_scale = nn.Parameter(scale.to(self.weight.device), requires_grad=False)
+        self._known, after = None, self.weight_scale
+        if before is not None and after is not None and after.dtype != before.dtype:  # float32, whatever the rest becomes
+            self.weight_scale = nn.Parameter(before.to(after.device), requires_grad=False)
         return result
 
     def extra_repr(self) -> str:

@@ -29,20 +29,23 @@ LEAST = 4096  # values that are worth it
 
 def squeeze(values: torch.Tensor) -> torch.Tensor | None:
     """Squeeze bfloat16 `values` of any shape into uint8 (bytes,); None for other dtypes, few values, and no gain."""
-    if values.dtype != torch.bfloat16 or values.numel() < LEAST:
+    if values.dtype != torch.bfloat16 or not LEAST <= values.numel() < 1 << 32:
         return None
     words = values.detach().cpu().contiguous().view(torch.int16).reshape(-1).numpy().view(np.uint16)
     exponents = ((words >> 7) & 255).astype(np.uint8)
     rest = ((words >> 8) & 128 | words & 127).astype(np.uint8)
     blocks = _in_threads(_code, [exponents[i : i + BLOCK] for i in range(0, len(exponents), BLOCK)])
     head = np.array([values.ndim, *values.shape, len(blocks), *map(len, blocks)], dtype="<u4")
-    if values.numel() >= 1 << 32 or head.nbytes + sum(map(len, blocks)) >= exponents.nbytes:
+    if head.nbytes + sum(map(len, blocks)) >= exponents.nbytes:
         return None
     return torch.from_numpy(np.frombuffer(b"".join([head.tobytes(), *blocks, rest.tobytes()]), dtype=np.uint8).copy())
 
 
 def unsqueeze(squeezed: torch.Tensor) -> torch.Tensor:
-    """The bfloat16 values that `squeeze` was given. **Raises** `SparsightError` for bytes that it did not write."""
+    """The bfloat16 values that `squeeze` was given, on the device of `squeezed`.
+
+    **Raises** `SparsightError` for bytes that it did not write.
+    """
     data = squeezed.detach().cpu().contiguous().numpy()
     shape, sizes, at = _head(data)
     count = math.prod(shape)
@@ -64,7 +67,7 @@ def unsqueeze(squeezed: torch.Tensor) -> torch.Tensor:
         words[place] = (low & 128) << 8 | exponents.astype(np.uint16) << 7 | low & 127
 
     _in_threads(decode, range(len(blocks)))
-    return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(shape)
+    return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(shape).to(squeezed.device)
 
 
 def _code(exponents: np.ndarray) -> bytes:
