@@ -16,7 +16,7 @@ from sparsight.checkpoint.card import packed_card, unpacked_card
 from sparsight.checkpoint.folder import atomic_folder, check_output, identity, read_record
 from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.unfinished import unfinished
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, first_line
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
@@ -212,17 +212,20 @@ def stored_layers(folder: str | Path, names: Collection[str]) -> dict[str, Store
 
     **Raises** `SparsightError` for damaged files.
     """
-    shards = Shards(folder) if read_layout(folder) is not None else None
     record = Path(folder) / PACKED
-    if shards is None or not record.is_file():
+    if read_layout(folder) is None or not record.is_file():
         return None
-    tensors = read_json(record, "pack the model again").get("tensors", {})
-    of_layer = {facts["layer"]: name for name, facts in tensors.items() if "layer" in facts}
+    try:
+        tensors = read_json(record, "pack the model again").get("tensors", {})
+        of_layer = {facts["layer"]: name for name, facts in tensors.items() if "layer" in facts}
+    except (AttributeError, TypeError) as error:
+        raise SparsightError(f"{record}: is damaged ({first_line(error)}); pack the model again") from error
     if not set(names) <= set(of_layer):
         return None
+    shards = _source(folder)
     places = {name: shard for shard in map(shards.open, shards.files) for name in shard.names}
-    if lost := sorted(name for name in of_layer.values() if name not in places or name not in shards.layers):
-        raise SparsightError(f"{folder}: {lost[0]} is missing from the files; copy the folder again")
+    if lost := sorted(set(of_layer.values()) - set(shards.layers)):
+        raise SparsightError(f"{folder}: {lost[0]} is packed, and config.json does not say how; pack the model again")
     return {layer: StoredLayer(places[name], name, tuple(shards.layers[name][0])) for layer, name in of_layer.items()}
 
 
@@ -244,7 +247,11 @@ def _source(folder: str | Path) -> Shards:
     check_files(str(folder))
     if not Path(folder).is_dir():
         raise SparsightError(f"{folder}: is not a folder on this machine; download the model into one first")
-    return Shards(folder)
+    shards = Shards(folder)
+    if lost := sorted(set(shards.layers) - set(shards.names())):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise SparsightError(f"{folder}: {lost[0]}{more}, named in config.json, is missing from the files; copy them again")
+    return shards
 
 
 def _write_shards(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sparsight import kernels
 from sparsight.errors import SparsightError
 from sparsight.kernels.build import DTYPES
-from sparsight.packing.tensor import Packed, row_offsets
+from sparsight.packing.tensor import Packed
 
 FEW = 8  # tokens that the sparse product takes at once; more are multiplied with dense tiles
 TILE = 256  # rows that are expanded at a time: into a cache, and from there multiplied
@@ -77,9 +77,7 @@ class SparseLinear(nn.Module):
         """Where the values of each row begin; counted once, and again for other bits."""
         bits = self.weight_bits
         if self._known is None or self._known[0] is not bits:
-            offset = row_offsets(bits)
-            self.packed.check(offset)
-            self._known = bits, offset
+            self._known = bits, self.packed.offset()
         return self._known[1]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

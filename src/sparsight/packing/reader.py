@@ -27,7 +27,7 @@ from sparsight.errors import SparsightError, first_line
 from sparsight.packing.linear import SparseLinear
 from sparsight.packing.shards import METHOD, check_layout, expand, widths
 from sparsight.packing.squeeze import unsqueeze
-from sparsight.packing.tensor import BITS, SCALE
+from sparsight.packing.tensor import BITS, SCALE, Packed
 
 errors: list[str] = []  # what went wrong with packed tensors while a model was loaded
 
@@ -186,7 +186,7 @@ class Expand(ConversionOps):
         name, model = str(kwargs.get("full_layer_name")), kwargs.get("model")
         try:
             self._check_bits(input_dict, model, name)
-            dense = self._convert(input_dict, self._stays_packed(model, name))
+            dense = self._convert(input_dict, self._sparse_layer(model, name))
         except (SparsightError, RuntimeError) as error:
             errors.append(f"{name}: {first_line(error)}")  # transformers hides it in a report
             raise
@@ -196,20 +196,26 @@ class Expand(ConversionOps):
             dense = operation.convert(dense, **{**kwargs, "source_patterns": self.sources, "target_patterns": self.targets})
         return dense
 
-    def _convert(self, input_dict: dict[str, Any], stays: bool) -> dict[str, Any]:
+    def _convert(self, input_dict: dict[str, Any], layer: SparseLinear | None) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name in self.sources:
             values, bits, scale = (_listed(input_dict.get(name + part)) for part in ("", BITS, SCALE))
             if not values and not bits:
                 continue
-            if not stays:
-                result[name] = self._expand_all(name, values, bits, scale)
+            if len(values) < len(bits):
+                raise SparsightError(f"{len(bits) - len(values)} masks have no values; copy the folder again")
+            if layer is None and SCALE in self.quantizer.parts and len(scale) != len(bits):
+                raise SparsightError(f"{len(bits)} masks have {len(scale)} scales; copy the folder again")
+            if layer is None:
+                result[name] = self._expand_all(values, bits, scale)
                 continue
-            result[name] = [self._cast(unsqueeze(v) if v.dtype == torch.uint8 else v).reshape(-1) for v in values]
-            result |= {name + part: list(others) for part, others in ((BITS, bits), (SCALE, scale)) if others}
+            kept = self._cast(unsqueeze(values[0]) if values[0].dtype == torch.uint8 else values[0]).reshape(-1)
+            if bits and len(kept) == len(layer.weight):  # else the report says more
+                Packed(kept, bits[0], (layer.out_features, layer.in_features), scale[0] if scale else None).offset()
+            result |= {name: [kept]} | {name + part: other for part, other in ((BITS, bits), (SCALE, scale)) if other}
         return result
 
-    def _expand_all(self, name: str, values: list[Any], bits: list[Any], scale: list[Any]) -> list[torch.Tensor]:
+    def _expand_all(self, values: list[Any], bits: list[Any], scale: list[Any]) -> list[torch.Tensor]:
         """Expand those of `values` that are packed; their bits come in the same order."""
         left, scales, dense = list(bits), list(scale), []
         for tensor in values:
@@ -221,7 +227,7 @@ class Expand(ConversionOps):
                 continue
             dense.append(expand(tensor, left.pop(0), scales.pop(0) if scales else None, columns, self.dtype))
         if left:
-            raise SparsightError(f"{name}: {len(left)} masks have no values; copy the folder again")
+            raise SparsightError(f"{len(left)} masks have no values; copy the folder again")
         return dense
 
     @staticmethod
@@ -242,14 +248,16 @@ class Expand(ConversionOps):
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     @staticmethod
-    def _stays_packed(model: Any, name: str) -> bool:
+    def _sparse_layer(model: Any, name: str) -> SparseLinear | None:
+        """The layer that a tensor stays packed for."""
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or model is None:
-            return False
+            return None
         try:
-            return isinstance(model.get_submodule(path), SparseLinear)
+            layer = model.get_submodule(path)
         except AttributeError:
-            return False
+            return None
+        return layer if isinstance(layer, SparseLinear) else None
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -46,6 +46,8 @@ def unsqueeze(squeezed: torch.Tensor) -> torch.Tensor:
 
     **Raises** `SparsightError` for bytes that it did not write.
     """
+    if squeezed.dtype != torch.uint8 or squeezed.ndim != 1:
+        raise _damaged()
     data = squeezed.detach().cpu().contiguous().numpy()
     shape, sizes, at = _head(data)
     count = math.prod(shape)
@@ -78,7 +80,7 @@ def _code(exponents: np.ndarray) -> bytes:
 def _head(data: np.ndarray) -> tuple[tuple[int, ...], list[int], int]:
     """Shape, sizes of the blocks, and where the blocks begin."""
     try:
-        words = data[: len(data) // 4 * 4].view("<u4") if data.ndim == 1 and data.dtype == np.uint8 else np.empty(0, "<u4")
+        words = data[: len(data) // 4 * 4].view("<u4")
         dimensions = int(words[0])
         shape = tuple(int(size) for size in words[1 : 1 + dimensions])
         count = int(words[1 + dimensions])
