@@ -61,7 +61,7 @@ def pack_folder(
     shards = _source(sparse)
     if shards.int8:
         raise SparsightError(f"{sparse}: holds int8 values, from which the original does not come back; pack that one")
-    target = check_output(out, overwrite, inputs=(sparse,))
+    target = _target(out, overwrite, sparse)
     if not _any_zeros(shards):
         raise SparsightError(f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote")
     record = read_record(sparse)
@@ -181,7 +181,7 @@ def unpack_folder(
     shards = _source(packed)
     if shards.layout is None:
         raise SparsightError(f"{packed}: is not packed; give a folder that `sparsight pack` wrote")
-    target = check_output(out, overwrite, inputs=(packed,))
+    target = _target(out, overwrite, packed)
     settings = {"verb": "unpack", "files": identity(packed)}
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         done = _write_shards(shards, folder, lambda name, W: ({name: W}, None, {}), _plain_order, "unpack", progress)
@@ -252,6 +252,14 @@ def _source(folder: str | Path) -> Shards:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise SparsightError(f"{folder}: {lost[0]}{more}, named in config.json, is missing from the files; copy them again")
     return shards
+
+
+def _target(out: str | Path, overwrite: bool, source: str | Path) -> Path:
+    """The folder to write, which is not inside the one that is copied. **Raises** `SparsightError`."""
+    target = check_output(out, overwrite, inputs=(source,))
+    if target.resolve().is_relative_to(Path(source).resolve()):
+        raise SparsightError(f"{out}: lies inside {source}, which is copied; give a folder beside it")
+    return target
 
 
 def _write_shards(
