@@ -133,7 +133,7 @@ def _multiply(
     rows, columns = len(bits), x.shape[-1]
     if alike and (y := _by_tiles(x, values, bits, scale, bias, offset)) is not None:
         return y
-    return F.linear(x, Packed(values, bits, (rows, columns), scale).expand(x.dtype), bias)
+    return F.linear(x, Packed(values, bits, (rows, columns), scale).expand(x.dtype, offset), bias)
 
 
 def _by_tiles(

@@ -74,12 +74,13 @@ class Packed:
         scale = {} if self.scale is None else {SCALE: self.scale}
         return {**scale, "": self.values, BITS: self.bits}
 
-    def expand(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense tensor, in `dtype`, by default that of the values (of int8 values: float32).
+    def expand(self, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense tensor, in `dtype`, by default that of the values (of int8 values: float32); `offset` if it is known.
 
         **Raises** `SparsightError` where the bits do not belong to the values.
         """
-        values, offset, columns = self.values.reshape(-1), self.offset(), self.shape[-1]
+        offset = self.offset() if offset is None else offset
+        values, columns = self.values.reshape(-1), self.shape[-1]
         bits = self.bits.reshape(-1, self.bits.shape[-1])
         out = torch.empty(len(bits), columns, dtype=values.dtype, device=values.device)
         if not kernels.expand_rows(values, bits, offset, columns, out):
