@@ -65,25 +65,14 @@ def sizes(rows: list) -> None:
             dense, packed = Path(scratch) / "dense", Path(scratch) / "packed"
             sparsight.prune(DEMO, dense, method="magnitude", sparsity=sparsity, dtype="bfloat16", overwrite=True)
             facts = sparsight.pack(dense, packed, squeeze=True, overwrite=True)["bytes"]
-            rows.append(
-                (
-                    f"demo LLaVA, {sparsity:.0%}",
-                    "bytes of pruned layers: dense / squeezed",
-                    facts["layers_dense"] / facts["layers_packed"],
-                )
-            )
-            whole = facts["dense"] / facts["packed"]
-            rows.append((f"demo LLaVA, {sparsity:.0%}", "bytes of the model: dense / squeezed", whole))
+            name = f"demo LLaVA, {sparsity:.0%}"
+            layers, whole = facts["layers_dense"] / facts["layers_packed"], facts["dense"] / facts["packed"]
+            rows.append((name, "bytes of pruned layers: dense / squeezed", layers))
+            rows.append((name, "bytes of the model: dense / squeezed", whole))
             if shutil.which("zstd"):
-                file = dense / "model.safetensors"
-                subprocess.run(["zstd", "-q", "-3", "-f", str(file), "-o", str(Path(scratch) / "z")], check=True)
-                rows.append(
-                    (
-                        f"demo LLaVA, {sparsity:.0%}",
-                        "bytes of the model: dense / zstd -3",
-                        file.stat().st_size / (Path(scratch) / "z").stat().st_size,
-                    )
-                )
+                file, small = dense / "model.safetensors", Path(scratch) / "model.zst"
+                subprocess.run(["zstd", "-q", "-3", "-f", str(file), "-o", str(small)], check=True)
+                rows.append((name, "bytes of the model: dense / zstd -3", file.stat().st_size / small.stat().st_size))
 
 
 def model(rows: list) -> None:

@@ -338,13 +338,13 @@ class PackSpec(Spec):
     values: Annotated[
         str,
         Option(
-            "How kept weights are stored: kept, as they are; int8, rounded, with a scale per row, which loses a little and "
-            "is faster. At 50 % zeros dense int4 is smaller and as fast; from 70 % on, int8 is.",
+            "Kept weights as they are (kept), or rounded with a scale per row (int8): faster, a little is lost, and up to "
+            "50 % zeros dense int4 is smaller. One of {names}.",
             (("kept", "int8"),),
         ),
     ] = "kept"
     squeeze: Annotated[
-        bool, Option("Code the exponents of bfloat16 values too: smaller files, as fast in memory, slower to load.")
+        bool, Option("Code the exponents of bfloat16 values, too: smaller files, slower to load, the same in memory.")
     ] = False
 
 

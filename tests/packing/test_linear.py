@@ -242,3 +242,43 @@ def test_the_dense_product_of_one_bfloat16_matrix():
     W, x = torch.randn(37, 130).bfloat16(), torch.randn(3, 130).bfloat16()
     y = kernels.product(x, W, None, None)
     assert y is None or close(y, x, W, None, torch.bfloat16)
+
+
+def test_a_forward_adds_nothing_to_what_is_saved():
+    sparse = SparseLinear.of(layer(16, 32, torch.float32))
+    names = list(sparse.state_dict())
+    sparse(torch.randn(2, 32))
+    assert list(sparse.state_dict()) == names == ["weight", "weight_bits", "bias"]
+
+
+def test_other_bits_are_counted_anew():
+    one, other = layer(16, 32, torch.float32, 0), layer(16, 32, torch.float32, 0)
+    with torch.no_grad():
+        one.weight[:8] = 0
+        other.weight[8:] = 0
+    x = torch.randn(2, 32)
+    sparse, expected = SparseLinear.of(one), SparseLinear.of(other)
+    sparse(x)
+    sparse.load_state_dict(expected.state_dict())
+    torch.testing.assert_close(sparse(x), F.linear(x, other.weight, other.bias))
+
+
+def test_strided_parts():
+    linear, x = layer(13, 100, torch.float32), torch.randn(3, 100)
+    packed = Packed.of(linear.weight)
+    values, bits = (torch.stack([part, part], -1)[..., 0] for part in (packed.values, packed.bits))
+    sparse = SparseLinear(100, 13, values, bits, bias=linear.bias)
+    assert torch.equal(sparse(x), SparseLinear.of(linear)(x))
+
+
+def test_autocast_of_an_int8_layer_with_a_bias_of_another_dtype():
+    linear, x = layer(16, 300, torch.float32), torch.randn(3, 300).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = SparseLinear.of(linear, int8=True)(x), linear(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def test_an_int8_layer_of_the_meta_device_is_made_anew():
+    sparse = SparseLinear.of(layer(16, 32, torch.bfloat16), int8=True).to("meta").to_empty(device="cpu")
+    assert (sparse.weight_scale.device.type, sparse.weight_scale.dtype) == ("cpu", torch.float32)

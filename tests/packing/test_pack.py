@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 import sparsight
 from sparsight import SparseLinear, SparsightError
 from sparsight.checkpoint import pack as packing
+from sparsight.errors import Interrupted
 from sparsight.model.load import load_model
 from sparsight.packing.shards import Shards
 
@@ -354,6 +355,27 @@ def test_damaged_packed_folders(squeeze, sparse, tmp_path, run):
             assert says in line, (words, line)
             assert not (tmp_path / "out").exists()
 
+    def lose_values(state):
+        del state[name]
+
+    def lose_all(state):
+        del state[name], state[f"{name}_bits"]
+
+    for change in (lose_values, lose_all):  # and do not write a folder without them
+        damaged(of_weights(change))
+        for words in (("unpack", "bad", "out"), ("inspect", "bad"), ("verify", "bad")):
+            line = refused(run, *words)
+            assert "missing" in line or "have no values" in line, (words, line)
+    for content in ("{", "[]", '{"tensors": [1]}', '{"tensors": {"a": 1}}'):
+        damaged(lambda folder, content=content: (folder / "packed.json").write_text(content))
+        assert "packed.json: is damaged" in refused(run, "verify", "bad")
+    for entry in ([["a", 8], 3], [[8, 8], "3"], [[], 3], [[8, 8]], 5):
+        damaged(lambda folder, entry=entry: change_layout(folder, layers={**layout["layers"], name: entry}))
+        assert "the quantization_config of config.json is damaged" in refused(run, "unpack", "bad", "out")
+    if not squeeze:  # said to be squeezed only
+        damaged(lambda folder: change_layout(folder, layers={**layout["layers"], name: [layout["layers"][name][0], None]}))
+        assert "squeezed values are damaged" in refused(run, "unpack", "bad", "out")
+
     # a flipped value has the bits of another value: only the hash tells
     def value(folder):
         path = folder / "model.safetensors"
@@ -398,6 +420,96 @@ def test_a_full_disk_and_going_on(sparse, tmp_path, run, monkeypatch):
     sparsight.pack(tmp_path / "parts", tmp_path / "at once")
     assert files(tmp_path / "out") == files(tmp_path / "at once")
     assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_parts_of_another_dtype_are_not_read(sparse, tmp_path):
+    sparsight.pack(sparse("llava"), tmp_path / "packed", values="int8")
+    path = tmp_path / "packed" / "model.safetensors"
+    whole = load_file(path)
+    name = next(name for name in whole if name.endswith("q_proj.weight"))
+    for part, dtype in (("_bits", torch.int64), ("_bits", torch.float32), ("_scale", torch.bfloat16)):
+        save_file({**whole, name + part: whole[name + part].to(dtype)}, path, metadata={"format": "pt"})
+        for packed in (False, "all"):
+            with pytest.raises(SparsightError, match="do not belong to"):
+                load_model(tmp_path / "packed", packed=packed)
+    save_file({key: tensor for key, tensor in whole.items() if key != f"{name}_scale"}, path, metadata={"format": "pt"})
+    for packed, says in ((False, "1 masks have 0 scales"), ("all", "weights missing from the files")):
+        with pytest.raises(SparsightError, match=says):
+            load_model(tmp_path / "packed", packed=packed)
+
+
+def test_going_on_after_a_stop_at_the_end(sparse, tmp_path, monkeypatch):
+    """The files of weights were in the new folder by then, which was given up."""
+    write = packing.write_json
+
+    def stop(path, facts):
+        if path.name == "packed.json":
+            raise KeyboardInterrupt
+        write(path, facts)
+
+    monkeypatch.setattr(packing, "write_json", stop)
+    with pytest.raises(Interrupted):
+        sparsight.pack(sparse("llava"), tmp_path / "out")
+    monkeypatch.undo()
+    sparsight.pack(sparse("llava"), tmp_path / "out", resume=True)
+    sparsight.pack(sparse("llava"), tmp_path / "at once")
+    assert files(tmp_path / "out") == files(tmp_path / "at once")
+
+
+def test_widths_are_known_after_going_on(tmp_path, monkeypatch):
+    """Two widths whose bits have one shape are not packed both, whichever run packed the first."""
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse" / "config.json").write_text('{"model_type": "llava"}')
+    for part, columns in ((1, 126), (2, 127)):
+        W = torch.randn(64, columns)
+        W[:, ::2] = 0
+        save_file({f"{part}.weight": W}, tmp_path / "sparse" / f"model-{part}.safetensors")
+    places = {f"{part}.weight": f"model-{part}.safetensors" for part in (1, 2)}
+    index = {"metadata": {}, "weight_map": places}
+    (tmp_path / "sparse" / "model.safetensors.index.json").write_text(json.dumps(index))
+    add = packing.ShardWriter.add
+
+    def full(self, name, tensor):
+        if name == "2.weight":
+            raise OSError(28, "No space left on device")
+        add(self, name, tensor)
+
+    monkeypatch.setattr(packing.ShardWriter, "add", full)
+    with pytest.raises(SparsightError, match="No space left"):
+        sparsight.pack(tmp_path / "sparse", tmp_path / "packed")
+    monkeypatch.undo()
+    facts = sparsight.pack(tmp_path / "sparse", tmp_path / "packed", resume=True)
+    assert list(facts["tensors"]) == ["1.weight"]
+
+
+def test_a_folder_inside_the_one_that_is_copied(sparse, tmp_path, run):
+    folder = shutil.copytree(sparse("llava"), tmp_path / "sparse")
+    before = files(folder)
+    for out in ("sparse/out", "sparse/sub/out"):
+        assert "lies inside sparse, which is copied" in refused(run, "pack", "sparse", out)
+    assert files(folder) == before
+
+
+def test_a_packed_model_is_saved_after_a_forward(sparse, tmp_path):
+    sparsight.pack(sparse("llava"), tmp_path / "packed")
+    model = load_model(tmp_path / "packed", packed=True)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    model.save_pretrained(tmp_path / "again")
+    assert_same(loaded(tmp_path / "again"), load_model(sparse("llava")))
+
+
+def test_whoever_only_looks_for_transformers_changes_nothing():
+    code = """if True:
+        import sparsight
+        from importlib.util import find_spec
+        assert find_spec("transformers.modeling_utils") is not None
+        import transformers.modeling_utils
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+        assert "sparsight" in AUTO_QUANTIZATION_CONFIG_MAPPING
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ctrl_c(sparse, tmp_path, run, monkeypatch):

@@ -16,7 +16,7 @@ from sparsight.checkpoint.card import packed_card, unpacked_card
 from sparsight.checkpoint.folder import atomic_folder, check_output, identity, read_record
 from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.unfinished import unfinished
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, first_line
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
@@ -32,6 +32,7 @@ from sparsight.packing.shards import (
     header_text,
     in_order,
     read_layout,
+    widths,
 )
 from sparsight.packing.squeeze import squeeze
 from sparsight.packing.tensor import Packed, row_offsets
@@ -60,20 +61,16 @@ def pack_folder(
     shards = _source(sparse)
     if shards.int8:
         raise SparsightError(f"{sparse}: holds int8 values, from which the original does not come back; pack that one")
-    target = check_output(out, overwrite, inputs=(sparse,))
+    target = _target(out, overwrite, sparse)
     if not _any_zeros(shards):
         raise SparsightError(f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote")
     record = read_record(sparse)
     hashes = {entry["weight"]: name for name, entry in (record or {}).get("layers", {}).items()}
-    change = _packing(str(sparse), spec, hashes)
     settings = {"verb": "pack", **spec.facts(), "files": identity(sparse)}
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
+        change = _packing(str(sparse), spec, hashes, _columns(folder))
         done = _write_shards(shards, folder, change, _packed_order, "pack", progress)
         tensors = {name: facts for shard in done.values() for name, facts in shard["facts"].items()}
-        if not tensors:
-            raise SparsightError(
-                f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote"
-            )
         facts = {
             "format": FORMAT,
             "values": spec.values,
@@ -110,9 +107,19 @@ def _any_zeros(shards: Shards) -> bool:
     )
 
 
-def _packing(where: str, spec: PackSpec, hashes: Mapping[str, str]) -> Change:
-    """What packing does to a tensor; `hashes` has the names of layers by the hashes of their weights."""
-    columns: dict[tuple[int, ...], int] = {}  # by the shape of bits, which say them only to the next eight
+def _columns(folder: Path) -> dict[tuple[int, ...], int]:
+    """What `widths` says of the files that an interrupted run has packed."""
+    notes = [read_json(note, "start over with `overwrite`") for note in folder.glob("*.safetensors.json")]
+    return widths({name: entry for note in notes for name, entry in note["layers"].items()})
+
+
+def _packing(
+    where: str, spec: PackSpec, hashes: Mapping[str, str], columns: dict[tuple[int, ...], int]
+) -> Change:  # fmt: skip
+    """What packing does to a tensor; `hashes` has the names of layers by the hashes of their weights.
+
+    `columns` has those of packed tensors by the shape of their bits, which say them only to the next eight.
+    """
 
     def change(name: str, W: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[Any] | None, dict[str, Any]]:
         packed = _fitting(W, columns)
@@ -174,7 +181,7 @@ def unpack_folder(
     shards = _source(packed)
     if shards.layout is None:
         raise SparsightError(f"{packed}: is not packed; give a folder that `sparsight pack` wrote")
-    target = check_output(out, overwrite, inputs=(packed,))
+    target = _target(out, overwrite, packed)
     settings = {"verb": "unpack", "files": identity(packed)}
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         done = _write_shards(shards, folder, lambda name, W: ({name: W}, None, {}), _plain_order, "unpack", progress)
@@ -189,19 +196,14 @@ def unpack_folder(
 class StoredLayer:
     """A layer of a packed folder, whose dense weight is read where it is asked for."""
 
-    def __init__(self, shards: Shards, file: str, tensor: str, facts: Mapping[str, Any]) -> None:
-        self.tensor, self.facts = tensor, facts
-        self._shards, self._file = shards, file
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns."""
-        return tuple(self._shards.layers[self.tensor][0])
+    def __init__(self, shard: Shard, tensor: str, shape: tuple[int, ...]) -> None:
+        self.tensor, self.shape = tensor, shape
+        self._shard = shard
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight, read from the file."""
-        return self._shards.open(self._file).read(self.tensor)
+        return self._shard.read(self.tensor)
 
 
 def stored_layers(folder: str | Path, names: Collection[str]) -> dict[str, StoredLayer] | None:
@@ -210,18 +212,21 @@ def stored_layers(folder: str | Path, names: Collection[str]) -> dict[str, Store
 
     **Raises** `SparsightError` for damaged files.
     """
-    shards = Shards(folder) if read_layout(folder) is not None else None
     record = Path(folder) / PACKED
-    if shards is None or not record.is_file():
+    if read_layout(folder) is None or not record.is_file():
         return None
-    tensors = read_json(record, "pack the model again").get("tensors", {})
-    of_layer = {facts["layer"]: (name, facts) for name, facts in tensors.items() if "layer" in facts}
+    try:
+        tensors = read_json(record, "pack the model again").get("tensors", {})
+        of_layer = {facts["layer"]: name for name, facts in tensors.items() if "layer" in facts}
+    except (AttributeError, TypeError) as error:
+        raise SparsightError(f"{record}: is damaged ({first_line(error)}); pack the model again") from error
     if not set(names) <= set(of_layer):
         return None
-    files = shards.names()
-    if lost := sorted(name for name, _ in of_layer.values() if name not in files or name not in shards.layers):
-        raise SparsightError(f"{folder}: {lost[0]} is missing from the files; copy the folder again")
-    return {layer: StoredLayer(shards, files[name], name, facts) for layer, (name, facts) in of_layer.items()}
+    shards = _source(folder)
+    places = {name: shard for shard in map(shards.open, shards.files) for name in shard.names}
+    if lost := sorted(set(of_layer.values()) - set(shards.layers)):
+        raise SparsightError(f"{folder}: {lost[0]} is packed, and config.json does not say how; pack the model again")
+    return {layer: StoredLayer(places[name], name, tuple(shards.layers[name][0])) for layer, name in of_layer.items()}
 
 
 def output_error(W: torch.Tensor, packed: Packed) -> float:
@@ -242,7 +247,19 @@ def _source(folder: str | Path) -> Shards:
     check_files(str(folder))
     if not Path(folder).is_dir():
         raise SparsightError(f"{folder}: is not a folder on this machine; download the model into one first")
-    return Shards(folder)
+    shards = Shards(folder)
+    if lost := sorted(set(shards.layers) - set(shards.names())):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise SparsightError(f"{folder}: {lost[0]}{more}, named in config.json, is missing from the files; copy them again")
+    return shards
+
+
+def _target(out: str | Path, overwrite: bool, source: str | Path) -> Path:
+    """The folder to write, which is not inside the one that is copied. **Raises** `SparsightError`."""
+    target = check_output(out, overwrite, inputs=(source,))
+    if target.resolve().is_relative_to(Path(source).resolve()):
+        raise SparsightError(f"{out}: lies inside {source}, which is copied; give a folder beside it")
+    return target
 
 
 def _write_shards(
@@ -256,9 +273,10 @@ def _write_shards(
     total = sum(sum(of_file.values()) for of_file in sizes.values())
     for file in shards.files:
         note, shard = folder / f"{file}.json", shards.open(file)
-        if not note.is_file():
+        if not note.is_file() or not (folder / file).is_file():  # it may have been moved to a folder that was given up
             names, room = order(shard)
             facts: dict[str, Any] = {"names": [], "layers": {}, "facts": {}, "dense": 0, "stored": 0}
+            before = sum(sum(sizes[earlier].values()) for earlier in done)
             with replace_file(folder / file) as beside, ShardWriter(beside, room, shard.metadata) as writer:
                 for name in names:
                     W = shard.read(name)
@@ -271,7 +289,6 @@ def _write_shards(
                     facts["facts"] |= {name: said} if said else {}
                     facts["dense"] += W.nbytes
                     if progress is not None:
-                        before = sum(sum(sizes[earlier].values()) for earlier in done)
                         progress(f"{verb} {file}", before + facts["dense"], total)
             write_json(note, facts)
         done[file] = read_json(note, "start over with `overwrite`")

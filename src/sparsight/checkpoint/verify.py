@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
             differences.setdefault(name, []).append(problem)
     checked = [layers[n] for n in (record["layers"] if record else plan or masks) if n in layers]
     count = sum(int((layer.weight == 0).sum()) for layer in checked)
-    total = sum(layer.weight.numel() for layer in checked)
+    total = sum(math.prod(layer.shape) for layer in checked)
     return {
         "folder": _name(model),
         "against": zeros.name if zeros else None if against is None else "the plan",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sparsight import kernels
 from sparsight.errors import SparsightError
 from sparsight.kernels.build import DTYPES
-from sparsight.packing.tensor import Packed, row_offsets
+from sparsight.packing.tensor import Packed
 
 FEW = 32  # tokens, at most, that are multiplied with the packed weight; more are with dense tiles
 SMALL = 1 << 19  # weights of a layer that fits into a cache, where torch is as fast or faster
@@ -34,12 +34,11 @@ class SparseLinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.weight_bits = nn.Parameter(bits, requires_grad=False)
-        self.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        self.weight = nn.Parameter(values.contiguous(), requires_grad=False)
+        self.weight_bits = nn.Parameter(bits.contiguous(), requires_grad=False)
+        self.weight_scale = None if scale is None else nn.Parameter(scale.contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._offset: torch.Tensor | None = None
-        self._offset_of: torch.Tensor | None = None
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None  # bits, and where the values of their rows begin
 
     @classmethod
     def of(cls, linear: nn.Linear, int8: bool = False) -> SparseLinear:
@@ -78,18 +77,20 @@ class SparseLinear(nn.Module):
     def _where(self) -> torch.Tensor:
         """Where the values of each row begin; counted once, and again for other bits."""
         bits = self.weight_bits
-        if self._offset is None or self._offset_of is not bits:
-            offset = row_offsets(bits)
-            self.packed.check(offset)
-            self._offset, self._offset_of = offset, bits
-        return self._offset
+        if self._known is None or self._known[0] is not bits:
+            self._known = bits, self.packed.offset()
+        return self._known[1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._known = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = None if self.weight_scale is None else self.weight_scale.detach()
+        before = None if self.weight_scale is None else self.weight_scale.detach()
         result = super()._apply(fn, recurse)
-        self._offset = None
-        if scale is not None:  # float32, whatever the rest becomes
-            self.weight_scale = nn.Parameter(scale.to(self.weight.device), requires_grad=False)
+        self._known, after = None, self.weight_scale
+        if before is not None and after is not None and after.dtype != before.dtype:  # float32, whatever the rest becomes
+            self.weight_scale = nn.Parameter(before.to(after.device), requires_grad=False)
         return result
 
     def extra_repr(self) -> str:
@@ -126,13 +127,14 @@ def _multiply(
     offset: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     alike = (values.dtype == x.dtype or scale is not None) and x.dtype in DTYPES and not x.is_cuda
+    alike = alike and values.device == x.device and (bias is None or bias.dtype == x.dtype)
     few = alike and len(x) <= FEW
     if few and (y := kernels.product(x, values, bits, offset, bias, scale)) is not None:
         return y
     rows, columns = len(bits), x.shape[-1]
     if alike and (y := _by_tiles(x, values, bits, scale, bias, offset)) is not None:
         return y
-    return F.linear(x, Packed(values, bits, (rows, columns), scale).expand(x.dtype), bias)
+    return F.linear(x, Packed(values, bits, (rows, columns), scale).expand(x.dtype, offset), bias)
 
 
 def _by_tiles(

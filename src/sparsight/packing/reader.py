@@ -7,6 +7,8 @@ whatever else is packed, as fused experts, is expanded.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from sparsight.errors import SparsightError, first_line
 from sparsight.packing.linear import SMALL, SparseLinear, use_own_products
 from sparsight.packing.shards import METHOD, check_layout, expand, widths
 from sparsight.packing.squeeze import unsqueeze
-from sparsight.packing.tensor import BITS, SCALE
+from sparsight.packing.tensor import BITS, SCALE, Packed
 
 errors: list[str] = []  # what went wrong with packed tensors while a model was loaded
 
@@ -68,16 +70,30 @@ class PackedQuantizer(HfQuantizer):
         layers = quantization_config.layers
         self.widths = widths(layers)
         self.in_memory: dict[str, str] = {}  # modules of layers that stay packed, by the names of their tensors
-        parts = ("", BITS, SCALE) if quantization_config.values == "int8" else ("", BITS)
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-        self.serialized_names = {leaf: [leaf + part for part in parts] for leaf in leaves}
+        self.parts = (BITS, SCALE) if quantization_config.values == "int8" else (BITS,)
+        self.places: dict[str, tuple[str, str]] = {}  # what a stored name becomes, and the pattern that collects it
+        self.conversions: list[tuple[Any, Any]] = []  # the model's own, and what is run for each
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Nothing is needed beside torch."""
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """One operation reads a packed tensor in both modes."""
-        return {"dequantize": Expand, "deserialize": Expand}
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's own conversions, with an expansion before each, and one for tensors that none of them collects.
+
+        Patterns match the names of tensors and not those of their parts. So every stored name gets its place here, the one
+        that its tensor has by the model's own rules, and is hidden from them while a model is loaded.
+        """
+        run = [_expand_first(c, self) if isinstance(c, WeightConverter) else c for c in weight_conversions]
+        self.conversions = list(zip(weight_conversions, run, strict=True))
+        renamings = [c for c in run if isinstance(c, WeightRenaming)]
+        converters = [c for c in run if isinstance(c, WeightConverter)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        for key in self.quantization_config.layers:
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:  # as transformers does
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            self.places |= {key + part: (name, (pattern or Collect.PATTERN) + part) for part in ("", *self.parts)}
+        return [Hide(self.places), Collect(self), *run]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype of a tensor of floats that is not packed; packed ones are cast once they are dense."""
@@ -117,8 +133,14 @@ class PackedQuantizer(HfQuantizer):
                 self.in_memory[key] = path
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # the conversions that were run read packed tensors; a model is saved by those of its own
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+        # for saving, which runs them in the opposite order
+        model._weight_conversions = [own for own, run in self.conversions if run.was_used()]
+        if self.in_memory:
+            parts = [
+                (key + part, f"{path}.weight{part}") for key, path in self.in_memory.items() for part in ("", *self.parts)
+            ]
+            stored, inside = zip(*parts, strict=True)
+            model._weight_conversions = [Show(stored), *model._weight_conversions, Hide(inside)]
         config = self.quantization_config
         for path in self.in_memory.values():
             model.get_submodule(path).requires_grad_(False)
@@ -149,44 +171,56 @@ class Expand(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, quantizer: PackedQuantizer) -> None:
+    def __init__(
+        self, quantizer: PackedQuantizer, sources: list[str], targets: Sequence[str] = (), then: Sequence[Any] = ()
+    ) -> None:  # fmt: skip
         self.quantizer = quantizer
+        self.sources, self.targets, self.then = sources, targets, then  # the conversion, without parts of tensors
         self.dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: Any) -> Expand:
-        return Expand(self.quantizer)
+        return Expand(self.quantizer, self.sources, self.targets, copy.deepcopy(self.then, memo))
 
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         """`{pattern: [tensors]}` with patterns of bits and scales -> the same without them, dense."""
-        name = kwargs.get("full_layer_name")
+        name, model = str(kwargs.get("full_layer_name")), kwargs.get("model")
         try:
-            stays = self._stays_packed(kwargs.get("model"), name)
-            result = self._convert(input_dict, stays)
-            if not stays and source_patterns[0] in self.quantizer.serialized_names:  # nothing follows
-                self._check_shape(result, kwargs.get("model"), name)
-            return result
+            layer = self._sparse_layer(model, name)
+            dense = self._convert(input_dict, layer)
+            if not self.targets and layer is None:  # nothing follows
+                self._check_shape(dense[Collect.PATTERN], model, name)
         except (SparsightError, RuntimeError) as error:
             errors.append(f"{name}: {first_line(error)}")  # transformers hides it in a report
             raise
+        if not self.targets:
+            return {name + key.removeprefix(Collect.PATTERN): tensors for key, tensors in dense.items()}
+        for operation in self.then:
+            dense = operation.convert(dense, **{**kwargs, "source_patterns": self.sources, "target_patterns": self.targets})
+        return dense
 
-    def _convert(self, input_dict: dict[str, Any], stays: bool) -> dict[str, Any]:
+    def _convert(self, input_dict: dict[str, Any], layer: SparseLinear | None) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        for name, tensors in input_dict.items():
-            if name.endswith((BITS, SCALE)) and self._is_part(name, input_dict):
+        for name in self.sources:
+            values, bits, scale = (_listed(input_dict.get(name + part)) for part in ("", BITS, SCALE))
+            if not values and not bits:
                 continue
-            values = _listed(tensors)
-            bits, scale = (_listed(input_dict.get(name + part)) for part in (BITS, SCALE))
-            if not stays:
-                result[name] = self._expand_all(name, values, bits, scale)
+            if len(values) < len(bits):
+                raise SparsightError(f"{len(bits) - len(values)} masks have no values; copy the folder again")
+            if layer is None and SCALE in self.quantizer.parts and len(scale) != len(bits):
+                raise SparsightError(f"{len(bits)} masks have {len(scale)} scales; copy the folder again")
+            if layer is None:
+                result[name] = self._expand_all(values, bits, scale)
                 continue
-            result[name] = [self._cast(unsqueeze(v) if v.dtype == torch.uint8 else v).reshape(-1) for v in values]
-            result |= {name + part: list(others) for part, others in ((BITS, bits), (SCALE, scale)) if others}
+            kept = self._cast(unsqueeze(values[0]) if values[0].dtype == torch.uint8 else values[0]).reshape(-1)
+            if bits and len(kept) == len(layer.weight):  # else the report says more
+                Packed(kept, bits[0], (layer.out_features, layer.in_features), scale[0] if scale else None).offset()
+            result |= {name: [kept]} | {name + part: other for part, other in ((BITS, bits), (SCALE, scale)) if other}
         return result
 
-    def _expand_all(self, name: str, values: list[Any], bits: list[Any], scale: list[Any]) -> list[torch.Tensor]:
+    def _expand_all(self, values: list[Any], bits: list[Any], scale: list[Any]) -> list[torch.Tensor]:
         """Expand those of `values` that are packed; their bits come in the same order."""
         left, scales, dense = list(bits), list(scale), []
         for tensor in values:
@@ -198,14 +232,13 @@ class Expand(ConversionOps):
                 continue
             dense.append(expand(tensor, left.pop(0), scales.pop(0) if scales else None, columns, self.dtype))
         if left:
-            raise SparsightError(f"{name}: {len(left)} masks have no values; copy the folder again")
+            raise SparsightError(f"{len(left)} masks have no values; copy the folder again")
         return dense
 
     @staticmethod
-    def _check_shape(result: dict[str, Any], model: Any, name: str | None) -> None:
-        """Refuse what is not of its parameter's shape: kept values without their bits, which transformers would take."""
-        path, _, leaf = (name or "").rpartition(".")
-        (tensors,) = result.values()
+    def _check_shape(tensors: list[torch.Tensor], model: Any, name: str) -> None:
+        """Refuse what is not of its parameter's shape: kept values without their bits, which transformers may take."""
+        path, _, leaf = name.rpartition(".")
         expected = getattr(model.get_submodule(path), leaf).shape
         if tensors[0].shape != expected:
             raise SparsightError(f"is {list(tensors[0].shape)} and should be {list(expected)}; copy the folder again")
@@ -214,24 +247,87 @@ class Expand(ConversionOps):
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     @staticmethod
-    def _is_part(name: str, inside: dict[str, Any]) -> bool:
-        """Whether a name that ends as a part's does belongs to another tensor."""
-        return any(name.endswith(part) and name.removesuffix(part) in inside for part in (BITS, SCALE))
-
-    @staticmethod
-    def _stays_packed(model: Any, name: str | None) -> bool:
-        path, _, leaf = (name or "").rpartition(".")
+    def _sparse_layer(model: Any, name: str) -> SparseLinear | None:
+        """The layer that a tensor stays packed for."""
+        path, _, leaf = name.rpartition(".")
         if leaf != "weight" or model is None:
-            return False
+            return None
         try:
-            return isinstance(model.get_submodule(path), SparseLinear)
+            layer = model.get_submodule(path)
         except AttributeError:
-            return False
+            return None
+        return layer if isinstance(layer, SparseLinear) else None
 
     @property
     def reverse_op(self) -> ConversionOps:
         """Nothing: models are saved by the conversions of their own."""
         return self
+
+
+class Hide(WeightRenaming):
+    """Gives tensors of packed layers names that no other renaming knows."""
+
+    MARK = "sparsight/"
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(self.MARK, self.MARK)
+        self.numbers = {name: f"{self.MARK}{number}" for number, name in enumerate(names)}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The hidden name; any other as it is."""
+        return self.numbers.get(source_key, source_key), None
+
+    def reverse_transform(self) -> Hide:
+        """The same: it is for one direction."""
+        return self
+
+
+class Show(WeightRenaming):
+    """Gives hidden tensors the names that they have in files."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(Hide.MARK, Hide.MARK)
+        self.names = list(names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name in files of a hidden one; any other as it is."""
+        _, mark, number = source_key.rpartition(Hide.MARK)
+        return (self.names[int(number)] if mark else source_key), None
+
+    def reverse_transform(self) -> Show:
+        """The same: it is for one direction."""
+        return self
+
+
+class Collect(WeightConverter):
+    """Gives hidden names their places, and expands the tensors that no conversion of the model collects."""
+
+    PATTERN = "packed"
+
+    def __init__(self, quantizer: PackedQuantizer) -> None:
+        patterns = [self.PATTERN + part for part in ("", *quantizer.parts)]
+        super().__init__(patterns, self.PATTERN, [Expand(quantizer, patterns[:1])])
+        self.places = _Shared(quantizer.places.values())
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """What a hidden name becomes, and the pattern that collects its tensor."""
+        _, mark, number = source_key.rpartition(Hide.MARK)
+        return self.places[int(number)] if mark else (source_key, None)
+
+
+class _Shared(tuple[Any, ...]):
+    """Entries that every copy of a conversion shares; transformers makes one for each tensor."""
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+
+def _expand_first(converter: Any, quantizer: PackedQuantizer) -> Any:
+    """A conversion of a model that collects the parts of its tensors, too, and expands them before its own operations."""
+    sources, targets = list(converter.source_patterns), list(converter.target_patterns)
+    parts = [source + part for source in sources for part in quantizer.parts]
+    expand = Expand(quantizer, sources, targets, converter.operations)
+    return converter.copy([*sources, *parts], list(converter._original_target_patterns), operations=[expand])
 
 
 def _listed(tensors: Any) -> list[torch.Tensor]:

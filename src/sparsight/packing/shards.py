@@ -65,12 +65,18 @@ def check_layout(layout: Mapping[str, Any], where: str) -> None:
             "use the version that packed it"
         )
     layers = layout.get("layers")
-    good = isinstance(layers, Mapping) and all(
-        isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], list | tuple) and entry[0]
-        for entry in layers.values()
-    )
+    good = isinstance(layers, Mapping) and all(map(_is_entry, layers.values()))
     if not good or layout.get("values") not in ("kept", "int8"):
         raise SparsightError(f"{where}: the quantization_config of config.json is damaged; pack the model again")
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of a layout is a shape and a number of values, or None."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        return False
+    shape, kept = entry
+    sizes = [*shape, *([] if kept is None else [kept])] if isinstance(shape, list | tuple) and shape else [None]
+    return all(isinstance(size, int) and size >= 0 for size in sizes)
 
 
 def widths(layers: Mapping[str, Any]) -> dict[tuple[int, ...], int]:

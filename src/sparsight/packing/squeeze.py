@@ -29,20 +29,25 @@ LEAST = 4096  # values that are worth it
 
 def squeeze(values: torch.Tensor) -> torch.Tensor | None:
     """Squeeze bfloat16 `values` of any shape into uint8 (bytes,); None for other dtypes, few values, and no gain."""
-    if values.dtype != torch.bfloat16 or values.numel() < LEAST:
+    if values.dtype != torch.bfloat16 or not LEAST <= values.numel() < 1 << 32:
         return None
     words = values.detach().cpu().contiguous().view(torch.int16).reshape(-1).numpy().view(np.uint16)
     exponents = ((words >> 7) & 255).astype(np.uint8)
     rest = ((words >> 8) & 128 | words & 127).astype(np.uint8)
     blocks = _in_threads(_code, [exponents[i : i + BLOCK] for i in range(0, len(exponents), BLOCK)])
     head = np.array([values.ndim, *values.shape, len(blocks), *map(len, blocks)], dtype="<u4")
-    if values.numel() >= 1 << 32 or head.nbytes + sum(map(len, blocks)) >= exponents.nbytes:
+    if head.nbytes + sum(map(len, blocks)) >= exponents.nbytes:
         return None
     return torch.from_numpy(np.frombuffer(b"".join([head.tobytes(), *blocks, rest.tobytes()]), dtype=np.uint8).copy())
 
 
 def unsqueeze(squeezed: torch.Tensor) -> torch.Tensor:
-    """The bfloat16 values that `squeeze` was given. **Raises** `SparsightError` for bytes that it did not write."""
+    """The bfloat16 values that `squeeze` was given, on the device of `squeezed`.
+
+    **Raises** `SparsightError` for bytes that it did not write.
+    """
+    if squeezed.dtype != torch.uint8 or squeezed.ndim != 1:
+        raise _damaged()
     data = squeezed.detach().cpu().contiguous().numpy()
     shape, sizes, at = _head(data)
     count = math.prod(shape)
@@ -64,7 +69,7 @@ def unsqueeze(squeezed: torch.Tensor) -> torch.Tensor:
         words[place] = (low & 128) << 8 | exponents.astype(np.uint16) << 7 | low & 127
 
     _in_threads(decode, range(len(blocks)))
-    return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(shape)
+    return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(shape).to(squeezed.device)
 
 
 def _code(exponents: np.ndarray) -> bytes:
@@ -75,7 +80,7 @@ def _code(exponents: np.ndarray) -> bytes:
 def _head(data: np.ndarray) -> tuple[tuple[int, ...], list[int], int]:
     """Shape, sizes of the blocks, and where the blocks begin."""
     try:
-        words = data[: len(data) // 4 * 4].view("<u4") if data.ndim == 1 and data.dtype == np.uint8 else np.empty(0, "<u4")
+        words = data[: len(data) // 4 * 4].view("<u4")
         dimensions = int(words[0])
         shape = tuple(int(size) for size in words[1 : 1 + dimensions])
         count = int(words[1 + dimensions])

@@ -74,14 +74,14 @@ class Packed:
         scale = {} if self.scale is None else {SCALE: self.scale}
         return {**scale, "": self.values, BITS: self.bits}
 
-    def expand(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense tensor, in `dtype`, by default that of the values (of int8 values: float32).
+    def expand(self, dtype: torch.dtype | None = None, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense tensor, in `dtype`, by default that of the values (of int8 values: float32); `offset` if it is known.
 
         **Raises** `SparsightError` where the bits do not belong to the values.
         """
-        columns, bits = self.shape[-1], self.bits.reshape(-1, self.bits.shape[-1])
-        values, offset = self.values.reshape(-1), row_offsets(bits)
-        self.check(offset)
+        offset = self.offset() if offset is None else offset
+        values, columns = self.values.reshape(-1), self.shape[-1]
+        bits = self.bits.reshape(-1, self.bits.shape[-1])
         out = torch.empty(len(bits), columns, dtype=values.dtype, device=values.device)
         if not kernels.expand_rows(values, bits, offset, columns, out):
             out.zero_()[unpack_rows(bits, columns)] = values
@@ -89,16 +89,24 @@ class Packed:
             out = out.float().mul_(self.scale.reshape(-1, 1))
         return out.view(self.shape).to(dtype or out.dtype)
 
-    def check(self, offset: torch.Tensor) -> None:
-        """Refuse bits of another shape than the tensor's, and of another number of values, by a `SparsightError`."""
-        columns, rows = self.shape[-1], self.bits.reshape(-1, self.bits.shape[-1])
-        fits = tuple(self.bits.shape) == (*self.shape[:-1], (columns + 7) // 8) and self.bits.dtype == torch.uint8
-        beyond = columns % 8 and bool((rows[:, -1] >> columns % 8).any())
-        if not fits or beyond or int(offset[-1]) != self.values.numel():
-            raise SparsightError(
-                f"the bits {list(self.bits.shape)} do not belong to {self.values.numel()} values of {list(self.shape)}; "
-                "the file is damaged: copy it again from where it came from, or pack the model again"
-            )
+    def offset(self) -> torch.Tensor:
+        """Where the values of each row begin, as `row_offsets` says.
+
+        **Raises** `SparsightError` where bits or scales are not those of a tensor of this shape and with these values.
+        """
+        *rows, columns = self.shape
+        parts = [(self.bits, [*rows, (columns + 7) // 8], torch.uint8), (self.scale, rows, torch.float32)]
+        fits = all(part is None or (list(part.shape) == shape and part.dtype == dtype) for part, shape, dtype in parts)
+        if fits:
+            bits = self.bits.reshape(-1, self.bits.shape[-1])
+            offset = row_offsets(bits)
+            beyond = columns % 8 and bool((bits[:, -1] >> columns % 8).any())
+            if not beyond and int(offset[-1]) == self.values.numel():
+                return offset
+        raise SparsightError(
+            f"the bits {list(self.bits.shape)} do not belong to {self.values.numel()} values of {list(self.shape)}; "
+            "the file is damaged: copy it again from where it came from, or pack the model again"
+        )
 
 
 def row_offsets(bits: torch.Tensor) -> torch.Tensor:
