@@ -58,7 +58,6 @@ class SharedSpec(FamilySpec):
     images: Annotated[
         Any, Option("Folder that images may lie in, too; absolute paths must lie below it.", cost=True, work=False)
     ] = None
-
     max_length: Annotated[
         int | None, count("Most tokens of a sample, images included. [default: those that the model takes]", work=None)
     ] = None
@@ -353,11 +352,9 @@ class BenchSpec(Spec):
     """Settings of `bench`."""
 
     verb: ClassVar[str] = "bench"
-
     repeats: Annotated[int, count("Timed calls of every product; the 10th percentile is shown.")] = 30
     new_tokens: Annotated[int, count("Tokens to generate, for tokens per second.")] = 16
 
 
-SPECS: dict[str, type[Spec]] = {
-    spec.verb: spec for spec in (FamilySpec, PlanSpec, PruneSpec, SearchSpec, RestoreSpec, EvaluateSpec, PackSpec, BenchSpec)
-}
+_ALL = (FamilySpec, PlanSpec, PruneSpec, SearchSpec, RestoreSpec, EvaluateSpec, PackSpec, BenchSpec)
+SPECS: dict[str, type[Spec]] = {spec.verb: spec for spec in _ALL}
