@@ -336,5 +336,7 @@ def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
         table(f"Digit scenes, InstructBLIP, Wanda {facts['pattern']}", columns, rows),
         "Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out",
         *verify_lines(facts["verify"]),
+        f"Packed: {facts['packed']['packed'] / 1e6:.1f} MB of {facts['packed']['dense'] / 1e6:.1f}, "
+        + ("the same weights" if facts["packed"]["verified"] else "OTHER WEIGHTS"),
         f"Report: {facts['report']}",
     ]

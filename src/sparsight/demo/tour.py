@@ -1,4 +1,4 @@
-"""The demo on the embedded model: evaluate, prune at 2:4, restore in two ways, verify, report.
+"""The demo on the embedded model: evaluate, prune at 2:4, restore in two ways, verify, pack, report.
 
 Four models are compared on held-out scenes: the dense one; the pruned one; the pruned one with a plain LoRA merged into
 it, which fills the zeros again; and the pruned one restored with SparseLoRA, which keeps every zero.
@@ -17,6 +17,7 @@ from typing import Any
 
 from sparsight.checkpoint.folder import read_metrics, read_record
 from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.pack import pack_folder
 from sparsight.checkpoint.verify import verify
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
@@ -29,7 +30,7 @@ from sparsight.pruning.verb import prune_folder
 from sparsight.reporting.page import Story, write_page
 from sparsight.reporting.runs import ScoredModel, read_folder
 from sparsight.restoring.verb import restore_folder
-from sparsight.specs import EvaluateSpec, PruneSpec, RestoreSpec
+from sparsight.specs import EvaluateSpec, PackSpec, PruneSpec, RestoreSpec
 
 PATTERN = "2:4"
 RESTORE: dict[str, Any] = {"batch_size": 32, "lr": 3e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
@@ -108,6 +109,7 @@ def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) ->
         progress_of = report.part(f"restore with {LABELS[adapter].split(',')[0]}")
         restore_folder(target / "pruned", target / adapter, spec, data=train, teacher=dense, progress=progress_of)
         score(adapter, target / adapter, {"restore": time.perf_counter() - start})
+    packed = pack_folder(target / "sparselora", target / "packed", PackSpec())
     facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "environment": environment(),
@@ -119,6 +121,7 @@ def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) ->
         "layers": _layers(target),
         "teacher": {k: v for k, v in read_metrics(target / "sparselora")["restore"].items() if k != "curve"},
         "verify": verify(target / "sparselora", against=target / "pruned"),
+        "packed": {**packed["bytes"], "verified": not verify(target / "packed")["differences"]},
         "seconds": time.perf_counter() - began,
         "out": str(target),
     }
