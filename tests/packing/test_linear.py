@@ -107,7 +107,7 @@ def test_int8_values(dtype, compiled, monkeypatch):
     for rows, columns in SHAPES[2:]:
         linear = layer(rows, columns, dtype)
         sparse = SparseLinear.of(linear, int8=True)
-        for tokens in (1, 4, 8, 30):
+        for tokens in (1, 4, 8, 30, 70):
             x = torch.randn(tokens, columns).to(dtype)
             y, exact = sparse(x).float(), linear(x).detach().float()
             assert float((y - exact).norm() / exact.norm()) < 0.02

@@ -13,7 +13,7 @@ from sparsight.errors import SparsightError
 from sparsight.kernels.build import DTYPES
 from sparsight.packing.tensor import Packed
 
-FEW = 32  # tokens, at most, that are multiplied with the packed weight; more are with dense tiles
+FEW, FEW_INT8 = 32, 64  # tokens, at most, that are multiplied with the packed weight; more are with dense tiles
 SMALL = 1 << 19  # weights of a layer that fits into a cache, where torch is as fast or faster
 TILE = 256  # rows that are expanded at a time: into a cache, and from there multiplied
 
@@ -128,7 +128,7 @@ def _multiply(
 ) -> torch.Tensor:  # fmt: skip
     alike = (values.dtype == x.dtype or scale is not None) and x.dtype in DTYPES and not x.is_cuda
     alike = alike and values.device == x.device and (bias is None or bias.dtype == x.dtype)
-    few = alike and len(x) <= FEW
+    few = alike and len(x) <= (FEW if scale is None else FEW_INT8)
     if few and (y := kernels.product(x, values, bits, offset, bias, scale)) is not None:
         return y
     rows, columns = len(bits), x.shape[-1]
