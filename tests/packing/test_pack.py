@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 import sparsight
 from sparsight import SparseLinear, SparsightError
 from sparsight.checkpoint import pack as packing
-from sparsight.errors import Interrupted
+from sparsight.errors import Interrupted, Notice
 from sparsight.model.load import load_model
 from sparsight.packing.shards import Shards
 
@@ -178,8 +178,11 @@ def test_a_kept_minus_zero_and_tied_and_plain_tensors_come_back(sparse, tmp_path
     name = next(name for name in state if name.endswith("q_proj.weight"))
     state[name].view(-1)[:7] = -0.0
     save_file(state, path, metadata={"format": "pt"})
-    sparsight.pack(folder, tmp_path / "packed")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    with pytest.warns(Notice, match=r"7 weights are -0\.0"):
+        sparsight.pack(folder, tmp_path / "packed")
     sparsight.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert (tmp_path / "unpacked" / ".gitattributes").is_file()
     back = load_file(tmp_path / "unpacked" / path.name)
     assert bool(torch.signbit(back[name].view(-1)[:7]).all())
     assert all(torch.equal(back[key].view(torch.int16), tensor.view(torch.int16)) for key, tensor in state.items())

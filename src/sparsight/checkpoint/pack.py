@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from sparsight import kernels
 from sparsight.checkpoint.card import packed_card, unpacked_card
 from sparsight.checkpoint.folder import atomic_folder, check_output, identity, read_record
-from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.lock import INSIDE, locked
 from sparsight.checkpoint.unfinished import unfinished
-from sparsight.errors import SparsightError, first_line
+from sparsight.errors import Notice, SparsightError
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
@@ -89,6 +90,13 @@ def pack_folder(
             "values": spec.values,
             "layers": {name: entry for shard in done.values() for name, entry in shard["layers"].items()},
         }
+        if minus := sum(entry.get("minus_zeros", 0) for entry in tensors.values()):
+            warnings.warn(
+                f"{sparse}: {minus:,} weights are -0.0, as a product with a mask leaves them, and are stored as they are; "
+                "`sparsight.prune` writes 0.0, which takes no space",
+                Notice,
+                stacklevel=2,
+            )
         with atomic_folder(target, overwrite) as new:
             _copy_others(Path(sparse), new, shards.files, (PACKED,) if spec.values == "kept" else (PACKED, *OF_EVALUATION))
             _put_together(shards, folder, new, done, layout)
@@ -127,6 +135,8 @@ def _packing(
             squeezed = squeeze(W) if spec.squeeze else None
             return ({name: W}, None, {}) if squeezed is None else ({name: squeezed}, [list(W.shape), None], {})
         facts: dict[str, Any] = {"dense": W.nbytes, "dtype": str(W.dtype).removeprefix("torch.")}
+        if minus := int((packed.values == 0).sum()):
+            facts["minus_zeros"] = minus
         if (layer := hashes.get(weight_hash(W))) is not None:
             facts["layer"] = layer
         if spec.values == "int8":
@@ -332,7 +342,8 @@ def _put_together(
 def _copy_others(source: Path, new: Path, weights: list[str], leave: tuple[str, ...]) -> None:
     """Copy everything but weights, index and configuration."""
     for path in sorted(source.iterdir()):
-        if path.name in (*weights, INDEX, "config.json", *leave) or path.name.startswith("."):
+        hidden = path.name == INSIDE or (path.is_dir() and path.name.startswith("."))  # a lock; what git keeps
+        if path.name in (*weights, INDEX, "config.json", *leave) or hidden:
             continue
         if path.is_dir():
             shutil.copytree(path, new / path.name)
