@@ -17,7 +17,7 @@ from sparsight.checkpoint.card import packed_card, unpacked_card
 from sparsight.checkpoint.folder import atomic_folder, check_output, identity, read_record
 from sparsight.checkpoint.lock import INSIDE, locked
 from sparsight.checkpoint.unfinished import unfinished
-from sparsight.errors import Notice, SparsightError
+from sparsight.errors import Notice, SparsightError, first_line
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
