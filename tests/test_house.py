@@ -40,6 +40,7 @@ ORDER = [  # from the ground up; a room imports only from rooms below it
     ("sweeps",),
     ("pipeline",),
     ("estimation",),
+    ("arguments",),
     ("api",),
     ("__init__",),
     ("cli",),
@@ -107,7 +108,7 @@ def test_no_folder_is_named_like_a_verb():
 def test_files_are_short():
     """About 300 lines; the Python face, a page of docstrings, has more."""
     lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
-    assert lengths.pop("sparsight.api") < 460
+    assert lengths.pop("sparsight.api") < 420
     assert {module: n for module, n in lengths.items() if n > 360} == {}
 
 

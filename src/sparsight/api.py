@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, model_of, need
 from sparsight.checks import check_paths
-from sparsight.errors import SparsightError
 from sparsight.options import Argument, options
 from sparsight.progress import Progress
 from sparsight.specs import (
@@ -55,7 +55,7 @@ def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> An
     from sparsight.model.anatomy import anatomy
 
     spec = FamilySpec.make(spec, settings)
-    return anatomy(_loaded(model), _family(model, spec))
+    return anatomy(model_of(model), family_for(model, spec))
 
 
 def plan(
@@ -77,10 +77,10 @@ def plan(
     from sparsight.pruning.verb import plan_model
 
     spec = PlanSpec.make(spec, settings)
-    if _is_folder(model):
-        _check_folder_data(None, processor)
+    if is_folder(model):
+        check_folder_data(None, processor)
     else:
-        spec = _in_memory(model, spec)
+        spec = in_memory_spec(model, spec)
     return plan_model(model, data, spec, processor=processor, progress=progress)
 
 
@@ -113,12 +113,12 @@ def prune(
     from sparsight.pruning.verb import prune_folder, prune_model
 
     spec = PruneSpec.make(spec, settings)
-    if not _is_folder(model):
+    if not is_folder(model):
         data, out = (out, None) if data is None else (data, out)
-        spec = _in_memory(model, spec, out=out, overwrite=overwrite, resume=resume)
+        spec = in_memory_spec(model, spec, out=out, overwrite=overwrite, resume=resume)
         return prune_model(model, data, spec, processor=processor, progress=progress)
     check_paths(out=out)
-    _check_folder_data(data, processor)
+    check_folder_data(data, processor)
     return prune_folder(model, out, spec, data=data, overwrite=overwrite, resume=resume, progress=progress)
 
 
@@ -149,15 +149,15 @@ def restore(
     if spec is None and hasattr(sparse, "device"):
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = RestoreSpec.make(spec, settings)
-    if not _is_folder(sparse):
+    if not is_folder(sparse):
         data, out = (out, None) if data is None else (data, out)
         adapter = spec.save_adapter
-        spec = _in_memory(sparse, spec, out=out, overwrite=overwrite, resume=resume, save_adapter=adapter)
+        spec = in_memory_spec(sparse, spec, out=out, overwrite=overwrite, resume=resume, save_adapter=adapter)
         return restore_model(sparse, data, spec, processor=processor, teacher=teacher, progress=progress)
     check_paths(out=out, teacher=teacher)
-    _check_folder_data(data, processor)
-    _need(data, "data", "training samples")
-    _need(out, "out", "a folder to write")
+    check_folder_data(data, processor)
+    need(data, "data", "training samples")
+    need(out, "out", "a folder to write")
     return restore_folder(
         sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress
     )[0]  # fmt: skip
@@ -184,11 +184,11 @@ def evaluate(
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
     spec = EvaluateSpec.make(spec, settings)
-    _need(data, "data", "held-out samples")
-    if not _is_folder(model):
-        spec = _in_memory(model, spec, adapters=True, packed=True, record=record)
+    need(data, "data", "held-out samples")
+    if not is_folder(model):
+        spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
-    _check_folder_data(data, processor)
+    check_folder_data(data, processor)
     return evaluate_folder(model, data, spec, record=record, progress=progress)
 
 
@@ -382,49 +382,6 @@ def report(
     from sparsight.reporting.report import report
 
     return report(runs, out=out, metric=metric, figures=figures, overwrite=overwrite)
-
-
-def _is_folder(model: Any) -> bool:
-    return isinstance(model, str | Path)
-
-
-def _loaded(model: Any) -> Any:
-    from sparsight.model.load import load_model
-    from sparsight.model.source import check_model
-
-    if _is_folder(model):
-        return load_model(model)
-    check_model(model)
-    return model
-
-
-def _in_memory(model: Any, spec: Any, **of_folders: Any) -> Any:
-    from sparsight.model.source import in_memory
-
-    return in_memory(model, spec, **of_folders)
-
-
-def _check_folder_data(data: Any, processor: Any) -> None:
-    """Refuse what only a model in memory can use."""
-    from sparsight.data.sources import Source
-
-    if processor is not None:
-        raise SparsightError("`processor`: a folder holds its own; leave it out")
-    if data is not None and not isinstance(data, str | Path | Source):
-        raise SparsightError(
-            f"`data`: {type(data).__name__} is no data source; batches of your own need a model in memory: `load` it first"
-        )
-
-
-def _family(model: Any, spec: FamilySpec) -> Any:
-    from sparsight.checkpoint.folder import family_of, read_record
-
-    return family_of(read_record(model) if _is_folder(model) else None, spec.family)
-
-
-def _need(value: Any, field: str, noun: str) -> None:
-    if value is None:
-        raise SparsightError(f"`{field}`: is missing; give {noun}")
 
 
 def _show_fields() -> None:

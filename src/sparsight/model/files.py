@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sparsight.errors import LINE, SparsightError, first_line, quote
-from sparsight.packing.shards import METHOD, check_layout
+from sparsight.packing.shards import INDEX, METHOD, SINGLE, check_layout
 
 POINTER = b"version https://git-lfs"
 QUANTIZED = ("quantization_config", "compression_config")  # keys of a configuration
@@ -25,7 +25,6 @@ PACKED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_in
 LOW = ("F8_", "F4", "F6_", "I4", "U4")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what weights are stored in
 WEIGHTS = ("weight", "_proj")  # the last letters of the names of matrices; other tensors may be integers
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers reads the first, else the second
 SUPPORTED = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
 BUFFERS = ("inv_freq", "position_ids", "masked_bias", "attn.bias")  # of older versions; computed anew, and no weights
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from sparsight.pruning.journal import Journal
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, prune_from_cache
 
-COLUMNS, LAST = 512, 16  # of the logits, that a walk is compared by with a plain forward; tokens, where a model can choose
+COLUMNS = 512  # of the logits, that a walk is compared by with a plain forward
 SAME = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative to the largest logit; less precise dtypes: 2e-2
 
 
@@ -115,12 +114,7 @@ def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> No
         for call in calls.values():
             call()
 
-    device, inputs = next(model.parameters()).device, dict(batches[0].inputs)
-    configs = (getattr(model, "config", None), getattr(getattr(model, "config", None), "text_config", None))
-    decoder = not any(getattr(config, "is_encoder_decoder", False) for config in configs)
-    if decoder and "logits_to_keep" in signature(model.forward).parameters:
-        inputs["logits_to_keep"] = LAST
-        inputs.pop("labels", None)  # a loss takes all logits
+    device, inputs = next(model.parameters()).device, batches[0].inputs
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         expected = _logits(model(**inputs))
@@ -147,7 +141,7 @@ def _alike(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 def _logits(output: Any) -> torch.Tensor:
     """Some columns of the logits of a model's output, or of its first tensor: all of a batch's would fill the memory.
 
-    What is wrong before the head changes every column, and what is wrong for a token changes the later ones.
+    What is wrong before the head changes every column.
     """
     logits = getattr(output, "logits", None)
     logits = output[0] if logits is None else logits

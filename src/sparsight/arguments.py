@@ -1,0 +1,57 @@
+"""What the verbs check of their arguments, and make of them, before they hand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsight.errors import SparsightError
+from sparsight.specs import FamilySpec
+
+
+def is_folder(model: Any) -> bool:
+    """Whether a model is named, and not in memory."""
+    return isinstance(model, str | Path)
+
+
+def model_of(model: Any) -> Any:
+    """The model in memory, loaded if it is named. **Raises** `SparsightError` for what is no model."""
+    from sparsight.model.load import load_model
+    from sparsight.model.source import check_model
+
+    if is_folder(model):
+        return load_model(model)
+    check_model(model)
+    return model
+
+
+def in_memory_spec(model: Any, spec: Any, **of_folders: Any) -> Any:
+    """The settings of a verb for a model in memory. **Raises** `SparsightError` for settings of folders."""
+    from sparsight.model.source import in_memory
+
+    return in_memory(model, spec, **of_folders)
+
+
+def check_folder_data(data: Any, processor: Any) -> None:
+    """Refuse, by a `SparsightError`, what only a model in memory can use."""
+    from sparsight.data.sources import Source
+
+    if processor is not None:
+        raise SparsightError("`processor`: a folder holds its own; leave it out")
+    if data is not None and not isinstance(data, str | Path | Source):
+        raise SparsightError(
+            f"`data`: {type(data).__name__} is no data source; batches of your own need a model in memory: `load` it first"
+        )
+
+
+def family_for(model: Any, spec: FamilySpec) -> Any:
+    """The family that settings name, else the one on record."""
+    from sparsight.checkpoint.folder import family_of, read_record
+
+    return family_of(read_record(model) if is_folder(model) else None, spec.family)
+
+
+def need(value: Any, field: str, noun: str) -> None:
+    """Refuse, by a `SparsightError`, an argument that is missing."""
+    if value is None:
+        raise SparsightError(f"`{field}`: is missing; give {noun}")
