@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import sparsight
-from sparsight.evaluation.bench import _Whole
+from sparsight.evaluation.bench import TwoForms
 from sparsight.model.load import load_model
 from sparsight.packing.timing import read_speed, time_layer
 
@@ -96,7 +96,7 @@ def model(rows: list) -> None:
             if type(module) is nn.Linear and ".layers." in name and "vision" not in name:
                 module.weight[torch.rand(module.weight.shape) < 0.7] = 0
                 linears[name] = module
-    whole = _Whole(network, linears)
+    whole = TwoForms(network, linears)
     ids = torch.arange(5, 25).unsqueeze(0)
     taken = {False: [], True: []}
     for _ in range(5):

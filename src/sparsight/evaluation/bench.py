@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from sparsight.model.anatomy import anatomy
 from sparsight.model.load import load, load_model
 from sparsight.packing.linear import SMALL, DenseLinear, SparseLinear
 from sparsight.packing.shards import Shards
-from sparsight.packing.timing import read_speed, time_layer
+from sparsight.packing.timing import read_speed, seconds_of, time_layer
 from sparsight.progress import Progress
 from sparsight.specs import BenchSpec
 
@@ -53,7 +52,7 @@ def bench_folder(folder: str | Path, spec: BenchSpec, progress: Progress | None 
         layers.append(facts | {"count": len(same), "sparsity": zeros / (len(same) * shape[0] * shape[1])})
     _tell(progress, "memory", len(shapes), steps)
     speed = read_speed(ROUNDS)
-    whole = _Whole(model, linears)
+    whole = TwoForms(model, linears)
     generated = []
     for i, batch in enumerate(BATCHES if whole.pairs else ()):
         _tell(progress, f"generate, batch {batch}", len(shapes) + 1 + i, steps)
@@ -74,7 +73,7 @@ def bench_folder(folder: str | Path, spec: BenchSpec, progress: Progress | None 
     }
 
 
-class _Whole:
+class TwoForms:
     """A model whose large layers can be dense or packed, in turn."""
 
     def __init__(self, model: Any, linears: dict[str, nn.Linear]) -> None:
@@ -103,16 +102,16 @@ class _Whole:
         return facts
 
 
-def _generate(whole: _Whole, inputs: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+def _generate(whole: TwoForms, inputs: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     """Seconds to the first token, and tokens per second behind it, of all rounds the best."""
     best: dict[str, list[float]] = {"dense": [], "packed": []}
     first: dict[str, list[float]] = {"dense": [], "packed": []}
     for _ in range(ROUNDS):
         for name in best:
             whole.use(name == "packed")
-            one = _seconds(lambda: _answer(whole.model, inputs, 1))
+            one = seconds_of(lambda: _answer(whole.model, inputs, 1))
             first[name].append(one)
-            best[name].append(_seconds(lambda: _answer(whole.model, inputs, 1 + new_tokens)) - one)
+            best[name].append(seconds_of(lambda: _answer(whole.model, inputs, 1 + new_tokens)) - one)
     batch = len(inputs["input_ids"])
     return {
         "first_token_seconds": {name: min(values) for name, values in first.items()},
@@ -130,7 +129,7 @@ def _load_times(folder: str | Path) -> dict[str, Any]:
     shards = Shards(folder)
     if shards.layout is not None:
         ways["load, packed in memory"] = lambda: load_model(folder, packed=True)
-    seconds = {name: min(_seconds(way) for _ in range(ROUNDS)) for name, way in ways.items()}
+    seconds = {name: min(seconds_of(way) for _ in range(ROUNDS)) for name, way in ways.items()}
     sizes = [(Path(folder) / file).stat().st_size for file in shards.files]
     return {"packed_folder": shards.layout is not None, "bytes": sum(sizes), "seconds": seconds}
 
@@ -144,12 +143,6 @@ def _module(model: Any, name: str) -> Any:
     with suppress(AttributeError):
         return model.get_submodule(name)
     return None
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _tell(progress: Progress | None, note: str, done: int, total: int) -> None:

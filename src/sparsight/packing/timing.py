@@ -42,7 +42,7 @@ def read_speed(repeats: int) -> float | None:
     data = torch.zeros(COLD // 8, dtype=torch.int64)
     if not kernels.read(data):
         return None
-    return data.nbytes / min(_seconds(lambda: kernels.read(data)) for _ in range(repeats))
+    return data.nbytes / min(seconds_of(lambda: kernels.read(data)) for _ in range(repeats))
 
 
 def _forms(W: torch.Tensor, copies: int) -> dict[str, list[Callable[[torch.Tensor], Any]]]:
@@ -69,13 +69,14 @@ def _in_turn(forms: Mapping[str, list[Callable]], tokens: int, columns: int, rep
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for i in range(repeats + 1):
         for name, functions in forms.items():
-            seconds = _seconds(partial(functions[i % len(functions)], x))
+            seconds = seconds_of(partial(functions[i % len(functions)], x))
             if i:  # the first call makes things ready
                 taken[name].append(seconds)
     return {name: 1e3 * sorted(values)[len(values) // 10] for name, values in taken.items()}
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -205,8 +205,7 @@ def _sizes(folder: Path, record: Mapping[str, Any] | None, scores: Mapping[str, 
 
 def _tensor_bytes(path: Path) -> int:
     """Bytes of the tensors of a safetensors file, from its header."""
-    entries = (entry for entry in read_header(path).values())
-    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
+    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in read_header(path).values())
 
 
 def _cell(record: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
