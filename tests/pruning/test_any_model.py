@@ -133,7 +133,9 @@ def test_restoration_of_transposed_layers_keeps_every_zero_and_what_the_model_sa
         assert not bool((layer.weight[zeros[layer.name]] != 0).any()), layer.name
 
 
-def test_a_block_with_a_state_of_its_own_is_refused_before_anything_is_pruned():
+@pytest.mark.parametrize("tokens", [slice(None), slice(0, 1)], ids=["every token", "the first token"])
+@pytest.mark.parametrize("at", [1, -1])
+def test_a_block_with_a_state_of_its_own_is_refused_before_anything_is_pruned(at, tokens):
     class Counts(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -142,8 +144,9 @@ def test_a_block_with_a_state_of_its_own_is_refused_before_anything_is_pruned():
         def forward(self, *args, **kwargs):
             self.calls += 1
             output = self.inner(*args, **kwargs)
-            drift = self.calls * torch.arange(output[0].shape[-1]) / 10
-            return output[0] + drift if isinstance(output, tuple) else output + drift
+            output = (output[0] if isinstance(output, tuple) else output).clone()
+            output[:, tokens] += self.calls * torch.arange(output.shape[-1]) / 10
+            return output
 
         def __getattr__(self, name):
             try:
@@ -155,7 +158,7 @@ def test_a_block_with_a_state_of_its_own_is_refused_before_anything_is_pruned():
     ready = tiny.batches(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     layers = model.model.language_model.layers
-    layers[1] = Counts(layers[1])
+    layers[at] = Counts(layers[at])
     with pytest.raises(SparsightError, match="its blocks cannot be run one by one: the logits of such a walk differ"):
         sparsight.prune(model, ready, sparsity=0.5)
     assert all(torch.equal(p, before[name.replace(".inner.", ".")]) for name, p in model.named_parameters())

@@ -10,7 +10,8 @@ that the activations inside a block are held for all batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -101,29 +102,40 @@ def prune(
 def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> None:
     """Refuse a model whose output a walk would change, as a block that keeps a state of its own does.
 
-    One batch is walked, every block run once more than the model does, and the output compared with that of a plain
-    forward. Does nothing without batches. Changes nothing. Cost: three forwards of one batch.
+    One batch is walked, every block run once more than the model does, and compared with a plain forward: what the last
+    block of every list gives for every token, and the logits. Does nothing without batches. Changes nothing. Cost: three
+    forwards of one batch.
 
     **Raises** `SparsightError` where the outputs differ.
     """
     if not batches:
         return
-    outputs: list[torch.Tensor] = []
+    outputs: dict[str, torch.Tensor] = {}
+    ends = {block.name.rpartition(".")[0]: block.module for block in anatomy.blocks}  # the last block of every list
 
     def again(name: str, block: nn.Module, calls: Any) -> None:
         for call in calls.values():
             call()
 
-    device, inputs = next(model.parameters()).device, batches[0].inputs
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        expected = _logits(model(**inputs))
-        torch.manual_seed(0)
-        lockstep(
-            model, [(block.name, block.module) for block in anatomy.blocks], [inputs],
-            again, on_output=lambda i, output: outputs.append(_logits(output)),
-        )  # fmt: skip
-    if not _alike(outputs.pop(), expected):
+    device, inputs = next(model.parameters()).device, _last_logits_only(model, batches[0].inputs)
+    hooks = [
+        module.register_forward_hook(lambda _, args, output, name=name: outputs.update({name: _tensor(output).clone()}))
+        for name, module in ends.items()
+    ]
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            outputs["logits"] = _logits(model(**inputs))
+            expected, outputs = outputs, {}
+            torch.manual_seed(0)
+            lockstep(
+                model, [(block.name, block.module) for block in anatomy.blocks], [inputs],
+                again, on_output=lambda i, output: outputs.update({"logits": _logits(output)}),
+            )  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if outputs.keys() != expected.keys() or not all(_alike(outputs[name], expected[name]) for name in outputs):
         raise SparsightError(
             f"{type(model).__name__}: its blocks cannot be run one by one: the logits of such a walk differ from those of a "
             "plain forward; nothing was pruned. A method that needs no data, as magnitude, can prune it"
@@ -138,14 +150,24 @@ def _alike(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(actual.float(), expected.float(), 0, limit, equal_nan=True)
 
 
-def _logits(output: Any) -> torch.Tensor:
-    """Some columns of the logits of a model's output, or of its first tensor: all of a batch's would fill the memory.
+def _last_logits_only(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs for the logits of the last token only, where a decoder can choose: those of a batch would fill the memory."""
+    configs = (getattr(model, "config", None), getattr(getattr(model, "config", None), "text_config", None))
+    decoder = not any(getattr(config, "is_encoder_decoder", False) for config in configs)
+    if not decoder or "logits_to_keep" not in signature(model.forward).parameters:
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": 1}  # a loss takes all
 
-    What is wrong before the head changes every column.
-    """
+
+def _logits(output: Any) -> torch.Tensor:
+    """Some columns of the logits of a model's output, or of its first tensor; what is wrong before the head changes all."""
     logits = getattr(output, "logits", None)
-    logits = output[0] if logits is None else logits
+    logits = _tensor(output) if logits is None else logits
     return logits[..., :: max(1, logits.shape[-1] // COLUMNS)].clone()
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def collect_moments(
