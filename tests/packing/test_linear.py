@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import io
+import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from sparsight import SparseLinear, kernels
 from sparsight.errors import SparsightError
 from sparsight.kernels import build
+from sparsight.packing.linear import DenseLinear, use_own_products
 from sparsight.packing.tensor import Packed, row_offsets
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -167,7 +171,7 @@ def sums(library, dtype, int8):
     return torch.cat(results)
 
 
-SOURCES = [Path(build.__file__).parent / name for name in ("packed.cpp", "sparse.cpp", "sparse_int8.cpp")]
+SOURCES = [Path(build.__file__).parent / name for name in ("packed.cpp", "sparse.cpp", "sparse_int8.cpp", "threads.cpp")]
 COMPILER = shutil.which("g++")
 
 
@@ -204,6 +208,18 @@ def test_every_kind_of_instructions_gives_the_same_sums(dtype, int8, library_of)
         torch.testing.assert_close(native, plain, rtol=1e-2, atol=1e-2)
     else:
         assert torch.equal(native, plain)
+
+
+@pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
+def test_the_kernels_compile_for_other_cpus():
+    """For a CPU with AVX-512, whatever this one has, and for one with none of it."""
+    sources = sorted(Path(build.__file__).parent.glob("*.cpp"))
+    for cpu in ("sapphirerapids", "x86-64-v3", "x86-64"):
+        done = subprocess.run(
+            [COMPILER, "-std=c++17", "-fsyntax-only", f"-march={cpu}", *sources], capture_output=True, text=True
+        )
+        if "bad value" not in done.stderr:  # an old compiler
+            assert done.returncode == 0, done.stderr[:2000]
 
 
 PROGRAM = Path(__file__).with_name("program.cpp")
@@ -252,6 +268,21 @@ def test_a_forward_adds_nothing_to_what_is_saved():
     assert list(sparse.state_dict()) == names == ["weight", "weight_bits", "bias"]
 
 
+def test_compile_before_the_first_product_and_after_pickling():
+    linear, x = layer(24, 40, torch.float32), torch.randn(3, 40)
+    sparse = SparseLinear.of(linear)
+    with torch.no_grad():
+        whole = torch.compile(nn.Sequential(sparse, nn.ReLU()), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(whole(x), linear(x).relu())
+        sparse.count()
+        buffer = io.BytesIO()
+        torch.save(sparse, buffer)
+        buffer.seek(0)
+        again = torch.load(buffer, weights_only=False)
+        assert torch.equal(again(x), sparse(x))
+        assert torch.equal(again.to(torch.float64).dense(), sparse.dense().double())
+
+
 def test_other_bits_are_counted_anew():
     one, other = layer(16, 32, torch.float32, 0), layer(16, 32, torch.float32, 0)
     with torch.no_grad():
@@ -283,3 +314,46 @@ def test_autocast_of_an_int8_layer_with_a_bias_of_another_dtype():
 def test_an_int8_layer_of_the_meta_device_is_made_anew():
     sparse = SparseLinear.of(layer(16, 32, torch.bfloat16), int8=True).to("meta").to_empty(device="cpu")
     assert (sparse.weight_scale.device.type, sparse.weight_scale.dtype) == ("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_our_dense_layer_is_an_ordinary_one(tokens):
+    linear = nn.Linear(700, 900).bfloat16()
+    network, x = nn.Sequential(linear), torch.randn(2, tokens, 700).bfloat16()
+    exact = linear(x)
+    use_own_products(network)
+    assert type(linear) is DenseLinear
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), exact.detach(), rtol=2e-2, atol=2e-2)
+    linear(x.requires_grad_()).sum().backward()  # and still trains
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+
+
+def test_inputs_that_want_a_gradient_do_not_lose_it_unsaid():
+    sparse, x = SparseLinear.of(layer(16, 32, torch.float32)), torch.randn(2, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="grad"):
+        sparse(x).sum().backward()
+
+
+def several(sparse, x):
+    with torch.no_grad():
+        return sparse(x)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_several_threads_at_once_and_a_forked_process_give_the_same():
+    sparse, x = SparseLinear.of(layer(2048, 2048, torch.float32)), torch.randn(2, 2048)
+    one = several(sparse, x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert torch.equal(several(sparse, x), one)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(y, one) for y in pool.map(lambda _: several(sparse, x), range(40)))
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(several(sparse, x), one) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)

@@ -11,9 +11,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "threads.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -162,10 +163,7 @@ template <class Work> int share(int64_t rows, int64_t columns, int threads, cons
     const int parts = int(std::max<int64_t>(1, std::min<int64_t>({threads, blocks, rows * columns / SHARE})));
     const auto begin = [&](int i) { return std::min(rows, blocks * i / parts * ROWS); };
     const auto part = [&](int i) { work(begin(i), begin(i + 1), i); };
-    std::vector<std::thread> others;
-    for (int i = 1; i < parts; i++) others.emplace_back(part, i);
-    part(0);
-    for (auto& thread : others) thread.join();
+    in_parts(parts, part);
     return parts;
 }
 

@@ -8,8 +8,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -35,13 +36,9 @@ void pack(const uint16_t *X, int64_t tokens, int64_t columns, int64_t stride, ui
 // Run `work(i)` for every i below `count` on several threads.
 template <class Work> void share(int64_t count, int threads, const Work &work) {
     std::atomic<int64_t> next{0};
-    auto loop = [&] {
+    in_parts(int(std::min<int64_t>(threads, count)), [&](int) {
         for (int64_t i; (i = next++) < count;) work(i);
-    };
-    std::vector<std::thread> team;
-    for (int i = 1; i < threads && i < count; ++i) team.emplace_back(loop);
-    loop();
-    for (auto &thread : team) thread.join();
+    });
 }
 
 void tile(const uint32_t *left, const uint32_t *right, int64_t pairs, float *out /* HIGH x WIDE * GROUP */) {

@@ -2,7 +2,22 @@
 
 #include "packed.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
+
+constexpr size_t HUGE_PAGE = 1 << 21;
+
+// Let large new memory come in huge pages: the first touch of every small one takes longer than what is written there.
+inline void advise([[maybe_unused]] void* from, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t first = (uintptr_t(from) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t last = (uintptr_t(from) + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // advice: nothing is wrong where it is not taken
+#endif
+}
 
 // Bits and kept values of dense rows; what is kept is every value but +0, by its bytes. Returns how many.
 template <class Value> int64_t pack_rows(const Value* from, int64_t rows, int64_t columns, uint8_t* bits, Value* values) {
@@ -60,6 +75,7 @@ extern "C" int sparsight_offsets(const uint8_t* bits, int64_t rows, int64_t pitc
 extern "C" int sparsight_expand_rows(const void* values, int size, const uint8_t* bits, const int64_t* offset, int64_t rows,
                                      int64_t columns, int64_t first, int64_t last, void* out, int threads) {
     const Matrix m{values, bits, offset, rows, columns};
+    advise(out, size_t((last - first) * columns * size));
     share(last - first, columns, 1, threads, [&](int64_t from, int64_t to) {
         char* place = (char*)out + from * columns * size;
         if (size == 1) expand_rows(m, first + from, first + to, (uint8_t*)place);
@@ -82,8 +98,7 @@ extern "C" int sparsight_pack_rows(const void* from, int size, int64_t rows, int
 extern "C" int sparsight_read(const uint64_t* from, int64_t words, uint64_t* total, int threads) {
     std::vector<uint64_t> sums(size_t(threads), 0);
     const int64_t part = words / threads / STREAMS / 8 * 8;
-    std::vector<std::thread> others;
-    const auto run = [&](int thread) {
+    in_parts(threads, [&](int thread) {
         const uint64_t* start = from + thread * part * STREAMS;
         uint64_t sum[STREAMS][8] = {};
         for (int64_t i = 0; i < part; i += 8)
@@ -93,10 +108,7 @@ extern "C" int sparsight_read(const uint64_t* from, int64_t words, uint64_t* tot
             }
         for (auto& stream : sum)
             for (const uint64_t lane : stream) sums[size_t(thread)] += lane;
-    };
-    for (int thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
-    run(0);
-    for (auto& thread : others) thread.join();
+    });
     *total = 0;
     for (const uint64_t sum : sums) *total += sum;
     return 1;

@@ -10,9 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "threads.h"
 
 #if defined(SPARSIGHT_PLAIN)  // no instructions of its own, for tests
 #elif defined(__AVX512VBMI2__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -114,11 +115,7 @@ struct Matrix {
 template <class Work> void share(int64_t rows, int64_t columns, int64_t step, int threads, const Work& work) {
     const int64_t steps = (rows + step - 1) / step;
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, steps, rows * columns / SHARE}));
-    std::vector<std::thread> others;
-    for (int64_t part = 1; part < parts; part++)
-        others.emplace_back([&, part] { work(steps * part / parts * step, std::min(rows, steps * (part + 1) / parts * step)); });
-    work(0, std::min(rows, steps / parts * step));
-    for (auto& thread : others) thread.join();
+    in_parts(int(parts), [&](int part) { work(steps * part / parts * step, std::min(rows, steps * (part + 1) / parts * step)); });
 }
 
 inline float halves(const float* lanes) {  // the sum of sixteen lanes
@@ -228,11 +225,15 @@ template <class Value> void expand_rows(const Matrix& m, int64_t first, int64_t 
         }
 #elif defined(SPARSIGHT_AVX2) || defined(SPARSIGHT_NEON)
         if constexpr (sizeof(Value) <= 2)
-            for (; c + 8 <= m.columns && end - values >= 8; c += 8) {
-                const uint8_t byte = bits[c / 8];
-                if (c % 32 == 0) prefetch(values);
-                spread(values, byte, to + c);
-                values += count(byte);
+            for (; c + 64 <= m.columns && end - values >= 64; c += 64) {
+                uint64_t mask = load<uint64_t>(bits + c / 8);
+                prefetch(values);
+                if (sizeof(Value) == 2) prefetch(values + 32);
+                #pragma GCC unroll 8
+                for (int i = 0; i < 64; i += 8, mask >>= 8) {
+                    spread(values, uint8_t(mask), to + c + i);
+                    values += count(mask & 255);
+                }
             }
 #endif
         for (; c < m.columns; c++) to[c] = bits[c / 8] >> c % 8 & 1 ? *values++ : Value(0);

@@ -6,8 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -106,14 +107,10 @@ void keep_groups(const float* score, int64_t entries, int n, uint8_t* keep) {
 
 extern "C" void sparsight_keep_largest(const float* score, int64_t rows, int64_t columns, int64_t count, uint8_t* keep,
                                        int threads) {
-    const auto some = [=](int64_t first, int64_t step) {
-        for (int64_t r = first; r < rows; r += step) keep_row(score + r * columns, columns, count, keep + r * columns);
-    };
     threads = int(std::min<int64_t>({threads, rows, 1 + rows * columns / (2 * CHUNK)}));
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(some, i, threads);
-    some(0, threads);
-    for (auto& thread : others) thread.join();
+    in_parts(threads, [=](int first) {
+        for (int64_t r = first; r < rows; r += threads) keep_row(score + r * columns, columns, count, keep + r * columns);
+    });
 }
 
 // m is 2, 4 or 8

@@ -8,26 +8,26 @@
 
 namespace {
 
-// Sixteen columns of a row, of any stored type, expanded to float32 and multiplied into the sums of `T` tokens. `left` says
-// how many values may be read at `values`.
+// Sixteen columns of a row in float32, and their products, lane by lane, in the sum of a row and a token. `expand16` may read
+// sixteen values, however few are kept. `place` says in which lane of the registers a column lies.
 
 #if defined(SPARSIGHT_AVX512)
 
-struct Lanes {
+using Wide = __m512;
+
+template <int TYPE> struct Lanes {
     __m512 sum = _mm512_setzero_ps();
-    void add(__m512 w, const float* x) { sum = _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
+    static int place(int column) { return column; }
+    void add(Wide w, const float* x) { sum = _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
     float total() const { return halves(sum); }
 };
 
-template <int TYPE> inline __m512 expand16(const typename Stored<TYPE>::type* values, uint32_t bits, int64_t left) {
-    const int kept = count(bits);
+template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits) {
     if constexpr (TYPE == FLOAT) {
-        const __m512i v = left >= LANES ? _mm512_loadu_si512(values) : _mm512_maskz_loadu_epi32(__mmask16((1u << kept) - 1), values);
-        return _mm512_castsi512_ps(expand_longs(__mmask16(bits), v));
+        return _mm512_castsi512_ps(expand_longs(__mmask16(bits), _mm512_loadu_si512(values)));
     } else {
-        const __m256i v = left >= LANES ? _mm256_loadu_si256((const __m256i*)values)
-                                        : _mm256_maskz_loadu_epi16(__mmask16((1u << kept) - 1), values);
-        const __m256i w = _mm512_castsi512_si256(expand_words(bits, _mm512_castsi256_si512(v)));
+        const __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
+        const __m256i w = _mm512_castsi512_si256(expand_words(bits, v));
         if constexpr (TYPE == HALVES) return _mm512_cvtph_ps(w);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16));
     }
@@ -39,42 +39,48 @@ struct Wide {
     __m256 low, high;
 };
 
-struct Lanes {
+template <int TYPE> struct Lanes {
     __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
-    void add(Wide w, const float* x) {
+    static int place(int column) { return TYPE == BRAIN ? column / 2 + column % 2 * 8 : column; }
+    void add(const Wide& w, const float* x) {
         low = _mm256_fmadd_ps(w.low, _mm256_loadu_ps(x), low);
         high = _mm256_fmadd_ps(w.high, _mm256_loadu_ps(x + 8), high);
     }
     float total() const {
         alignas(32) float lanes[LANES];
+        float columns[LANES];
         _mm256_store_ps(lanes, low);
         _mm256_store_ps(lanes + 8, high);
-        return halves(lanes);
+        for (int i = 0; i < LANES; i++) columns[i] = lanes[place(i)];
+        return halves(columns);
     }
 };
 
-template <int TYPE> inline __m256 expand8(const typename Stored<TYPE>::type* values, uint32_t byte, int64_t left) {
-    typename Stored<TYPE>::type near[8];
-    if (left < 8) {
-        std::memcpy(near, values, size_t(count(byte)) * sizeof *values);
-        values = near;
-    }
-    const __m128i shuffle = _mm_load_si128((const __m128i*)shuffles.of[byte]);
-    if constexpr (TYPE == FLOAT) {
-        const __m256i places = _mm256_cvtepi16_epi32(shuffle);  // of a pair of bytes: place * 0x202 + 0x100, or negative
-        const __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), _mm256_srli_epi32(places, 1));
-        return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(places, 31)), v);
-    } else {
-        const __m128i w = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), shuffle);
-        if constexpr (TYPE == HALVES) return _mm256_cvtph_ps(w);
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16));
-    }
+inline __m128i shuffle8(const uint16_t* values, uint32_t byte) {
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), _mm_load_si128((const __m128i*)shuffles.of[byte]));
 }
 
-template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits, int64_t left) {
-    const int first = count(bits & 255);
-    return {expand8<TYPE>(values, bits & 255, left), expand8<TYPE>(values + first, bits >> 8, left - first)};
+inline __m256 expand8(const float* values, uint32_t byte) {
+    const __m128i shuffle = _mm_load_si128((const __m128i*)shuffles.of[byte]);
+    const __m256i places = _mm256_cvtepi16_epi32(shuffle);  // of a pair of bytes: place * 0x202 + 0x100, or negative
+    const __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), _mm256_srli_epi32(places, 1));
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(places, 31)), v);
 }
+
+inline Wide of_brains(__m256i w) {  // even columns, odd columns: a shift and a mask each, and no way between the lanes
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int32_t(0xffff0000))))};
+}
+
+template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits) {
+    const uint32_t first = bits & 255, second = bits >> 8;
+    const auto* rest = values + count(first);
+    if constexpr (TYPE == FLOAT) return {expand8(values, first), expand8(rest, second)};
+    else if constexpr (TYPE == HALVES) return {_mm256_cvtph_ps(shuffle8(values, first)), _mm256_cvtph_ps(shuffle8(rest, second))};
+    else return of_brains(_mm256_set_m128i(shuffle8(rest, second), shuffle8(values, first)));
+}
+
+inline Wide widen16(const uint16_t* values) { return of_brains(_mm256_loadu_si256((const __m256i*)values)); }
 
 #elif defined(SPARSIGHT_NEON)
 
@@ -82,8 +88,9 @@ struct Wide {
     float32x4_t part[4];
 };
 
-struct Lanes {
+template <int TYPE> struct Lanes {
     float32x4_t part[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
+    static int place(int column) { return column; }
     void add(const Wide& w, const float* x) {
         for (int i = 0; i < 4; i++) part[i] = vfmaq_f32(part[i], w.part[i], vld1q_f32(x + 4 * i));
     }
@@ -94,12 +101,12 @@ struct Lanes {
     }
 };
 
-template <int TYPE> inline void expand8(const typename Stored<TYPE>::type* values, uint32_t byte, int64_t left, float32x4_t* to) {
-    typename Stored<TYPE>::type near[8] = {};
-    if (left < 8) {
-        std::memcpy(near, values, size_t(count(byte)) * sizeof *values);
-        values = near;
-    }
+inline void widen8(uint16x8_t w, float32x4_t* to) {
+    to[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(w), 16));
+    to[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(w), 16));
+}
+
+template <int TYPE> inline void expand8(const typename Stored<TYPE>::type* values, uint32_t byte, float32x4_t* to) {
     if constexpr (TYPE == FLOAT) {  // two registers are a table of 32 bytes
         const uint8x16x2_t table = {{vld1q_u8((const uint8_t*)values), vld1q_u8((const uint8_t*)(values + 4))}};
         #pragma GCC unroll 8
@@ -117,17 +124,22 @@ template <int TYPE> inline void expand8(const typename Stored<TYPE>::type* value
             to[0] = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(w)));
             to[1] = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(w)));
         } else {
-            to[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(w), 16));
-            to[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(w), 16));
+            widen8(w, to);
         }
     }
 }
 
-template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits, int64_t left) {
-    const int first = count(bits & 255);
+template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits) {
     Wide wide;
-    expand8<TYPE>(values, bits & 255, left, wide.part);
-    expand8<TYPE>(values + first, bits >> 8, left - first, wide.part + 2);
+    expand8<TYPE>(values, bits & 255, wide.part);
+    expand8<TYPE>(values + count(bits & 255), bits >> 8, wide.part + 2);
+    return wide;
+}
+
+inline Wide widen16(const uint16_t* values) {
+    Wide wide;
+    widen8(vld1q_u16(values), wide.part);
+    widen8(vld1q_u16(values + 8), wide.part + 2);
     return wide;
 }
 
@@ -137,48 +149,114 @@ struct Wide {
     float lane[LANES];
 };
 
-struct Lanes {
+template <int TYPE> struct Lanes {
     float lane[LANES] = {};
+    static int place(int column) { return column; }
     void add(const Wide& w, const float* x) {
         for (int i = 0; i < LANES; i++) lane[i] = fused(w.lane[i], x[i], lane[i]);
     }
     float total() const { return halves(lane); }
 };
 
-template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits, int64_t) {
+template <int TYPE> inline Wide expand16(const typename Stored<TYPE>::type* values, uint32_t bits) {
     Wide wide;
     for (int i = 0; i < LANES; i++) wide.lane[i] = bits >> i & 1 ? Stored<TYPE>::wide(*values++) : 0.0f;
     return wide;
 }
 
+inline Wide widen16(const uint16_t* values) {
+    Wide wide;
+    for (int i = 0; i < LANES; i++) wide.lane[i] = of_brain(values[i]);
+    return wide;
+}
+
 #endif
 
-// `R` rows, each `apart` from the last, times `T` tokens; x is float32 (chunks, T, 16).
-template <int TYPE, int R, int T>
+// `R` rows, each `apart` from the last, times `T` tokens; x is float32 (chunks, T, 16). One token: all rows at once, so that
+// they share what is read of x. More: one row after the other for as many columns as stay in the first cache.
+template <int TYPE, Kind KIND, int R, int T>
 void multiply(const Matrix& m, int64_t row, int64_t apart, const float* x, const Output<TYPE>& out, int64_t token) {
     using Value = typename Stored<TYPE>::type;
-    const Value* const end = (const Value*)m.values + m.offset[m.rows];
+    constexpr int64_t STEP = 4 * LANES, BLOCK = T == 1 ? STEP : 8 * STEP;
     const Value* values[R];
-    Lanes sum[R][T];
+    const uint8_t* bits[R];
+    Lanes<TYPE> sums[R][T];
     #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) values[r] = (const Value*)m.values + m.offset[row + r * apart];
-    for (int64_t c = 0; c < m.columns; c += LANES) {
-        const int64_t bytes = std::min<int64_t>(2, m.pitch() - c / 8);
-        #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const uint32_t bits = uint32_t(load_bits(m.bits + (row + r * apart) * m.pitch() + c / 8, bytes));
-            if (c % 32 == 0) prefetch(values[r]);
-            const auto w = expand16<TYPE>(values[r], bits, end - values[r]);
-            #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) sum[r][t].add(w, x + c * T + t * LANES);
-            values[r] += count(bits);
-        }
+    for (int r = 0; r < R; r++) {
+        values[r] = (const Value*)m.values + (KIND == DENSE ? (row + r * apart) * m.columns : m.offset[row + r * apart]);
+        bits[r] = m.bits + (row + r * apart) * m.pitch();
     }
-    #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+    std::vector<Value> near;  // the last values, with room behind them
+    if (KIND == CLOSE) {
+        near.assign(values[0], (const Value*)m.values + m.offset[row + 1]);
+        near.resize(near.size() + LANES);
+        values[0] = near.data();
+    }
+    const auto add = [&](Lanes<TYPE>* sum, const Wide& w, int64_t c) {
         #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) out.put(row + r * apart, token + t, sum[r][t].total());
+        for (int t = 0; t < T; t++) sum[t].add(w, x + c * T + t * LANES);
+    };
+    const auto step = [&](Lanes<TYPE>* sum, const Value*& next, uint32_t mask, int64_t c) {
+        if constexpr (KIND == DENSE) {
+            add(sum, widen16(next), c);
+            next += LANES;
+        } else {
+            add(sum, expand16<TYPE>(next, mask), c);
+            next += count(mask);
+        }
+    };
+    const int64_t whole = m.columns / LANES * LANES, left = m.columns - whole;
+    const auto walk = [&](int r, int64_t from, int64_t to) {
+        Lanes<TYPE> sum[T];
+        const Value* next = values[r];
+        #pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sum[t] = sums[r][t];
+        int64_t c = from;
+        for (; c + STEP <= to; c += STEP) {
+            uint64_t mask = 0;
+            if constexpr (KIND != DENSE) mask = load<uint64_t>(bits[r] + c / 8);
+            for (int64_t i = 0; i < STEP * int64_t(sizeof(Value)); i += 64 << (KIND != DENSE)) prefetch((const char*)next + i);
+            #pragma GCC unroll 8
+            for (int i = 0; i < STEP; i += LANES) step(sum, next, uint32_t(mask >> i & 0xffff), c + i);
+        }
+        for (; c < to; c += LANES) step(sum, next, KIND == DENSE ? 0 : load<uint16_t>(bits[r] + c / 8), c);
+        #pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[r][t] = sum[t];
+        values[r] = next;
+    };
+    for (int64_t from = 0; from < whole; from += BLOCK) {
+        const int64_t to = std::min(whole, from + BLOCK);
+        if constexpr (T == 1)
+            #pragma GCC unroll 8
+            for (int r = 0; r < R; r++) walk(r, from, to);
+        else
+            #pragma GCC unroll 1
+            for (int r = 0; r < R; r++) walk(r, from, to);
+    }
+    if (left)
+        #pragma GCC unroll 1
+        for (int r = 0; r < R; r++) {
+            if constexpr (KIND == DENSE) {
+                Value last[LANES] = {};
+                std::memcpy(last, values[r], size_t(left) * sizeof(Value));
+                add(sums[r], widen16(last), whole);
+            } else {
+                add(sums[r], expand16<TYPE>(values[r], uint32_t(load_bits(bits[r] + whole / 8, (left + 7) / 8))), whole);
+            }
+        }
+    #pragma GCC unroll 1
+    for (int r = 0; r < R; r++)
+        #pragma GCC unroll 1
+        for (int t = 0; t < T; t++) out.put(row + r * apart, token + t, sums[r][t].total());
 }
+
+template <int TYPE, int T> struct Group {
+    const Matrix& m;
+    const float* x;
+    const Output<TYPE>& out;
+    int64_t token;
+    template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply<TYPE, KIND, R, T>(m, row, apart, x, out, token); }
+};
 
 #if defined(SPARSIGHT_AVX512)
 
@@ -227,7 +305,7 @@ void multiply_pairs(const Matrix& m, int64_t row, int64_t apart, const uint16_t*
     #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
         #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) out.put(row + r * apart, token + t, Lanes{sum[r][t]}.total());
+        for (int t = 0; t < T; t++) out.put(row + r * apart, token + t, halves(sum[r][t]));
 }
 
 #endif
@@ -241,7 +319,9 @@ template <int T> struct Pairs {
     template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply_pairs<KIND, R, T>(m, row, apart, x, out, token); }
 };
 
-template <bool ALL> void product_pairs(const Matrix& m, const uint16_t* x, int64_t tokens, const Output<BRAIN>& out, int threads) {
+template <bool ALL> void product_pairs(const Matrix& m, const void* inputs, int64_t tokens, const void* bias, void* output, int threads) {
+    const auto* const x = (const uint16_t*)inputs;
+    const Output<BRAIN> out{(uint16_t*)output, (const uint16_t*)bias, m.rows};
     const int64_t padded = (m.columns + 31) / 32 * 32;
     const Lines<uint16_t> in(tokens * padded);
     walk_tokens(tokens, [&](int64_t token, auto count) {
@@ -262,29 +342,26 @@ template <bool ALL> void product_pairs(const Matrix& m, const uint16_t* x, int64
 }
 #endif
 
-template <int TYPE> void product(const Matrix& m, const void* x, int64_t tokens, const void* bias, void* out, int threads) {
+template <int TYPE, bool ALL> void product(const Matrix& m, const void* x, int64_t tokens, const void* bias, void* out, int threads) {
     using Value = typename Stored<TYPE>::type;
     const Output<TYPE> output{(Value*)out, (const Value*)bias, m.rows};
-#if defined(SPARSIGHT_AVX512)
-    if constexpr (TYPE == BRAIN) return product_pairs<false>(m, (const Value*)x, tokens, output, threads);
-#endif
     const int64_t padded = (m.columns + LANES - 1) / LANES * LANES;
     const Lines<float> in(tokens * padded);
     walk_tokens(tokens, [&](int64_t token, auto count) {
         constexpr int T = count();
         #pragma GCC unroll 8
-        for (int t = 0; t < T; t++)
+        for (int t = 0; t < T; t++) {
+            const Value* from = (const Value*)x + (token + t) * m.columns;
+            float* to = in.start + token * padded + t * LANES;
             for (int64_t c = 0; c < m.columns; c++)
-                in.start[token * padded + c / LANES * LANES * T + t * LANES + c % LANES] = Stored<TYPE>::wide(((const Value*)x)[(token + t) * m.columns + c]);
+                to[c / LANES * LANES * T + Lanes<TYPE>::place(int(c % LANES))] = Stored<TYPE>::wide(from[c]);
+        }
     });
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
         walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
             walk_tokens(tokens, [&](int64_t token, auto count) {
                 constexpr int T = count(), R = STREAMS;
-                const float* own = in.start + token * padded;
-                const int64_t apart = (to - from) / R;
-                for (int64_t row = from; row < from + apart; row++) multiply<TYPE, R, T>(m, row, apart, own, output, token);
-                for (int64_t row = from + R * apart; row < to; row++) multiply<TYPE, 1, T>(m, row, 0, own, output, token);
+                walk_rows<ALL, R, LANES>(m, from, to, Group<TYPE, T>{m, in.start + token * padded, output, token});
             });
         });
     });
@@ -293,20 +370,17 @@ template <int TYPE> void product(const Matrix& m, const void* x, int64_t tokens,
 }  // namespace
 
 // `out` (tokens, rows) = x (tokens, columns) W^T + bias (rows,) or none, all of one type. Without bits W is dense, which is
-// for bfloat16 with AVX-512 only; returns 0 where there is nothing to run.
+// for bfloat16 only; returns 0 where there is nothing to run.
 extern "C" int sparsight_product(const void* values, int type, const uint8_t* bits, const int64_t* offset, int64_t rows,
                                  int64_t columns, const void* x, int64_t tokens, const void* bias, void* out, int threads) {
+    if (!bits && type != BRAIN) return 0;
     const Matrix m{values, bits, offset, rows, columns};
-    if (!bits) {
 #if defined(SPARSIGHT_AVX512)
-        if (type != BRAIN) return 0;
-        product_pairs<true>(m, (const uint16_t*)x, tokens, {(uint16_t*)out, (const uint16_t*)bias, rows}, threads);
-        return 1;
+    const auto brain = bits ? product_pairs<false> : product_pairs<true>;
 #else
-        return 0;
+    const auto brain = bits ? product<BRAIN, false> : product<BRAIN, true>;
 #endif
-    }
-    const auto run = type == FLOAT ? product<FLOAT> : type == BRAIN ? product<BRAIN> : product<HALVES>;
+    const auto run = type == FLOAT ? product<FLOAT, false> : type == BRAIN ? brain : product<HALVES, false>;
     run(m, x, tokens, bias, out, threads);
     return 1;
 }

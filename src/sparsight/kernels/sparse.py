@@ -70,10 +70,11 @@ def product(
     """
     if (library := library_for(x)) is None:
         return None
-    x, rows = x.contiguous(), len(values if bits is None else bits)
-    out = torch.empty(len(x), rows, dtype=x.dtype)
-    place = [None if tensor is None else tensor.data_ptr() for tensor in (bits, offset)]
-    sizes = (*place, rows, x.shape[1], x.data_ptr(), len(x), None if bias is None else bias.data_ptr(), out.data_ptr())
+    x = x.contiguous()
+    (tokens, columns), rows = x.shape, (values if bits is None else bits).shape[0]
+    out = torch.empty(tokens, rows, dtype=x.dtype)
+    walk = (None, None) if bits is None or offset is None else (bits.data_ptr(), offset.data_ptr())
+    sizes = (*walk, rows, columns, x.data_ptr(), tokens, None if bias is None else bias.data_ptr(), out.data_ptr())
     threads, dtype = torch.get_num_threads(), DTYPES[x.dtype]
     if scale is None:
         success = library.sparsight_product(values.data_ptr(), dtype, *sizes, threads)

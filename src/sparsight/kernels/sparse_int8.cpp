@@ -49,6 +49,44 @@ struct Codes {
     }
 };
 
+#if !defined(SPARSIGHT_AVX512)
+
+// The exact sums of a block's sixteen lanes; 64 inputs lie together, and then the next 64 are `APART` on.
+template <int64_t APART> inline void sum_lanes(const int8_t* w, const int8_t* x, int32_t* sums) {
+#if defined(SPARSIGHT_AVX2)
+    const auto words = [](const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); };
+    __m256i pairs[4] = {};
+    #pragma GCC unroll 4
+    for (int64_t chunk = 0; chunk < BLOCK / 64; chunk++)
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m256i products = _mm256_madd_epi16(words(w + 64 * chunk + 16 * i), words(x + APART * chunk + 16 * i));
+            pairs[i] = _mm256_add_epi32(pairs[i], products);
+        }
+    for (int half = 0; half < 2; half++) {
+        const __m256i fours = _mm256_hadd_epi32(pairs[2 * half], pairs[2 * half + 1]);
+        _mm256_storeu_si256((__m256i*)(sums + 8 * half), _mm256_permute4x64_epi64(fours, 0xd8));
+    }
+#elif defined(SPARSIGHT_NEON) && defined(__ARM_FEATURE_DOTPROD)
+    #pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        int32x4_t fours = vdupq_n_s32(0);
+        #pragma GCC unroll 4
+        for (int64_t chunk = 0; chunk < BLOCK / 64; chunk++)
+            fours = vdotq_s32(fours, vld1q_s8(w + 64 * chunk + 16 * i), vld1q_s8(x + APART * chunk + 16 * i));
+        vst1q_s32(sums + 4 * i, fours);
+    }
+#else
+    for (int lane = 0; lane < LANES; lane++) {
+        sums[lane] = 0;
+        for (int64_t chunk = 0; chunk < BLOCK / 64; chunk++)
+            for (int c = 4 * lane; c < 4 * lane + 4; c++) sums[lane] += int32_t(w[64 * chunk + c]) * x[APART * chunk + c];
+    }
+#endif
+}
+
+#endif
+
 // `R` rows of int8 values times `T` tokens; `total(row, token, sum)` gets the sums without the row's scale.
 template <Kind KIND, int R, int T, class Total>
 void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in, int64_t token, const Total& total) {
@@ -115,26 +153,21 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
         #pragma GCC unroll 8
         for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(sum[r][t]));
 #else
-    #pragma GCC unroll 8
+    static thread_local std::vector<int8_t> dense;
+    dense.assign(size_t(in.padded), 0);
     for (int r = 0; r < R; r++) {
-        std::vector<int8_t> dense(size_t(in.padded));
         float lanes[T][LANES] = {};
         if (KIND == DENSE) std::memcpy(dense.data(), values[r], size_t(m.columns));
         else expand_rows<uint8_t>(m, row + r * apart, row + r * apart + 1, (uint8_t*)dense.data());
         for (int64_t block = 0; block < in.blocks; block++)
-            #pragma GCC unroll 8
+            #pragma GCC unroll 1
             for (int t = 0; t < T; t++) {
-                const int8_t* w = &dense[size_t(block * BLOCK)];
-                const int8_t* x = in.code.start + token * in.padded + block * BLOCK * T + t * 64;
+                int32_t part[LANES];
+                sum_lanes<T * 64>(&dense[size_t(block * BLOCK)], in.code.start + token * in.padded + block * BLOCK * T + t * 64, part);
                 const float scale = in.scale[size_t((token + t) * in.blocks + block)];
-                for (int lane = 0; lane < LANES; lane++) {
-                    int32_t part = 0;
-                    for (int c = 4 * lane; c < BLOCK; c += 64)
-                        for (int i = c; i < c + 4; i++) part += int32_t(w[i]) * x[i / 64 * 64 * T + i % 64];
-                    lanes[t][lane] = fused(float(part), scale, lanes[t][lane]);
-                }
+                for (int lane = 0; lane < LANES; lane++) lanes[t][lane] = fused(float(part[lane]), scale, lanes[t][lane]);
             }
-        #pragma GCC unroll 8
+        #pragma GCC unroll 1
         for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(lanes[t]));
     }
 #endif

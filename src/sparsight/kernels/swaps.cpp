@@ -3,8 +3,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -62,7 +63,7 @@ extern "C" void sparsight_swap_rows(const float *W, uint8_t *keep, const float *
     std::vector<float> root(n);
     for (long j = 0; j < n; ++j) root[j] = std::sqrt(std::max(0.0f, G[j * n + j]));
     std::atomic<int64_t> next{0};
-    auto work = [&] {
+    in_parts(int(std::min<int64_t>(threads, rows)), [&](int) {
         std::vector<long> kept, pruned;
         for (int64_t row; (row = next++) < rows;) {
             const float *w = W + row * n;
@@ -79,9 +80,5 @@ extern "C" void sparsight_swap_rows(const float *W, uint8_t *keep, const float *
                 for (int64_t j = 0; j < n; ++j) now[j] += wp * Gp[j] - wq * Gq[j];
             }
         }
-    };
-    std::vector<std::thread> team;
-    for (int i = 1; i < threads; ++i) team.emplace_back(work);
-    work();
-    for (auto &thread : team) thread.join();
+    });
 }

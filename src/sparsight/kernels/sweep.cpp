@@ -8,13 +8,15 @@
 //
 // GCC vector extensions, which any CPU compiles; two small functions have a form of their own for AVX-512.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -299,8 +301,5 @@ extern "C" void sparsight_sweep(float* W, int64_t rows, int64_t columns, int64_t
     const Floats near = pack_near(job), behind = pack_behind(job);
     job.near = near.get(), job.behind = behind.get();
     std::atomic<int64_t> next{0};
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads && i * ROWS < rows; i++) others.emplace_back(sweep_rows, std::cref(job), std::ref(next));
-    sweep_rows(job, next);
-    for (auto& thread : others) thread.join();
+    in_parts(int(std::min<int64_t>(threads, (rows + ROWS - 1) / ROWS)), [&](int) { sweep_rows(job, next); });
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +12,8 @@ from torch.nn import functional as F
 
 from sparsight import kernels
 from sparsight.errors import SparsightError
-from sparsight.kernels.build import DTYPES
-from sparsight.packing.tensor import Packed
+from sparsight.kernels.build import DTYPES, library_for
+from sparsight.packing.tensor import Packed, row_offsets
 
 FEW, FEW_INT8 = 32, 64  # tokens, at most, that are multiplied with the packed weight; more are with dense tiles
 SMALL = 1 << 19  # weights of a layer that fits into a cache, where torch is as fast or faster
@@ -72,14 +74,19 @@ class SparseLinear(nn.Module):
             raise SparsightError(
                 f"inputs of {x.shape[-1]} features were given to a packed layer that takes {self.in_features}"
             )
-        return sparse_linear(x, self.weight, self.weight_bits, self.weight_scale, self.bias, self._where())
+        multiply = _multiply if _plain(x) else sparse_linear
+        return multiply(x, self.weight, self.weight_bits, self.weight_scale, self.bias, self._where())
+
+    def count(self) -> None:
+        """Count where the values of each row begin, once for these bits; the first product does it, if nothing else did."""
+        bits = self.weight_bits
+        if not bits.is_meta and (self._known is None or self._known[0] is not bits):
+            self._known = bits, self.packed.offset()
 
     def _where(self) -> torch.Tensor:
-        """Where the values of each row begin; counted once, and again for other bits."""
-        bits = self.weight_bits
-        if self._known is None or self._known[0] is not bits:
-            self._known = bits, self.packed.offset()
-        return self._known[1]
+        if not torch.compiler.is_compiling():
+            self.count()
+        return self.weight_bits.new_empty(0, dtype=torch.int64) if self._known is None else self._known[1]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._known = None
@@ -87,8 +94,11 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = None if self.weight_scale is None else self.weight_scale.detach()
+        known = self._known is not None
         result = super()._apply(fn, recurse)
         self._known, after = None, self.weight_scale
+        if known:
+            self.count()
         if before is not None and after is not None and after.dtype != before.dtype:  # float32, whatever the rest becomes
             self.weight_scale = nn.Parameter(before.to(after.device), requires_grad=False)
         return result
@@ -112,9 +122,11 @@ def sparse_linear(
     bias: torch.Tensor | None,
     offset: torch.Tensor,
 ) -> torch.Tensor:
-    """x (..., in) times a packed weight (out, in), plus bias (out,); `offset` says where the values of each row begin."""
-    tokens = x.reshape(-1, x.shape[-1])
-    return _multiply(tokens, values, bits, scale, bias, offset).view(*x.shape[:-1], len(bits))
+    """x (..., in) times a packed weight (out, in), plus bias (out,).
+
+    `offset` int64 (out + 1,) says where the values of each row begin; an empty one is counted anew.
+    """
+    return _multiply(x, values, bits, scale, bias, offset)
 
 
 @sparse_linear.register_fake
@@ -122,60 +134,96 @@ def _(x: Any, values: Any, bits: Any, scale: Any, bias: Any, offset: Any) -> tor
     return x.new_empty(*x.shape[:-1], bits.shape[0])
 
 
+def _plain(x: torch.Tensor) -> bool:
+    """Whether a product may run at once: nothing records or traces it, and it costs no way through the dispatcher."""
+    if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not torch.Tensor:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
+
+
 def _multiply(
+    x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None,
+    offset: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    tokens = x.reshape(-1, x.shape[-1])
+    if not offset.numel():  # not counted before torch.compile looked at the layer
+        offset = row_offsets(bits)
+    return _of_tokens(tokens, values, bits, scale, bias, offset).view(*x.shape[:-1], bits.shape[0])
+
+
+def _of_tokens(
     x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None,
     offset: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     alike = (values.dtype == x.dtype or scale is not None) and x.dtype in DTYPES and not x.is_cuda
     alike = alike and values.device == x.device and (bias is None or bias.dtype == x.dtype)
-    few = alike and len(x) <= (FEW if scale is None else FEW_INT8)
+    few = alike and x.shape[0] <= (FEW if scale is None else FEW_INT8)
     if few and (y := kernels.product(x, values, bits, offset, bias, scale)) is not None:
         return y
-    rows, columns = len(bits), x.shape[-1]
-    if alike and (y := _by_tiles(x, values, bits, scale, bias, offset)) is not None:
-        return y
-    return F.linear(x, Packed(values, bits, (rows, columns), scale).expand(x.dtype, offset), bias)
+    shape = (bits.shape[0], x.shape[-1])
+    if alike and library_for(values, values.dtype) is not None:
+        tile = torch.empty(min(TILE, shape[0]), shape[1], dtype=values.dtype)
+
+        def dense_rows(part: slice) -> torch.Tensor:
+            W = tile[: part.stop - part.start]
+            kernels.expand_rows(values, bits, offset, shape[1], W, part.start)
+            return W if scale is None else W.float() * scale[part].unsqueeze(1)
+
+        return _by_tiles(x, shape[0], dense_rows, bias)
+    return F.linear(x, Packed(values, bits, shape, scale).expand(x.dtype, offset), bias)
 
 
 def _by_tiles(
-    x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None,
-    offset: torch.Tensor,
-) -> torch.Tensor | None:  # fmt: skip
-    """x W^T + b with W expanded `TILE` rows at a time; None without compiled kernels."""
-    rows, columns = len(bits), x.shape[-1]
-    out = torch.empty(len(x), rows, dtype=x.dtype)
-    tile = torch.empty(min(TILE, rows), columns, dtype=values.dtype)
+    x: torch.Tensor, rows: int, dense_rows: Callable[[slice], torch.Tensor], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + b with `TILE` dense rows of W at a time, in the dtype in which torch is fast."""
+    wide = x.to(_fast(x.dtype))
+    bias = None if bias is None else bias.to(wide.dtype)
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     for first in range(0, rows, TILE):
-        W = tile[: min(TILE, rows - first)]
-        if not kernels.expand_rows(values, bits, offset, columns, W, first):
-            return None
-        part = slice(first, first + len(W))
-        if scale is not None:
-            W = (W.float() * scale[part].unsqueeze(1)).to(x.dtype)
-        out[:, part] = F.linear(x, W, None if bias is None else bias[part])
+        part = slice(first, min(rows, first + TILE))
+        out[:, part] = F.linear(wide, dense_rows(part).to(wide.dtype), None if bias is None else bias[part])
     return out
 
 
-class DenseLinear(nn.Linear):
-    """An ordinary linear layer that multiplies few tokens by our own dense product, for inference.
+@functools.cache
+def _fast(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype torch is fastest with many tokens here: without AVX-512, 16-bit products take several times as long."""
+    return dtype if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else torch.float32
 
-    It reads bfloat16 weights faster than torch does on a CPU with AVX-512; everywhere else it is `nn.Linear`.
+
+class DenseLinear(nn.Linear):
+    """An ordinary linear layer in bfloat16 that is multiplied faster than torch does it on a CPU, for inference.
+
+    Few tokens take our own dense product. More are multiplied in float32, a tile of rows at a time, on a CPU where torch
+    is slow in bfloat16; everywhere else it is `nn.Linear`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
         W = self.weight
-        few = x.numel() <= FEW * self.in_features and W.dtype == x.dtype == torch.bfloat16 and not W.is_cuda
-        if not few or (torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)):
+        ours = W.dtype == x.dtype == torch.bfloat16 and not W.is_cuda
+        ours = ours and (x.numel() <= FEW * self.in_features or _fast(x.dtype) != x.dtype)
+        if not ours or (torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)):
             return super().forward(x)
-        return dense_linear(x, W, self.bias)
+        multiply = _multiply_dense if _plain(x) else dense_linear
+        return multiply(x, W, self.bias)
 
 
 @torch.library.custom_op("sparsight::dense_linear", mutates_args=())
 def dense_linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., in) times a dense W (out, in), plus bias (out,)."""
-    y = kernels.product(x.reshape(-1, x.shape[-1]), W.contiguous(), None, None, bias)
-    return F.linear(x, W, bias) if y is None else y.view(*x.shape[:-1], len(W))
+    return _multiply_dense(x, W, bias)
+
+
+def _multiply_dense(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    tokens, W = x.reshape(-1, x.shape[-1]), W.contiguous()
+    y: torch.Tensor | None
+    if tokens.shape[0] > FEW:
+        y = _by_tiles(tokens, W.shape[0], lambda part: W[part], bias)
+    else:
+        y = kernels.product(tokens, W, None, None, bias)
+    return F.linear(x, W, bias) if y is None else y.view(*x.shape[:-1], W.shape[0])
 
 
 @dense_linear.register_fake
