@@ -143,7 +143,9 @@ class PackedQuantizer(HfQuantizer):
             model._weight_conversions = [Show(stored), *model._weight_conversions, Hide(inside)]
         config = self.quantization_config
         for path in self.in_memory.values():
-            model.get_submodule(path).requires_grad_(False)
+            layer = model.get_submodule(path)
+            layer.requires_grad_(False)
+            layer.count()  # before torch.compile looks at it
         if config.packed:
             use_own_products(model)
         config.layers = {key: config.layers[key] for key in self.in_memory}  # the rest is dense by now
@@ -188,6 +190,10 @@ class Expand(ConversionOps):
         """`{pattern: [tensors]}` with patterns of bits and scales -> the same without them, dense."""
         name, model = str(kwargs.get("full_layer_name")), kwargs.get("model")
         try:
+            if (getattr(model, "_tp_size", None) or 1) > 1:
+                raise SparsightError(
+                    "a packed weight cannot be split over devices (tensor parallel); unpack the folder first"
+                )
             layer = self._sparse_layer(model, name)
             dense = self._convert(input_dict, layer)
             if not self.targets and layer is None:  # nothing follows
