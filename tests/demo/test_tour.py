@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from sparsight import SparsightError, api
-from sparsight.cli import tables
+from sparsight.cli.demo import demo_tables
 from sparsight.demo.tour import Effort, tour
 
 QUICK = Effort(train=48, test=8, steps=3)
@@ -83,7 +83,7 @@ def test_the_table_on_the_terminal(quick):
 
     facts, out = quick
     console = Console(record=True, width=160, file=io.StringIO())
-    for part in tables.demo_tables(facts):
+    for part in demo_tables(facts):
         console.print(part)
     text = console.export_text()
     assert "SparseLoRA, merged" in text

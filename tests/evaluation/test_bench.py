@@ -29,7 +29,8 @@ def test_a_model_of_small_layers(sparse, run):
     code, out, _ = run("bench", sparse / "packed", "--repeats", 2, "--new-tokens", 1, "--quiet")
     assert code == 0
     assert "F.linear / packed" in out
-    assert "all fit into a cache, and stay dense in memory" in out
+    assert "all fit into a cache, and `load` keeps them dense" in out
+    assert "tokens/s, dense" in out
 
 
 def test_every_figure(sparse, run, monkeypatch):

@@ -59,12 +59,12 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Prune the embedded model at 2:4, restore it, verify it and write a report; no network."""
-    from sparsight.cli import tables
+    from sparsight.cli.demo import demo_tables
     from sparsight.demo.tour import tour
 
     with progress_display("demo", quiet) as progress:
         facts = tour(out, overwrite=overwrite, seed=seed, progress=progress)
-    show(facts, False, *tables.demo_tables(facts))
+    show(facts, False, *demo_tables(facts))
 
 
 def main() -> None:

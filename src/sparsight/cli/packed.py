@@ -37,6 +37,15 @@ def unpack_lines(facts: Mapping[str, Any], out: str | Path) -> list[str]:
     return [f"Unpacked {sizes['packed']:,} bytes of weights to {sizes['dense']:,}.", f"Written to {out}."]
 
 
+def _cuda_table(facts: Mapping[str, Any]) -> Any:
+    rows = [
+        (tokens, f"{ms['dense']:.4f}", f"{ms['2:4']:.4f}", ms["alg_id"], f"{ms['dense'] / ms['2:4']:.2f}", ms["use"])
+        for tokens, ms in facts["ms"].items()
+    ]
+    title = f"The same on {facts['device']}, 2:4 by core PyTorch, milliseconds"
+    return table(title, ("tokens", "dense", "2:4", "alg_id", "dense / 2:4", "use"), rows)
+
+
 def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
     """What `bench` prints: a table per shape of layers, then the whole model."""
     speed = facts["read_bytes_per_second"]
@@ -59,6 +68,8 @@ def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
         title = f"{layer['rows']} x {layer['columns']}, {layer['count']} layers, {layer['sparsity']:.0%} zeros, "
         title += f"{layer['bytes']['dense'] / layer['bytes']['packed']:.2f} times smaller packed"
         made.append(table(title, ("tokens", *forms, "F.linear / packed", "dense, ours / packed"), rows))
+        if on_gpu := layer.get("cuda"):
+            made.append(_cuda_table(on_gpu))
     rows = []
     for run in facts["generate"]:
         first, rate = run["first_token_seconds"], run["tokens_per_second"]
@@ -67,8 +78,11 @@ def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
         rates = [f"{rate[name]:.1f}" for name in ("dense", "packed")]
         rows.append((run["batch"], *firsts, *rates, f"{ratio:.2f}{' slower' if ratio < 1 else ''}"))
         slower = slower or ratio < 1
-    if not facts["packed_layers"]:
-        return [*made, "No layer is large enough to gain from packing: all fit into a cache, and stay dense in memory."]
+    if not facts["large"]:
+        made.append(
+            "No layer is large enough to gain from packing: all fit into a cache, and `load` keeps them dense. Below, all "
+            "are packed all the same."
+        )
     title = f"The model: a picture and a question, {facts['prompt_tokens']} tokens"
     columns = ("batch", "first token, dense (s)", "packed (s)", "tokens/s, dense", "packed", "ratio")
     made.append(table(title, columns, rows))

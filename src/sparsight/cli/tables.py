@@ -310,33 +310,3 @@ def verify_lines(proof: Mapping[str, Any]) -> list[Any]:
         return [f"verified {proof['folder']}: {total}{against}"]
     rows = [(name, "; ".join(what)) for name, what in proof["differences"].items()]
     return [table(f"{len(rows)} layers of {proof['folder']} differ", ("layer", "what"), rows, text_columns=2), total]
-
-
-def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
-    """Scores, sparsity and sizes of the demo's models, and the report's path."""
-
-    def score(run: Mapping[str, Any], key: str) -> str:
-        value, low, high = (100 * run[key][k] for k in ("value", "low", "high"))
-        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-    rows = [
-        (
-            run["label"],
-            score(run, "questions"),
-            score(run, "captions"),
-            *(f"{run['sparsity'][component]:.2%}" for component in ("vision", "language")),
-            f"{run['bytes'] / 1e6:.1f}",
-            f"{run['packed_bytes'] / 1e6:.1f}",
-            f"{run['seconds']:.0f}" if run["seconds"] else "–",
-        )
-        for run in facts["runs"].values()
-    ]
-    columns = ("model", "questions %", "captions %", "vision", "language", "MB", "packed", "s")
-    return [
-        table(f"Digit scenes, InstructBLIP, Wanda {facts['pattern']}", columns, rows),
-        "Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out",
-        *verify_lines(facts["verify"]),
-        f"Packed: {facts['packed']['packed'] / 1e6:.1f} MB of {facts['packed']['dense'] / 1e6:.1f}, "
-        + ("the same weights" if facts["packed"]["verified"] else "OTHER WEIGHTS"),
-        f"Report: {facts['report']}",
-    ]

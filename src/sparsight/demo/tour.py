@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,14 +24,17 @@ from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
 from sparsight.errors import Interrupted, OutOfMemory, SparsightError
 from sparsight.evaluation import Result, bootstrap
+from sparsight.evaluation.bench import bench_folder
 from sparsight.evaluation.record import environment
 from sparsight.evaluation.verb import evaluate_folder
+from sparsight.packing.shards import Shards
+from sparsight.packing.squeeze import squeeze
 from sparsight.progress import Progress
 from sparsight.pruning.verb import prune_folder
 from sparsight.reporting.page import Story, write_page
 from sparsight.reporting.runs import ScoredModel, read_folder
 from sparsight.restoring.verb import restore_folder
-from sparsight.specs import EvaluateSpec, PackSpec, PruneSpec, RestoreSpec
+from sparsight.specs import BenchSpec, EvaluateSpec, PackSpec, PruneSpec, RestoreSpec
 
 PATTERN = "2:4"
 RESTORE: dict[str, Any] = {"batch_size": 32, "lr": 3e-3, "kl": 0.1, "rank": "vision=4,connector=2,language=8"}
@@ -109,7 +113,9 @@ def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) ->
         progress_of = report.part(f"restore with {LABELS[adapter].split(',')[0]}")
         restore_folder(target / "pruned", target / adapter, spec, data=train, teacher=dense, progress=progress_of)
         score(adapter, target / adapter, {"restore": time.perf_counter() - start})
+    report("pack and time", 0)
     packed = pack_folder(target / "sparselora", target / "packed", PackSpec())
+    speed = bench_folder(target / "packed", BenchSpec(repeats=10, new_tokens=8))
     facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "environment": environment(),
@@ -121,14 +127,33 @@ def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) ->
         "layers": _layers(target),
         "teacher": {k: v for k, v in read_metrics(target / "sparselora")["restore"].items() if k != "curve"},
         "verify": verify(target / "sparselora", against=target / "pruned"),
-        "packed": {**packed["bytes"], "verified": not verify(target / "packed")["differences"]},
+        "packed": {**packed["bytes"], "verified": not verify(target / "packed")["differences"]}
+        | _bytes_in_bfloat16(target / "packed"),
+        "bench": speed,
         "seconds": time.perf_counter() - began,
         "out": str(target),
     }
     verified = not facts["verify"]["differences"]
-    models = [replace(run, verified=verified) if name == "sparselora" else run for name, run in runs.items()]
+    models = [replace(run, verified=verified, bench=speed) if name == "sparselora" else run for name, run in runs.items()]
     facts["report"] = str(write_page(models, target / "report.html", story=_story(facts, test)))
     return facts
+
+
+def _bytes_in_bfloat16(packed: Path) -> dict[str, int]:
+    """Bytes of a packed model's weights in bfloat16: dense, packed, and also squeezed."""
+    sizes = dict.fromkeys(("bfloat16_dense", "bfloat16_packed", "bfloat16_squeezed"), 0)
+    shards = Shards(packed)
+    for file in shards.files:
+        shard = shards.open(file)
+        for name in shard.names:
+            form = shard.read_packed(name) if name in shards.layers else None
+            values = (shard.read(name) if form is None else form.values).bfloat16()
+            bits = 0 if form is None else form.bits.nbytes
+            small = squeeze(values)
+            sizes["bfloat16_dense"] += 2 * (values.numel() if form is None else math.prod(form.shape))
+            sizes["bfloat16_packed"] += values.nbytes + bits
+            sizes["bfloat16_squeezed"] += (values if small is None else small).nbytes + bits
+    return sizes
 
 
 class _Steps:

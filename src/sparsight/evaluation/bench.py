@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +14,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sparsight.checkpoint.folder import identity
 from sparsight.data.encoding import Encoder
 from sparsight.data.sample import Sample, Turn
 from sparsight.errors import SparsightError
+from sparsight.evaluation.record import check_recordable
+from sparsight.files import read_json, write_json
 from sparsight.model.anatomy import anatomy
 from sparsight.model.load import load, load_model
 from sparsight.packing.linear import SMALL, DenseLinear, SparseLinear
 from sparsight.packing.shards import Shards
 from sparsight.packing.timing import read_speed, seconds_of, time_layer
+from sparsight.packing.two_of_four import time_two_of_four
 from sparsight.progress import Progress
 from sparsight.specs import BenchSpec
 
@@ -27,11 +33,38 @@ BATCHES = (1, 2, 4, 8, 16)
 TOKENS = (1, 2, 4, 8, 16)
 SIDE = 336  # pixels of the picture that is asked about
 ROUNDS = 3
+FORMAT, RECORD = 1, "bench.json"
+
+
+def bench_folder(
+    folder: str | Path, spec: BenchSpec, *, record: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Time a sparse model, in an ordinary or a packed folder, on the CPU. **Raises** `SparsightError` without zeros."""
+    target = check_recordable(folder) if record else None
+    facts = _bench(folder, spec, progress)
+    if target is not None:
+        write_json(target / RECORD, facts)
+    return facts
+
+
+def read_bench(folder: str | Path) -> dict[str, Any] | None:
+    """The figures that `bench` recorded in a folder of these weights; None if there are none.
+
+    **Raises** `SparsightError` for a damaged file and for figures of other weights.
+    """
+    path, again = Path(folder) / RECORD, "run sparsight bench with `record` again, or delete it"
+    if not path.is_file():
+        return None
+    facts = read_json(path, again)
+    if facts.get("format") != FORMAT or not isinstance(facts.get("layers"), list):
+        raise SparsightError(f"{path}: is no record of bench, or of another version; {again}")
+    if facts.get("weights") != identity(folder):
+        raise SparsightError(f"{path}: is of other weights than are there now; {again}")
+    return facts
 
 
 @torch.no_grad()
-def bench_folder(folder: str | Path, spec: BenchSpec, progress: Progress | None = None) -> dict[str, Any]:
-    """Time a sparse model, in an ordinary or a packed folder, on the CPU. **Raises** `SparsightError` without zeros."""
+def _bench(folder: str | Path, spec: BenchSpec, progress: Progress | None) -> dict[str, Any]:
     model, processor = load(folder, dtype="bfloat16")
     body = anatomy(model)
     pruned = [layer.name for layer in body.layers if layer.sparse]
@@ -49,16 +82,22 @@ def bench_folder(folder: str | Path, spec: BenchSpec, progress: Progress | None 
         _tell(progress, f"{shape[0]} x {shape[1]}", i, steps)
         facts = time_layer(same[0], (*TOKENS, length), spec.repeats)
         zeros = sum(int((linear.weight == 0).sum()) for linear in same)
+        if (on_gpu := time_two_of_four(same[0].weight, spec.repeats)) is not None:
+            facts["cuda"] = on_gpu
+        facts["ms"] = {str(tokens): times for tokens, times in facts["ms"].items()}  # as in JSON
         layers.append(facts | {"count": len(same), "sparsity": zeros / (len(same) * shape[0] * shape[1])})
     _tell(progress, "memory", len(shapes), steps)
     speed = read_speed(ROUNDS)
     whole = TwoForms(model, linears)
     generated = []
-    for i, batch in enumerate(BATCHES if whole.pairs else ()):
+    for i, batch in enumerate(BATCHES):
         _tell(progress, f"generate, batch {batch}", len(shapes) + 1 + i, steps)
         many = encoder.prompts([_sample()] * batch)
         generated.append({"batch": batch, **_generate(whole, many, spec.new_tokens)})
     return {
+        "format": FORMAT,
+        "date": datetime.date.today().isoformat(),
+        "weights": identity(folder),
         "folder": str(folder),
         "machine": _cpu(),
         "threads": torch.get_num_threads(),
@@ -67,6 +106,7 @@ def bench_folder(folder: str | Path, spec: BenchSpec, progress: Progress | None 
         "prompt_tokens": length,
         "layers": layers,
         "packed_layers": len(whole.pairs),
+        "large": whole.large,
         "generate": generated,
         "memory": whole.sizes(),
         "load": _load_times(folder),
@@ -74,12 +114,14 @@ def bench_folder(folder: str | Path, spec: BenchSpec, progress: Progress | None 
 
 
 class TwoForms:
-    """A model whose large layers can be dense or packed, in turn."""
+    """A model whose large layers can be dense or packed, in turn; where no layer is `large`, all of them."""
 
     def __init__(self, model: Any, linears: dict[str, nn.Linear]) -> None:
         self.model = model
+        self.large = any(linear.weight.numel() >= SMALL for linear in linears.values())
+        least = SMALL if self.large else 0
         self.pairs = {
-            name: (linear, SparseLinear.of(linear)) for name, linear in linears.items() if linear.weight.numel() >= SMALL
+            name: (linear, SparseLinear.of(linear)) for name, linear in linears.items() if linear.weight.numel() >= least
         }
         pruned = {id(linear) for linear in linears.values()}
         modules = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() >= SMALL]
@@ -104,23 +146,33 @@ class TwoForms:
 
 def _generate(whole: TwoForms, inputs: dict[str, Any], new_tokens: int) -> dict[str, Any]:
     """Seconds to the first token, and tokens per second behind it, of all rounds the best."""
-    best: dict[str, list[float]] = {"dense": [], "packed": []}
     first: dict[str, list[float]] = {"dense": [], "packed": []}
+    rest: dict[str, list[float]] = {"dense": [], "packed": []}
     for _ in range(ROUNDS):
-        for name in best:
+        for name in first:
             whole.use(name == "packed")
-            one = seconds_of(lambda: _answer(whole.model, inputs, 1))
-            first[name].append(one)
-            best[name].append(seconds_of(lambda: _answer(whole.model, inputs, 1 + new_tokens)) - one)
+            clock = _Clock()
+            start = time.perf_counter()
+            many = {"max_new_tokens": 1 + new_tokens, "min_new_tokens": 1 + new_tokens, "do_sample": False}
+            whole.model.generate(**inputs, **many, stopping_criteria=[clock])
+            first[name].append(clock.times[0] - start)
+            rest[name].append(clock.times[-1] - clock.times[0])
     batch = len(inputs["input_ids"])
     return {
         "first_token_seconds": {name: min(values) for name, values in first.items()},
-        "tokens_per_second": {name: batch * new_tokens / max(min(values), 1e-9) for name, values in best.items()},
+        "tokens_per_second": {name: batch * new_tokens / min(values) for name, values in rest.items()},
     }
 
 
-def _answer(model: Any, inputs: dict[str, Any], tokens: int) -> None:
-    model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+class _Clock:
+    """A stopping criterion that stops nothing and notes when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _load_times(folder: str | Path) -> dict[str, Any]:

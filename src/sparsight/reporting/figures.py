@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sparsight.errors import NotWritten
-from sparsight.reporting import layer_figures, run_figures
+from sparsight.reporting import layer_figures, run_figures, speed_figures
 from sparsight.reporting.groups import Group
 from sparsight.reporting.scores import estimate, metric_name
 from sparsight.reporting.select import NoFigure
@@ -53,7 +53,7 @@ class ReportFigure:
 def report_figures(groups: Sequence[Group], metric: str | None = None) -> list[ReportFigure]:
     """Draw every figure that the groups make; with a row per run, of the first 40."""
     figures = []
-    for name, title, caption, draw in (*_run_drawings(groups, metric), *_layer_drawings(groups)):
+    for name, title, caption, draw in (*_run_drawings(groups, metric), *_layer_drawings(groups), *_speed_drawings(groups)):
         with contextlib.suppress(NoFigure):
             figures.append(ReportFigure(name, title, caption, draw()))
     return figures
@@ -91,6 +91,19 @@ def _layer_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
         title = f"Relative output error by layer and block of {run.label}"
         caption = f"{error} every layer, on calibration samples."
         yield f"errors-{i}", title, caption, partial(layer_figures.layer_heat, run, "error")
+
+
+def _speed_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
+    runs = [run for group in groups for run in group.runs if run.bench is not None]
+    for i, run in enumerate(runs[:MOST_MAPS]):
+        facts = run.bench or {}
+        small = "" if facts["large"] else " All layers fit into a cache, where packed weights gain nothing."
+        machine = f"{facts['machine']}, {facts['threads']} threads, {facts['date']}"
+        caption = (
+            f"{run.label}, dense and packed, on {machine}: products with weights cold in memory, lower is faster; whole "
+            f"answers, higher is faster.{small}"
+        )
+        yield f"speed-{i}", f"Speed of {run.label}, dense and packed", caption, partial(speed_figures.speed, run)
 
 
 def save_figures(figures: Sequence[ReportFigure], folder: str | Path) -> list[Path]:

@@ -19,6 +19,7 @@ from sparsight.checkpoint.card import component_totals
 from sparsight.checkpoint.folder import identity, read_metrics, read_recipe, read_record
 from sparsight.checkpoint.stages import stages_of
 from sparsight.errors import SparsightError
+from sparsight.evaluation.bench import read_bench
 from sparsight.evaluation.record import PICTURES, read_answers, read_evaluation, saved_bytes
 from sparsight.files import read_json
 from sparsight.model.files import read_header
@@ -40,7 +41,8 @@ class ScoredModel:
     "update", "reconstruct", "policy", "restore" (None or settings), "seed", and all else that tells one run from another.
     `components` has {"layers", "zeros", "parameters"} of the prunable layers. `layers` has {"component", "block", "got",
     "error"} by name; "got" is a fraction, the error is relative or None. `scores` and `predictions` are those of
-    `evaluation.Result`. `seconds` and `memory` (the peak of the process, in bytes) are per stage. `pictures` is the folder
+    `evaluation.Result`. `seconds` and `memory` (the peak of the process, in bytes) are per stage. `bench` is
+    what `bench` recorded. `pictures` is the folder
     with N.png for the first samples.
     """
 
@@ -65,6 +67,7 @@ class ScoredModel:
     hashes: Mapping[str, str] = field(default_factory=dict)
     date: str = ""
     block_errors: Mapping[str, float] = field(default_factory=dict)
+    bench: Mapping[str, Any] | None = None
     folder: Path | None = None
     pictures: Path | None = None
 
@@ -174,6 +177,7 @@ def read_folder(folder: str | Path, *, label: str | None = None) -> ScoredModel:
             data=str(scores.get("data", "")),
             date=str(scores.get("date", "")),
             block_errors=pruning.get("block_errors", {}),
+            bench=read_bench(path),
             hashes=hashes,
             folder=path,
             pictures=path / PICTURES,
