@@ -118,7 +118,7 @@ class MethodSpec(Spec):
     ] = "wanda"
     refine: Annotated[Name | None, Option("Move the zeros: {names}.", (f"{METHODS}:REFINES",), cost=True)] = None
     update: Annotated[Name | None, Option("Solve for the kept weights: {names}.", (f"{METHODS}:UPDATES",), cost=True)] = None
-    reconstruct: Annotated[int, epochs("Epochs of fitting each block to its dense outputs.")] = 0
+    reconstruct: Annotated[int, epochs("Epochs of fitting each block to the dense model's outputs of it.")] = 0
     tokens: Annotated[Name, Option("Which calibration tokens count: {names}.", ("sparsight.calibration.tokens:TOKENS",))] = (
         "all"
     )

@@ -9,8 +9,10 @@ that the activations inside a block are held for all batches.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -52,6 +54,7 @@ def prune(
     seed: int = 0,
     journal: Journal | None = None,
     cache: MomentCache | None = None,
+    original: Mapping[torch.Tensor, torch.Tensor] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneRecord:
@@ -60,7 +63,8 @@ def prune(
     `batches` are those of `sparsight.data`. `method` is a name, a function, a `Method` or a `Composition`; `options` are
     those of `compose`. Blocks that the `journal` holds are taken from there. With a `cache`, which `collect_moments` has
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
-    blocks are measured. `progress(stop, done, all)` is called per stop.
+    blocks are measured. `original` has the dense model's values of parameters that differ already and are not pruned, for
+    the targets of reconstruction. `progress(stop, done, all)` is called per stop.
 
     Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
     layers; all end with the weights of a single process, bit for bit (with as many threads).
@@ -80,11 +84,14 @@ def prune(
     if cache:
         prune_from_cache(work, cache)
     elif batches:
-        walk = LayerWalk(work) if composition.propagate == "layer" else BlockWalk(work)
+        walk: Any = LayerWalk(work) if composition.propagate == "layer" else BlockWalk(work)
         with evaluating(model):
             if "gradient" in composition.needs:
                 work.sensitivity = gradients(model, work.layers, batches)
-            lockstep(model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all)
+            lockstep(
+                model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all,
+                ahead=getattr(walk, "ahead", None), as_it_was=partial(_values, original or {}),
+            )  # fmt: skip
         walk.finish()
     elif composition.needs:
         raise SparsightError(
@@ -96,6 +103,19 @@ def prune(
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(next(model.parameters()).device)
     return work.record
+
+
+@contextlib.contextmanager
+def _values(others: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Give parameters other values inside the block, in place."""
+    before = {p: p.data.clone() for p in others}
+    try:
+        for p, value in others.items():
+            p.data.copy_(value)
+        yield
+    finally:
+        for p, value in before.items():
+            p.data.copy_(value)
 
 
 @torch.no_grad()
