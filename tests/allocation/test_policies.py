@@ -17,6 +17,7 @@ from sparsight.allocation.policies.sensitivity import levels, wanda_at
 from sparsight.allocation.policy import CAP, Policy
 from sparsight.allocation.solver import allocate
 from sparsight.calibration.probe import Probe
+from sparsight.data.batching import one_by_one
 from sparsight.demo import MODELS
 
 import zoo
@@ -99,20 +100,20 @@ def test_alpha_equals_the_published_mapping_on_a_trained_model():
 def test_the_zeroth_order_slope_of_one_matrix_by_hand(measure):
     layer = measure.anatomy.component("language")[3]
     W, slopes = layer.weight.clone(), []
-    for i, batch in enumerate(measure.batches):
+    for i, sample in enumerate(one for batch in measure.batches for one in one_by_one(batch)):
         z, losses = measure.noise(layer, i), []
         for perturbed in (W + 1e-3 * z, W - 1e-3 * z):
             layer.write(perturbed)
             with torch.no_grad():
-                losses.append(measure.model(**batch.inputs).loss.item())
+                losses.append(measure.model(**sample.inputs).loss.item())
         slopes.append(abs(losses[0] - losses[1]) / 2e-3)
     layer.write(W)
     assert not torch.equal(measure.noise(layer, 0), measure.noise(layer, 1))
-    assert measure.slopes([layer])[layer.name] == pytest.approx(sum(slopes) / 2, abs=1e-3)
+    assert measure.slopes([layer])[layer.name] == pytest.approx(sum(slopes) / len(slopes), abs=1e-3)
     assert measure.slopes([layer])[layer.name] > 0.01
     g = measure.gradients([layer])[layer.name].mean  # what it estimates: |<g, z>|
-    along = [abs(float((measure.noise(layer, i) * g).sum())) for i in range(2)]
-    assert sum(slopes) / 2 < 4 * sum(along)
+    along = [abs(float((measure.noise(layer, i) * g).sum())) for i in range(len(slopes))]
+    assert sum(slopes) / len(slopes) < 4 * sum(along) / len(along)
 
 
 def test_first_order_is_w_times_g_and_not_w_squared(measure):
@@ -126,12 +127,12 @@ def test_first_order_is_w_times_g_and_not_w_squared(measure):
         blocks = [*blocks_of(body, "vision").values(), *blocks_of(body, "language").values()]
         score = [sum(float((x.weight.abs() ** power * found[x.name].mean.abs()).sum()) for x in b) for b in blocks]
         size = np.array([sum(x.weight.numel() for x in b) for b in blocks])
-        return 0.2 + np.array(score) / np.sum(score) * (0.5 - 0.2) * size.sum() / size
+        return 0.4 + np.array(score) / np.sum(score) * (0.5 - 0.4) * size.sum() / size
 
     ours = 1 - np.concatenate([sparsities(plan, body, c) for c in ("vision", "language")])
     assert (kept(1) < 1).all()
-    assert ours == pytest.approx(kept(1), abs=0.02)  # 25 of 32 columns is as near as 0.8 comes
-    assert np.abs(kept(2) - kept(1)).max() == pytest.approx(0.071, abs=0.005)  # where the forks' W^2 |g| goes astray
+    assert ours == pytest.approx(kept(1), abs=0.02)  # in whole columns
+    assert np.abs(kept(2) - kept(1)).max() == pytest.approx(0.023, abs=0.002)  # where the forks' W^2 |g| goes astray
 
 
 def test_the_published_repair_of_the_budget_adds_where_ours_meets_it():
@@ -153,9 +154,10 @@ def test_ecoflap_shares_one_budget_over_both_components(measure):
     asked = sum((0.4 if x.component == "vision" else 0.6) * x.weight.numel() for x in layers)
     assert sum(plan[x.name].zeros(x.shape) for x in layers) == pytest.approx(asked, abs=8)
     assert abs(share_of(body, plan, "vision") - 0.4) > 0.01
-    assert max(p.sparsity for p in plan.values()) <= 0.8
-    more = make_plan(body, sparsity=0.85, policy="ecoflap", probe=measure)  # the cap gives way
-    assert 0.85 < max(p.sparsity for p in more.values()) <= 0.95
+    mean = asked / sum(x.weight.numel() for x in layers)
+    assert max(p.sparsity for p in plan.values()) <= mean + 0.1 + 1e-9  # as in the published scripts
+    more = make_plan(body, sparsity=0.85, policy="ecoflap", probe=measure)
+    assert 0.85 < max(p.sparsity for p in more.values()) <= 0.95 + 1e-9
 
 
 def test_sensitivity_spends_where_the_answers_suffer_least(measure):

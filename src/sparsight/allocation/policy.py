@@ -26,7 +26,7 @@ class Policy:
     `curves` what it costs at some sparsities; a layer that it leaves out stays dense. Without a scale it gives sparsities
     itself. `data`: it needs calibration samples, `labels`: with labels. `across`: all components share one budget, the
     number of zeros the uniform policy would spend; otherwise every component meets its own. `cap` is the highest sparsity of
-    a layer; a higher budget raises it. `cost` is for the estimate; None: not known.
+    a layer, or the budget and `HEADROOM` where that is more, as always for 0. `cost` is for the estimate; None: not known.
     """
 
     importance: Callable[..., Mapping[str, Any]]
