@@ -11,7 +11,7 @@ import torch
 
 from sparsight import Pattern, SparsightError, anatomy, api, load
 from sparsight.allocation.plan import POLICIES, make_plan, plan_rows, planned_budget
-from sparsight.allocation.policies.alpha import hill
+from sparsight.allocation.policies.alpha import exponent
 from sparsight.allocation.policies.owl import outliers
 from sparsight.allocation.policies.sensitivity import levels, wanda_at
 from sparsight.allocation.policy import CAP, Policy
@@ -70,16 +70,23 @@ def test_owl_equals_the_published_formula(measure):
         assert share_of(body, plan, component) == pytest.approx(asked, abs=5e-4)
 
 
-def test_hill_equals_the_published_estimate():
-    W = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 64)
-    eigs = torch.sort(torch.square(torch.linalg.svdvals(W)))[0]
-    i = len(eigs) // 2
-    n = float(len(eigs) - i)
-    published = 1 + n / (torch.sum(torch.log(eigs[i:])) - n * torch.log(eigs[i]))
-    assert hill(W) == pytest.approx(float(published), rel=1e-4)
-    assert hill(W) < hill(torch.randn(40, 64))  # heavier tail, lower exponent
-    assert hill(torch.cat([W, torch.zeros(5, 64)])) == pytest.approx(hill(W), rel=1e-3)  # dead rows say nothing
-    assert hill(torch.eye(8)) == hill(torch.zeros(8, 8)) == 100
+def test_the_exponent_is_that_of_the_best_fitting_tail_near_the_peak():
+    """Step by step: the fullest bin, and for every eigenvalue that may begin the tail its law against the counts."""
+    for seed, decay in ((0, -2), (1, -1), (2, 0)):
+        W = torch.randn(40, 64, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, decay, 64)
+        eigs = np.sort(np.linalg.svd(W.double().numpy(), compute_uv=False) ** 2)
+        counts, edges = np.histogram(np.log10(eigs), 100)
+        peak = 10 ** edges[counts.argmax()]
+        fits = {}
+        for i, first in enumerate(eigs[:-1]):
+            if np.log10(0.95 * peak) <= first <= 1.5 * peak:
+                tail = eigs[i:]
+                alpha = 1 + len(tail) / np.log(tail / first).sum()
+                share = np.array([np.mean(tail < x) for x in tail])
+                fits[np.abs(1 - (tail / first) ** (1 - alpha) - share).max()] = alpha
+        assert exponent(W) == pytest.approx(fits[min(fits)], rel=1e-3)
+        assert exponent(torch.cat([W, torch.zeros(5, 64)])) == pytest.approx(exponent(W), rel=1e-3)  # dead rows say nothing
+    assert exponent(torch.eye(8)) == exponent(torch.zeros(8, 8)) == 100
 
 
 def test_alpha_equals_the_published_mapping_on_a_trained_model():
@@ -88,7 +95,7 @@ def test_alpha_equals_the_published_mapping_on_a_trained_model():
     plan = make_plan(body, sparsity="vision=0.5,language=0.7", policy="alpha")
     for component, asked in (("vision", 0.5), ("language", 0.7)):
         blocks = blocks_of(body, component).values()
-        metric = torch.tensor([np.mean([hill(x.weight) for x in layers]) for layers in blocks])
+        metric = torch.tensor([np.mean([exponent(x.weight) for x in layers]) for layers in blocks])
         prunables = torch.tensor([sum(x.weight.numel() for x in layers) for layers in blocks])
         ratios = (metric - metric.min()) / (metric.max() - metric.min()) * 0.6 + 0.7
         ratios = ratios * (torch.sum(prunables) * asked / torch.sum(prunables * ratios))
