@@ -51,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "snip": {"method": "snip"},
     "fisher": {"method": "fisher"},
     "dsnot": {"method": "dsnot"},
+    "dsnot-all": {"refine": "dsnot-all"},
     "wanda + swaps": {"refine": "swaps"},
     "wanda + pcg": {"update": "pcg"},
     "wanda + swaps + pcg": {"refine": "swaps", "update": "pcg"},

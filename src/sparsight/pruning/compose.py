@@ -4,7 +4,7 @@ reconstruct the block. Contradictory steps are refused here, by name, before any
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods import PRESETS, Method, Refine, Update, find_method, find_refine, find_update
 
 if TYPE_CHECKING:
+    from sparsight.model.anatomy import Layer
     from sparsight.specs import PruneSpec
 
 PROPAGATE = ("dense", "block", "layer")
@@ -49,6 +50,11 @@ class Composition:
     def mask_only(self) -> bool:
         """Whether the kept weights stay as they were, in their places."""
         return self.method.mask_only and not (self.update or self.reconstruct or self.permute)
+
+    def of(self, layer: Layer) -> Composition:
+        """The steps for one layer: without a refinement that is for attention, elsewhere."""
+        skip = self.refine is not None and self.refine.attention_only and not layer.attention
+        return replace(self, refine=None) if skip else self
 
     def prune(self, W: torch.Tensor, moments: Moments | None, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
         """The pruned weights of one layer (out, in); W is not changed.

@@ -111,7 +111,8 @@ class Work:
         moments.sensitivity = self.sensitivity.get(layer.name)
         W = layer.weight  # (out, in)
         try:
-            pruned = self.composition.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
+            steps = self.composition.of(layer)
+            pruned = steps.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
         except ValueError as error:  # a score or a factor that cannot be
             raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
         self.check_kept(layer, pruned)

@@ -53,10 +53,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Refine:
-    """`refine(W, keep, moments, pattern) -> keep`: another mask with the same counts."""
+    """`refine(W, keep, moments, pattern) -> keep`: another mask with the same counts.
+
+    `attention_only`: the masks of other layers stay as they are.
+    """
 
     refine: Callable
     needs: frozenset[str] = GRAM
+    attention_only: bool = False
     cost: Cost | None = None
 
 
@@ -84,7 +88,8 @@ METHODS: dict[str, Method] = {
     "alps": Method(alps, needs=GRAM, mask_only=False),
 }
 REFINES: dict[str, Refine] = {
-    "dsnot": Refine(dsnot, needs=frozenset({"norm"}), cost=Cost()),
+    "dsnot": Refine(dsnot, needs=frozenset({"norm"}), attention_only=True, cost=Cost()),
+    "dsnot-all": Refine(dsnot, needs=frozenset({"norm"}), cost=Cost()),
     "swaps": Refine(swaps, cost=_SWAPS),
 }
 UPDATES: dict[str, Update] = {"pcg": Update(pcg, cost=_PCG)}
