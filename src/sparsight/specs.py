@@ -222,6 +222,14 @@ class RestoreSpec(SharedSpec):
         str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
     ] = "token"
     lr: Annotated[float, above_zero("Peak learning rate.")] = 1e-4
+    clip: Annotated[
+        float,
+        Option(
+            "Norm that a step's gradient is scaled down to where it is larger; 0: never.",
+            fits=lambda x: 0 <= x < math.inf,
+            says="a norm of at least 0",
+        ),
+    ] = 1.0
     scheduler: Annotated[str, Option("One of {names}.", (("cosine", "linear", "constant"),))] = "cosine"
     warmup: Annotated[
         float,
@@ -240,11 +248,12 @@ class RestoreSpec(SharedSpec):
     held_out: Annotated[
         Any,
         Option(
-            "Samples to score at every checkpoint, the best of which is kept: a number of them, or other data.", cost=False
+            "Samples to score before training and at every checkpoint; the best is kept: a number of them, or other data.",
+            cost=False,
         ),
     ] = None  # fmt: skip
     held_out_split: HeldOutSplit = None
-    patience: Annotated[int | None, count("Stop after so many checkpoints without a better one.")] = None
+    patience: Annotated[int | None, count("Stop after so many checkpoints without a better one, or than the start.")] = None
     save_every: Annotated[int, count("Steps between checkpoints for `resume`.")] = 100
     report_to: Annotated[
         tuple[str, ...],
