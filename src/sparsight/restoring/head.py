@@ -6,6 +6,7 @@ in chunks. So a hook keeps the hidden states in front of the head, and passes an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,11 @@ WIDENED = 1 << 22  # numbers of a head's weight in float32 at a time
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest logit
 
 
+def _as_given(a: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A block without autocast on the device of `a`; the estimate's has none."""
+    return contextlib.nullcontext() if a.device.type == "meta" else torch.autocast(a.device.type, enabled=False)
+
+
 def half(a: torch.Tensor, W: torch.Tensor) -> torch.dtype | None:
     """The half precision that a product of `a` and W is computed in: that of W, or of an autocast on a GPU; else None."""
     if W.dtype in HALF:
@@ -37,7 +43,7 @@ def multiply(a: torch.Tensor, W: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
     On a GPU the product of `dtype` has a float32 result. Elsewhere W is widened, `WIDENED` numbers at a time.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with _as_given(a):
         if a.device.type == "cuda":
             return torch.mm(a.to(dtype), W.T.to(dtype), out_dtype=torch.float32)
         a = a.float()
@@ -46,7 +52,7 @@ def multiply(a: torch.Tensor, W: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 def multiply_back(slope: torch.Tensor, W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return slope W (n, d) of slope (n, V) and W (V, d) in float32, as `multiply` does."""
-    with torch.autocast(slope.device.type, enabled=False):
+    with _as_given(slope):
         if slope.device.type == "cuda":
             return torch.mm(slope.to(dtype), W.to(dtype), out_dtype=torch.float32)
         each = max(1, WIDENED // W.shape[1])
@@ -119,7 +125,7 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (n, V) of hidden states (n, d) in float32 or float64, never those of a half precision widened."""
         if (dtype := half(hidden, self.weight)) is None:
-            with torch.autocast(hidden.device.type, enabled=False):
+            with _as_given(hidden):
                 return self.capped(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
         logits = multiply(hidden, self.weight, dtype)
         return self.capped(logits if self.bias is None else logits.add_(self.bias))
@@ -127,7 +133,7 @@ class Head:
     def back(self, slope: torch.Tensor) -> torch.Tensor:
         """Return the gradient (n, d) by the hidden states, in float32, from that by the uncapped logits, `slope` (n, V)."""
         if (dtype := half(slope, self.weight)) is None:
-            with torch.autocast(slope.device.type, enabled=False):
+            with _as_given(slope):
                 return slope.to(self.weight.dtype) @ self.weight
         return multiply_back(slope, self.weight, dtype)
 
