@@ -5,6 +5,7 @@ refused when the record is made, by the name of its field.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -89,12 +90,20 @@ class SparsitySpec(SharedSpec):
             cost=True,
         ),
     ] = None
-    pattern: Annotated[Name, Option("row, tensor, or n:m (n kept of every m inputs).", cost=True)] = "row"
+    pattern: Annotated[
+        Name,
+        Option("row, tensor, or n:m (n kept of every m inputs), or vision=tensor,language=row.", cost=True),
+    ] = "row"
     ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
     samples: Annotated[int, count("Calibration samples.", cost=True)] = 128
     split: Split = None
     batch_size: BatchSize = 8
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.pattern, Mapping):  # a key of a recipe with keys of its own
+            object.__setattr__(self, "pattern", ",".join(f"{name}={kind}" for name, kind in self.pattern.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
