@@ -378,6 +378,25 @@ def test_a_broken_weight_or_input_stops_with_the_layer_s_name(where, propagate, 
     assert changed == 0
 
 
+@pytest.mark.parametrize("gram", [False, True])
+def test_the_variance_of_inputs_far_from_zero_is_right(gram):
+    """A mean of 1,000 deviations, and kinds of tokens whose means differ: E[x^2] - E[x]^2 is rounding in float32."""
+    from sparsight.calibration.moments import Moments
+
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(900, 16, generator=g, dtype=torch.float64) + 1000
+    image = torch.arange(900) % 3 == 0
+    X[image] += 2
+    moments = Moments(16, torch.device("cpu"), with_gram=gram)
+    for rows in torch.arange(900).split(200):
+        moments.add(X[rows].float(), image=image[rows])
+    torch.testing.assert_close(moments.variance.double(), X.float().double().var(0, correction=0), rtol=1e-3, atol=0)
+    order = torch.randperm(16, generator=g)
+    assert torch.equal(moments.permuted(order).variance, moments.variance[order])
+    state = Moments.of_state(moments.state(), moments.weigh, moments.device)
+    assert torch.equal(Moments.pooled([state]).variance, moments.variance)
+
+
 def test_a_gram_matrix_that_needs_more_damping_is_reported():
     W, X, _ = case(columns=32)
     from sparsight.calibration.moments import Moments

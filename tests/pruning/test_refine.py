@@ -10,7 +10,9 @@ import torch
 
 from sparsight import Pattern, anatomy
 from sparsight.allocation.plan import make_plan
+from sparsight.errors import Notice
 from sparsight.pruning.loop import prune
+from sparsight.pruning.methods import REFINES
 from sparsight.pruning.methods.dsnot import dsnot
 from sparsight.pruning.methods.swaps import swaps
 from sparsight.pruning.methods.wanda import wanda_score
@@ -168,6 +170,20 @@ def test_a_weight_that_is_zero_already_does_not_come_back(refine, pattern):
     got = refine(W, keep, moments, pattern)
     assert not bool((got & (W == 0)).any())
     assert torch.equal(got.sum(1), keep.sum(1))
+
+
+def test_swaps_that_would_take_hours_are_said(monkeypatch, recwarn):
+    """Four layers of 4,096 x 4,096 would take an hour and a half of one core; here the limit is lowered."""
+    assert REFINES["swaps"].seconds(2048, 2048) == pytest.approx(2048 * 0.092, rel=0.1)
+    assert 3600 < 4 * REFINES["swaps"].seconds(4096, 4096) < 7200
+    monkeypatch.setattr(sys.modules["sparsight.pruning.loop"], "LONG", 1e-3)
+    model, processor = zoo.build("llava")
+    body, ready = anatomy(model), calibration(model, processor)
+    with pytest.warns(Notice, match=r"`refine`: without groups .* hours of one CPU core"):
+        prune(model, body, make_plan(body, sparsity=0.5), ready, refine="swaps")
+    recwarn.clear()
+    prune(model, body, make_plan(body, pattern="2:4"), ready, refine="swaps")
+    assert not recwarn.list
 
 
 @pytest.mark.usefixtures("kernels")

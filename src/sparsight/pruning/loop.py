@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -24,7 +25,7 @@ from sparsight.allocation.plan import Plan
 from sparsight.calibration.gradients import evaluating, gradients
 from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.moment_cache import MomentCache
-from sparsight.errors import SparsightError
+from sparsight.errors import Notice, SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
@@ -35,6 +36,7 @@ from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, prune_from_cache
 
 COLUMNS = 512  # of the logits, that a walk is compared by with a plain forward
+LONG = 3600.0  # seconds of one core, from which on a refinement is warned about
 SAME = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative to the largest logit; less precise dtypes: 2e-2
 
 
@@ -78,6 +80,7 @@ def prune(
         raise SparsightError("cached moments serve `propagate=dense`, without `reconstruct`, `permute` and gradients")
     began = time.perf_counter()
     work = Work(anatomy, plan, batches, composition, seed, journal, progress)
+    _warn_of_hours(work)
     for layer in work.layers:
         if not torch.isfinite(layer.weight).all():
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
@@ -103,6 +106,22 @@ def prune(
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(next(model.parameters()).device)
     return work.record
+
+
+def _warn_of_hours(work: Work) -> None:
+    """Say it where a refinement will take more than `LONG` seconds of one core."""
+    seconds = 0.0
+    for layer in work.layers:
+        refine = work.composition.of(layer).refine
+        if refine and refine.seconds and work.plan[layer.name].kind != "n:m":
+            seconds += refine.seconds(*layer.shape)
+    if seconds > LONG and distributed.is_main():
+        warnings.warn(
+            f"`refine`: without groups (`pattern` row or tensor) it takes about {seconds / 3600:,.0f} hours of one CPU core "
+            "for these layers; n:m is fast, and so is `update=pcg` without it",
+            Notice,
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager
