@@ -4,14 +4,13 @@ A field's name, type, default and help are declared here and nowhere else. A rec
 refused when the record is made, by the name of its field.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from sparsight.checks import SEEDS, check_paths
 from sparsight.errors import SparsightError
-from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, count, epochs, options
+from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
@@ -158,10 +157,9 @@ class SearchSpec(MethodSpec, SparsitySpec):
 
     within: Annotated[
         float | None,
-        Option(
+        below_one(
             "Find the sparsest plan instead that loses at most this much score, as 0.02.",
-            fits=lambda value: 0 <= value < 1,
-            says="a loss of score; give a fraction, as 0.02 for two points",
+            "a loss of score; give a fraction, as 0.02 for two points",
         ),
     ] = None
     over: Annotated[str, Option("What shares the budget: {names}.", (("components", "blocks"),))] = "blocks"
@@ -219,35 +217,17 @@ class RestoreSpec(SharedSpec):
         Option("{names}: KL(teacher || student), KL(student || teacher), Jensen-Shannon.", (DIVERGENCES,)),
     ] = "forward"  # fmt: skip
     hidden: Annotated[
-        float,
-        Option(
-            "Weight of matching the teacher's last hidden states.",
-            fits=lambda x: 0 <= x < math.inf,
-            says="a weight of at least 0",
-            cost=False,
-        ),
-    ] = 0.0
+        float, at_least_zero("Weight of matching the teacher's last hidden states.", "weight", cost=False)
+    ] = 0.0  # fmt: skip
     reduction: Annotated[
         str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
     ] = "token"
     lr: Annotated[float, above_zero("Peak learning rate.")] = 1e-4
-    clip: Annotated[
-        float,
-        Option(
-            "Norm that a step's gradient is scaled down to where it is larger; 0: never.",
-            fits=lambda x: 0 <= x < math.inf,
-            says="a norm of at least 0",
-        ),
-    ] = 1.0
+    clip: Annotated[float, at_least_zero("Norm that a larger gradient of a step is scaled down to; 0: never.", "norm")] = 1.0
     scheduler: Annotated[str, Option("One of {names}.", (("cosine", "linear", "constant"),))] = "cosine"
     warmup: Annotated[
-        float,
-        Option(
-            "Part of the steps in which the learning rate rises.",
-            fits=lambda x: 0 <= x < 1,
-            says="a part of the steps, from 0 to below 1",
-        ),
-    ] = 0.03
+        float, below_one("Part of the steps in which the learning rate rises.", "a part of the steps, from 0 to below 1")
+    ] = 0.03  # fmt: skip
     epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
     steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
     batch_size: BatchSize = 32

@@ -30,10 +30,11 @@ from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.progress import Progress
+from sparsight.pruning.across_processes import prune_all
 from sparsight.pruning.compose import Composition, check_processes, compose
 from sparsight.pruning.journal import Journal
-from sparsight.pruning.record import PruneRecord
-from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, prune_from_cache
+from sparsight.pruning.record import PruneRecord, add_to
+from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, start_facts
 
 COLUMNS = 512  # of the logits, that a walk is compared by with a plain forward
 LONG = 3600.0  # seconds of one core, from which on a refinement is warned about
@@ -106,6 +107,20 @@ def prune(
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(next(model.parameters()).device)
     return work.record
+
+
+def prune_from_cache(work: Work, cache: MomentCache) -> None:
+    """Prune every planned layer in place from the moments in a cache; nothing is run."""
+    blocks = work.anatomy.blocks_with(set(work.plan))
+    for block in blocks:
+        layers = work.of_block(block.name)
+        moments = cache.load(block.name, layers, work.composition.tokens.weigh)
+        if not work.recall(block.name, layers):
+            facts = start_facts(block.name, layers, moments)
+            add_to(facts, prune_all([layer for layer in layers if layer.name in moments], moments, work.prune))
+            work.finish_stop(block.name, layers, facts)
+        work.report(block.name, len(blocks))
+    work.check_reached()
 
 
 def _warn_of_hours(work: Work) -> None:

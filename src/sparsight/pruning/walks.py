@@ -323,20 +323,6 @@ class LayerWalk:
         return self.moments
 
 
-def prune_from_cache(work: Work, cache: MomentCache) -> None:
-    """Prune every planned layer in place from the moments in a cache; nothing is run."""
-    blocks = work.anatomy.blocks_with(set(work.plan))
-    for block in blocks:
-        layers = work.of_block(block.name)
-        moments = cache.load(block.name, layers, work.composition.tokens.weigh)
-        if not work.recall(block.name, layers):
-            facts = start_facts(block.name, layers, moments)
-            add_to(facts, prune_all([layer for layer in layers if layer.name in moments], moments, work.prune))
-            work.finish_stop(block.name, layers, facts)
-        work.report(block.name, len(blocks))
-    work.check_reached()
-
-
 def start_facts(name: str, layers: list[Layer], moments: dict[str, Moments]) -> dict[str, Any]:
     """The tokens of a block before it is pruned; experts that saw too few get the moments of all, in place."""
     pooled = pool(layers, moments)
