@@ -57,12 +57,12 @@ def usual(diagonal):
 
 
 def reference(W, gram, pattern, damp=0.01):
-    """The paper's algorithm in float64 with its explicit inverse; selection by rank, damping of each column's own size."""
+    """The paper's algorithm in float64 with its explicit inverse; selection by rank, damping by the usual diagonal."""
     W, H = W.double().clone(), gram.double().clone()
     rows, columns = W.shape
     dead = H.diagonal() == 0
     H[dead, dead] = 1
-    H.diagonal().add_(damp * H.diagonal().clamp(min=usual(H.diagonal())))
+    H.diagonal().add_(damp * (H.diagonal() / 10).clamp(min=usual(H.diagonal())))
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     for i1 in range(0, columns, 128):
         i2 = min(i1 + 128, columns)
@@ -231,21 +231,21 @@ def test_the_factor_is_that_of_the_inverse(columns):
     assert damping == 0.01
     assert U.tril(-1).abs().max() == 0
     d = gram.double().diagonal()
-    damped = gram.double() + 0.01 * d.clamp(min=usual(d)).diag()
+    damped = gram.double() + 0.01 * (d / 10).clamp(min=usual(d)).diag()
     product = (U.double().T @ U.double()) @ damped
     torch.testing.assert_close(product, torch.eye(columns).double(), rtol=0, atol=1e-4)
 
 
 def test_the_factor_by_hand():
-    """diag(3, 0, 1): live mean 2, which the dead column counts as; damping of half of that, or of half of its own."""
+    """diag(3, 0, 1): live mean 2, which the dead column counts as; damping of half of it."""
     U, _ = inverse_factor(torch.diag(torch.tensor([3.0, 0.0, 1.0])), damp=0.5)
-    torch.testing.assert_close(U, torch.diag(torch.tensor([1 / 4.5, 1 / 3, 1 / 2])).sqrt())
+    torch.testing.assert_close(U, torch.diag(torch.tensor([1 / 4, 1 / 3, 1 / 2])).sqrt())
 
 
 def test_the_factor_by_hand_where_one_column_owns_the_mean():
-    """diag(1, 1, 1000): ten medians at most, so m = 4; damping of half of that, and of half of its own for the large one."""
+    """diag(1, 1, 1000): ten medians at most, so m = 4; damping of half of it, and of half of 100 for the large one."""
     U, _ = inverse_factor(torch.diag(torch.tensor([1.0, 1.0, 1000.0])), damp=0.5)
-    torch.testing.assert_close(U, torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 1500])).sqrt())
+    torch.testing.assert_close(U, torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 1050])).sqrt())
 
 
 def test_a_damping_that_was_raised_is_reported():
@@ -253,13 +253,13 @@ def test_a_damping_that_was_raised_is_reported():
     gram = torch.eye(8) - 1.05 * torch.outer(v, v)  # the eigenvalue along v is -0.05, the mean diagonal 0.869
     U, damping = inverse_factor(gram)
     assert damping == pytest.approx(0.1)
-    torch.testing.assert_close(U.T @ U @ (gram + damping * gram.diagonal().diag()), torch.eye(8))
+    torch.testing.assert_close(U.T @ U @ (gram + damping * gram.diagonal().mean() * torch.eye(8)), torch.eye(8))
 
 
 def test_what_is_no_gram_matrix_is_refused():
     gram = torch.eye(4)
     gram[0, 1] = gram[1, 0] = 50.0
-    with pytest.raises(ValueError, match=r"damped by 0\.01, 0\.1, 1, 10 times its diagonal"):
+    with pytest.raises(ValueError, match=r"damped by 0\.01, 0\.1, 1, 10 times its mean diagonal"):
         inverse_factor(gram)
     with pytest.raises(ValueError, match="not positive definite"):
         inverse_factor(-torch.eye(4))

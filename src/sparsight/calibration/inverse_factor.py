@@ -1,4 +1,4 @@
-"""SparseGPT's factor: upper triangular U with U^T U = (G + damping * max(diag G, m))^-1, m its usual size.
+"""SparseGPT's factor: upper triangular U with U^T U = (G + damping * max(m, diag G / 10))^-1, m its usual diagonal.
 
 The published code (IST-DASLab/sparsegpt) takes a Cholesky factor of G, the explicit inverse, and a Cholesky factor of the
 inverse, which rounding can leave indefinite. Ours is the same U by the flip identity: with J the reversal of rows and
@@ -6,9 +6,9 @@ columns and J G J = L L^T, U = J L^-1 J; one factor, one triangular inverse. G i
 inputs of any size fit float32.
 
 Ours differs in the damping. The published one is 1 % of the mean diagonal, which a channel of massive activations owns:
-with a mean of 600 medians the update is worse than none. Ours is 1 % of each column's own diagonal, and at least 1 % of the
-mean m, for which no column counts more than ten medians. On layers without such channels that is the published damping; less
-than m for small columns is worse there (`docs/LOG.md`).
+with a mean of 600 medians the update is worse than none. Ours is 1 % of a mean m for which no column counts more than ten
+medians, and of a tenth of a column's own diagonal where that is more. On layers without such channels it is the published
+damping; each column's own diagonal alone, which suits ALPS and PCG, is worse for SparseGPT (`docs/LOG.md`).
 
 Dead columns (never a non-zero input) have the mean diagonal of the others, where the published 1 is in units of the inputs
 and can be far too large or small.
@@ -39,10 +39,10 @@ def inverse_factor(gram: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
     diagonal = A.diagonal().clone()
     diagonal[diagonal == 0] = 1
     negative = bool((diagonal < 0).any())
-    more = (usual_size(gram) / size).square().clamp(min=1)  # than a column's own diagonal
+    share = (usual_size(gram) / size).square().clamp(min=1 / OUTLIER)  # of a column's own diagonal
     tried = [damp]
     while True:
-        A.diagonal().copy_(diagonal + tried[-1] * more)
+        A.diagonal().copy_(diagonal + tried[-1] * share)
         L, failed = torch.linalg.cholesky_ex(A)
         if not failed and not negative:
             break
@@ -50,7 +50,7 @@ def inverse_factor(gram: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
         if tried[-1] > 1.5 * WORST_DAMPING:
             raise ValueError(
                 "the Gram matrix is not positive definite, damped by "
-                f"{', '.join(f'{damping:g}' for damping in tried[:-1])} times its diagonal; it is not a sum of x x^T"
+                f"{', '.join(f'{damping:g}' for damping in tried[:-1])} times its mean diagonal; it is not a sum of x x^T"
             )
     return _invert(L, A.zero_()).flip(0, 1).div_(size.flip(0)), tried[-1]
 

@@ -47,7 +47,7 @@ class Moments:
     sequences: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)  # each (k, in): tokens from all over a batch
     sensitivity: Any = None
-    damping: float = 0.0  # of the Gram matrix's factor, in units of its diagonal
+    damping: float = 0.0  # of the Gram matrix's factor, in units of its mean diagonal
     _gram: torch.Tensor | None = None
     _factor: torch.Tensor | None = None
 
