@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "wanda": {"method": "wanda"},
     "ria": {"method": "ria"},
-    "wanda + dsnot": {"refine": "dsnot"},
+    "wanda + dsnot": {"refine": "dsnot-all"},
     "wanda + swaps": {"refine": "swaps"},
     "wanda + pcg": {"update": "pcg"},
     "wanda + swaps + pcg": {"refine": "swaps", "update": "pcg"},

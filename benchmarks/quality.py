@@ -51,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "snip": {"method": "snip"},
     "fisher": {"method": "fisher"},
     "dsnot": {"method": "dsnot"},
+    "dsnot-all": {"refine": "dsnot-all"},
     "wanda + swaps": {"refine": "swaps"},
     "wanda + pcg": {"update": "pcg"},
     "wanda + swaps + pcg": {"refine": "swaps", "update": "pcg"},
@@ -58,6 +59,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt + pcg": {"method": "sparsegpt", "update": "pcg"},
     "alps": {"method": "alps"},
+    "sparsegpt, tensor": {"method": "sparsegpt", "pattern": "tensor"},
+    "alps, tensor": {"method": "alps", "pattern": "tensor"},
     "wanda, layer": {"propagate": "layer"},
     "sparsegpt, layer": {"method": "sparsegpt", "propagate": "layer"},
     "wanda, dense": {"propagate": "dense"},
@@ -91,9 +94,9 @@ LOST = 3.0  # points; where Wanda loses less, the share of it that a recipe rega
 
 
 def fits(setting: str, recipe: dict[str, Any]) -> bool:
-    """Regrouping channels is for n:m; at 2:4 and 4:8 a policy has nothing to share."""
+    """Regrouping channels is for n:m; at 2:4 and 4:8 a policy has nothing to share, and the pattern is given."""
     grouped = ":" in setting
-    return not (grouped and "policy" in recipe) and (grouped or "permute" not in recipe)
+    return not (grouped and ("policy" in recipe or "pattern" in recipe)) and (grouped or "permute" not in recipe)
 
 
 class Bench:
@@ -113,6 +116,7 @@ class Bench:
     def run(self, setting: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
         self.model.load_state_dict(self.dense)
         how = dict(recipe)
+        setting = {**setting, **({"pattern": how.pop("pattern")} if "pattern" in how else {})}
         policy = policy_of(PruneSpec(method=how.get("method", "wanda"), policy=how.pop("policy", None)))
         began = time.perf_counter()
         plan = make_plan(self.anatomy, **setting, policy=policy, probe=self.measure)

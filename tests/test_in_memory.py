@@ -552,7 +552,7 @@ def test_restore_takes_samples_and_a_teacher_s_folder(name, built, zoo_folder, m
             model, mine, teacher=teacher, processor=processor, steps=2, batch_size=3, lr=1e-2, held_out=2
         )  # fmt: skip
         assert facts["teacher"] == "cached"
-        assert len(facts["held_out"]) == 1
+        assert [row["step"] for row in facts["held_out"]] == [0, 2]
         assert not sparsight.verify(model, against=record)["differences"]
         ends.append(weights(model))
     assert same(*ends)
@@ -588,8 +588,8 @@ def test_held_out_batches_choose_the_step(llava, built):
     sparsight.prune(model, own)
     for held_out in (DataLoader(own[1:], batch_size=None), 1):
         facts = sparsight.restore(copy.deepcopy(model), own, kl=0, steps=4, save_every=2, held_out=held_out, lr=1e-2)
-        assert [row["step"] for row in facts["held_out"]] == [2, 4]
-        assert facts["best_step"] in (2, 4)
+        assert [row["step"] for row in facts["held_out"]] == [0, 2, 4]
+        assert facts["best_step"] in (0, 2, 4)
         assert facts["held_out_samples"] == 1
 
 

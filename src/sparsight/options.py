@@ -82,6 +82,16 @@ def above_zero(help: str, **more: Any) -> Option:
     return Option(help, fits=lambda value: math.isfinite(value) and value > 0, says="a number above 0", **more)
 
 
+def at_least_zero(help: str, noun: str, **more: Any) -> Option:
+    """The option of a number of at least 0."""
+    return Option(help, fits=lambda value: 0 <= value < math.inf, says=f"a {noun} of at least 0", **more)
+
+
+def below_one(help: str, says: str, **more: Any) -> Option:
+    """The option of a number from 0 to below 1."""
+    return Option(help, fits=lambda value: 0 <= value < 1, says=says, **more)
+
+
 def epochs(help: str) -> Option:
     """The option of a number of epochs, 0 or more."""
     says = "a number of epochs, 0 or more"

@@ -4,13 +4,13 @@ A field's name, type, default and help are declared here and nowhere else. A rec
 refused when the record is made, by the name of its field.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from sparsight.checks import SEEDS, check_paths
 from sparsight.errors import SparsightError
-from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, count, epochs, options
+from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
@@ -89,12 +89,20 @@ class SparsitySpec(SharedSpec):
             cost=True,
         ),
     ] = None
-    pattern: Annotated[Name, Option("row, tensor, or n:m (n kept of every m inputs).", cost=True)] = "row"
+    pattern: Annotated[
+        Name,
+        Option("row, tensor, or n:m (n kept of every m inputs), or vision=tensor,language=row.", cost=True),
+    ] = "row"
     ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
     samples: Annotated[int, count("Calibration samples.", cost=True)] = 128
     split: Split = None
     batch_size: BatchSize = 8
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.pattern, Mapping):  # a key of a recipe with keys of its own
+            object.__setattr__(self, "pattern", ",".join(f"{name}={kind}" for name, kind in self.pattern.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +126,7 @@ class MethodSpec(Spec):
     ] = "wanda"
     refine: Annotated[Name | None, Option("Move the zeros: {names}.", (f"{METHODS}:REFINES",), cost=True)] = None
     update: Annotated[Name | None, Option("Solve for the kept weights: {names}.", (f"{METHODS}:UPDATES",), cost=True)] = None
-    reconstruct: Annotated[int, epochs("Epochs of fitting each block to its dense outputs.")] = 0
+    reconstruct: Annotated[int, epochs("Epochs of fitting each block to the dense model's outputs of it.")] = 0
     tokens: Annotated[Name, Option("Which calibration tokens count: {names}.", ("sparsight.calibration.tokens:TOKENS",))] = (
         "all"
     )
@@ -149,10 +157,9 @@ class SearchSpec(MethodSpec, SparsitySpec):
 
     within: Annotated[
         float | None,
-        Option(
+        below_one(
             "Find the sparsest plan instead that loses at most this much score, as 0.02.",
-            fits=lambda value: 0 <= value < 1,
-            says="a loss of score; give a fraction, as 0.02 for two points",
+            "a loss of score; give a fraction, as 0.02 for two points",
         ),
     ] = None
     over: Annotated[str, Option("What shares the budget: {names}.", (("components", "blocks"),))] = "blocks"
@@ -210,27 +217,17 @@ class RestoreSpec(SharedSpec):
         Option("{names}: KL(teacher || student), KL(student || teacher), Jensen-Shannon.", (DIVERGENCES,)),
     ] = "forward"  # fmt: skip
     hidden: Annotated[
-        float,
-        Option(
-            "Weight of matching the teacher's last hidden states.",
-            fits=lambda x: 0 <= x < math.inf,
-            says="a weight of at least 0",
-            cost=False,
-        ),
-    ] = 0.0
+        float, at_least_zero("Weight of matching the teacher's last hidden states.", "weight", cost=False)
+    ] = 0.0  # fmt: skip
     reduction: Annotated[
         str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
     ] = "token"
     lr: Annotated[float, above_zero("Peak learning rate.")] = 1e-4
+    clip: Annotated[float, at_least_zero("Norm that a larger gradient of a step is scaled down to; 0: never.", "norm")] = 1.0
     scheduler: Annotated[str, Option("One of {names}.", (("cosine", "linear", "constant"),))] = "cosine"
     warmup: Annotated[
-        float,
-        Option(
-            "Part of the steps in which the learning rate rises.",
-            fits=lambda x: 0 <= x < 1,
-            says="a part of the steps, from 0 to below 1",
-        ),
-    ] = 0.03
+        float, below_one("Part of the steps in which the learning rate rises.", "a part of the steps, from 0 to below 1")
+    ] = 0.03  # fmt: skip
     epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
     steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
     batch_size: BatchSize = 32
@@ -240,11 +237,12 @@ class RestoreSpec(SharedSpec):
     held_out: Annotated[
         Any,
         Option(
-            "Samples to score at every checkpoint, the best of which is kept: a number of them, or other data.", cost=False
+            "Samples to score before training and at every checkpoint; the best is kept: a number of them, or other data.",
+            cost=False,
         ),
     ] = None  # fmt: skip
     held_out_split: HeldOutSplit = None
-    patience: Annotated[int | None, count("Stop after so many checkpoints without a better one.")] = None
+    patience: Annotated[int | None, count("Stop after so many checkpoints without a better one, or than the start.")] = None
     save_every: Annotated[int, count("Steps between checkpoints for `resume`.")] = 100
     report_to: Annotated[
         tuple[str, ...],

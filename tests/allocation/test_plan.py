@@ -113,3 +113,35 @@ def test_a_pattern_object_brings_its_own_sparsity(body):
 def test_a_policy_that_plans_the_impossible_is_refused(body, amount):
     with pytest.raises(SparsightError, match=r"`policy`: for model\.\S+: \S+ is not a sparsity"):
         make_plan(body, policy=lambda layers, budget: {layers[0].name: amount})
+
+
+def test_every_component_has_a_pattern_of_its_own():
+    body = anatomy(zoo.build("llava")[0])
+    for pattern in ("vision=tensor,language=2:4", {"vision": "tensor", "language": "2:4"}):
+        plan = make_plan(body, pattern=pattern)
+        kinds = {(body[name].component, str(p)) for name, p in plan.items()}
+        assert kinds == {("vision", "tensor 0.5"), ("language", "2:4")}
+    plan = make_plan(body, sparsity="vision=0.3,language=0.6,connector=0.2", pattern="language=tensor")
+    kinds = {(body[name].component, p.kind, p.sparsity) for name, p in plan.items()}
+    assert kinds == {("vision", "row", 0.3), ("language", "tensor", 0.6), ("connector", "row", 0.2)}
+    shared = make_plan(body, sparsity=0.6, pattern="vision=tensor,language=row", policy="alpha")  # each its own budget
+    assert {(body[name].component, p.kind) for name, p in shared.items()} == {("vision", "tensor"), ("language", "row")}
+    for row in plan_rows(body, shared):
+        if row.component in ("vision", "language"):
+            assert row.sparsity == pytest.approx(0.6, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "vison=row"}, "`pattern`: unknown component 'vison'"),
+        ({"pattern": "vision=rows"}, "`pattern`: 'rows' is not row, tensor or n:m"),
+        ({"pattern": "vision=row,vision=tensor"}, "`pattern`: vision is given twice"),
+        ({"pattern": "vision=row,tensor"}, "`pattern`: 'tensor' is not COMPONENT=VALUE"),
+        ({"pattern": "vision=2:4", "sparsity": 0.6}, "`sparsity`: vision=0.6 contradicts `pattern=2:4`"),
+        ({"pattern": "vision=tensor", "policy": "language-only"}, "`pattern`: differs between components, which share one"),
+    ],
+)
+def test_patterns_of_components_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(SparsightError, match=message):
+        make_plan(anatomy(zoo.build("llava")[0]), **settings)

@@ -11,12 +11,13 @@ import torch
 
 from sparsight import Pattern, SparsightError, anatomy, api, load
 from sparsight.allocation.plan import POLICIES, make_plan, plan_rows, planned_budget
-from sparsight.allocation.policies.alpha import hill
+from sparsight.allocation.policies.alpha import exponent
 from sparsight.allocation.policies.owl import outliers
 from sparsight.allocation.policies.sensitivity import levels, wanda_at
 from sparsight.allocation.policy import CAP, Policy
 from sparsight.allocation.solver import allocate
 from sparsight.calibration.probe import Probe
+from sparsight.data.batching import one_by_one
 from sparsight.demo import MODELS
 
 import zoo
@@ -69,16 +70,23 @@ def test_owl_equals_the_published_formula(measure):
         assert share_of(body, plan, component) == pytest.approx(asked, abs=5e-4)
 
 
-def test_hill_equals_the_published_estimate():
-    W = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 64)
-    eigs = torch.sort(torch.square(torch.linalg.svdvals(W)))[0]
-    i = len(eigs) // 2
-    n = float(len(eigs) - i)
-    published = 1 + n / (torch.sum(torch.log(eigs[i:])) - n * torch.log(eigs[i]))
-    assert hill(W) == pytest.approx(float(published), rel=1e-4)
-    assert hill(W) < hill(torch.randn(40, 64))  # heavier tail, lower exponent
-    assert hill(torch.cat([W, torch.zeros(5, 64)])) == pytest.approx(hill(W), rel=1e-3)  # dead rows say nothing
-    assert hill(torch.eye(8)) == hill(torch.zeros(8, 8)) == 100
+def test_the_exponent_is_that_of_the_best_fitting_tail_near_the_peak():
+    """Step by step: the fullest bin, and for every eigenvalue that may begin the tail its law against the counts."""
+    for seed, decay in ((0, -2), (1, -1), (2, 0)):
+        W = torch.randn(40, 64, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, decay, 64)
+        eigs = np.sort(np.linalg.svd(W.double().numpy(), compute_uv=False) ** 2)
+        counts, edges = np.histogram(np.log10(eigs), 100)
+        peak = 10 ** edges[counts.argmax()]
+        fits = {}
+        for i, first in enumerate(eigs[:-1]):
+            if np.log10(0.95 * peak) <= first <= 1.5 * peak:
+                tail = eigs[i:]
+                alpha = 1 + len(tail) / np.log(tail / first).sum()
+                share = np.array([np.mean(tail < x) for x in tail])
+                fits[np.abs(1 - (tail / first) ** (1 - alpha) - share).max()] = alpha
+        assert exponent(W) == pytest.approx(fits[min(fits)], rel=1e-3)
+        assert exponent(torch.cat([W, torch.zeros(5, 64)])) == pytest.approx(exponent(W), rel=1e-3)  # dead rows say nothing
+    assert exponent(torch.eye(8)) == exponent(torch.zeros(8, 8)) == 100
 
 
 def test_alpha_equals_the_published_mapping_on_a_trained_model():
@@ -87,7 +95,7 @@ def test_alpha_equals_the_published_mapping_on_a_trained_model():
     plan = make_plan(body, sparsity="vision=0.5,language=0.7", policy="alpha")
     for component, asked in (("vision", 0.5), ("language", 0.7)):
         blocks = blocks_of(body, component).values()
-        metric = torch.tensor([np.mean([hill(x.weight) for x in layers]) for layers in blocks])
+        metric = torch.tensor([np.mean([exponent(x.weight) for x in layers]) for layers in blocks])
         prunables = torch.tensor([sum(x.weight.numel() for x in layers) for layers in blocks])
         ratios = (metric - metric.min()) / (metric.max() - metric.min()) * 0.6 + 0.7
         ratios = ratios * (torch.sum(prunables) * asked / torch.sum(prunables * ratios))
@@ -99,20 +107,20 @@ def test_alpha_equals_the_published_mapping_on_a_trained_model():
 def test_the_zeroth_order_slope_of_one_matrix_by_hand(measure):
     layer = measure.anatomy.component("language")[3]
     W, slopes = layer.weight.clone(), []
-    for i, batch in enumerate(measure.batches):
+    for i, sample in enumerate(one for batch in measure.batches for one in one_by_one(batch)):
         z, losses = measure.noise(layer, i), []
         for perturbed in (W + 1e-3 * z, W - 1e-3 * z):
             layer.write(perturbed)
             with torch.no_grad():
-                losses.append(measure.model(**batch.inputs).loss.item())
+                losses.append(measure.model(**sample.inputs).loss.item())
         slopes.append(abs(losses[0] - losses[1]) / 2e-3)
     layer.write(W)
     assert not torch.equal(measure.noise(layer, 0), measure.noise(layer, 1))
-    assert measure.slopes([layer])[layer.name] == pytest.approx(sum(slopes) / 2, abs=1e-3)
+    assert measure.slopes([layer])[layer.name] == pytest.approx(sum(slopes) / len(slopes), abs=1e-3)
     assert measure.slopes([layer])[layer.name] > 0.01
     g = measure.gradients([layer])[layer.name].mean  # what it estimates: |<g, z>|
-    along = [abs(float((measure.noise(layer, i) * g).sum())) for i in range(2)]
-    assert sum(slopes) / 2 < 4 * sum(along)
+    along = [abs(float((measure.noise(layer, i) * g).sum())) for i in range(len(slopes))]
+    assert sum(slopes) / len(slopes) < 4 * sum(along) / len(along)
 
 
 def test_first_order_is_w_times_g_and_not_w_squared(measure):
@@ -126,12 +134,12 @@ def test_first_order_is_w_times_g_and_not_w_squared(measure):
         blocks = [*blocks_of(body, "vision").values(), *blocks_of(body, "language").values()]
         score = [sum(float((x.weight.abs() ** power * found[x.name].mean.abs()).sum()) for x in b) for b in blocks]
         size = np.array([sum(x.weight.numel() for x in b) for b in blocks])
-        return 0.2 + np.array(score) / np.sum(score) * (0.5 - 0.2) * size.sum() / size
+        return 0.4 + np.array(score) / np.sum(score) * (0.5 - 0.4) * size.sum() / size
 
     ours = 1 - np.concatenate([sparsities(plan, body, c) for c in ("vision", "language")])
     assert (kept(1) < 1).all()
-    assert ours == pytest.approx(kept(1), abs=0.02)  # 25 of 32 columns is as near as 0.8 comes
-    assert np.abs(kept(2) - kept(1)).max() == pytest.approx(0.071, abs=0.005)  # where the forks' W^2 |g| goes astray
+    assert ours == pytest.approx(kept(1), abs=0.02)  # in whole columns
+    assert np.abs(kept(2) - kept(1)).max() == pytest.approx(0.023, abs=0.002)  # where the forks' W^2 |g| goes astray
 
 
 def test_the_published_repair_of_the_budget_adds_where_ours_meets_it():
@@ -153,9 +161,10 @@ def test_ecoflap_shares_one_budget_over_both_components(measure):
     asked = sum((0.4 if x.component == "vision" else 0.6) * x.weight.numel() for x in layers)
     assert sum(plan[x.name].zeros(x.shape) for x in layers) == pytest.approx(asked, abs=8)
     assert abs(share_of(body, plan, "vision") - 0.4) > 0.01
-    assert max(p.sparsity for p in plan.values()) <= 0.8
-    more = make_plan(body, sparsity=0.85, policy="ecoflap", probe=measure)  # the cap gives way
-    assert 0.85 < max(p.sparsity for p in more.values()) <= 0.95
+    mean = asked / sum(x.weight.numel() for x in layers)
+    assert max(p.sparsity for p in plan.values()) <= mean + 0.1 + 1e-9  # as in the published scripts
+    more = make_plan(body, sparsity=0.85, policy="ecoflap", probe=measure)
+    assert 0.85 < max(p.sparsity for p in more.values()) <= 0.95 + 1e-9
 
 
 def test_sensitivity_spends_where_the_answers_suffer_least(measure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import replace
 
@@ -167,6 +168,44 @@ def test_weights_changed_in_a_visit_are_what_the_batches_walk_on_through():
     with torch.no_grad():
         for i, batch in enumerate(inputs()):
             assert torch.equal(got[i], model(**batch))
+
+
+def test_a_second_walk_ahead_sees_every_block_as_it_was():
+    """Its outputs are the unchanged model's, also where a batch skips a block and more than the blocks has changed."""
+    model = Toy(lambda self, x: self.blocks[1](x if x[0, 0] == 2 else self.blocks[0](self.scale * x)))
+    model.scale = nn.Parameter(torch.ones(1))
+    outputs, dense, visited = {}, {}, []
+    hooks = [b.register_forward_hook(lambda m, a, y, k=k: outputs.update({k: y})) for k, b in model.named()]
+    for i, batch in enumerate(inputs()):
+        outputs.clear()
+        with torch.no_grad():
+            model(**batch)
+        dense |= {(k, i): y for k, y in outputs.items()}
+    for hook in hooks:
+        hook.remove()
+    model.scale.data.fill_(3)
+
+    @contextlib.contextmanager
+    def as_it_was():
+        model.scale.data.fill_(1)
+        yield
+        model.scale.data.fill_(3)
+
+    got, now = {}, []
+
+    def visit(name, block, calls):
+        assert model.scale == 3
+        visited.append((name, list(calls)))
+        got.update({(name, i): y for i, y in now})
+        now.clear()
+        block.weight.data.mul_(2)
+
+    lockstep(model, model.named(), inputs(), visit, ahead=lambda i, y: now.append((i, y)), as_it_was=as_it_was)
+    assert visited == [("0", [0, 2]), ("1", [0, 1, 2])]
+    assert got.keys() == dense.keys()
+    assert all(torch.equal(got[key], y) for key, y in dense.items())
+    assert model.hooks() == 0
+    assert not any(block._forward_hooks for block in model.blocks)
 
 
 def test_batches_at_different_blocks_are_visited_earliest_first():

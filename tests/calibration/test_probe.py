@@ -9,7 +9,9 @@ from sparsight import SparsightError, anatomy
 from sparsight.allocation.policies.sensitivity import wanda_at
 from sparsight.calibration.gradients import gradients
 from sparsight.calibration.probe import Probe
+from sparsight.data.batching import one_by_one
 from sparsight.data.encoding import select_answers
+from sparsight.data.own_batches import as_batches
 
 import zoo
 from walks import calibration
@@ -76,10 +78,78 @@ def test_norms_are_those_of_single_samples_without_padding(measure):
 def test_gradients_equal_those_of_the_models_own_loss(measure):
     layers = measure.anatomy.component("language")[:3]
     weights = [layer.module.weight for layer in layers]
-    each = [torch.autograd.grad(measure.model(**b.inputs).loss, weights) for b in measure.batches]
+    alone = calibration(*zoo.build("llava"), size=1)
+    each = [torch.autograd.grad(measure.model(**b.inputs).loss, weights) for b in alone]
     for i, (layer, found) in enumerate(zip(layers, gradients(measure.model, layers, measure.batches).values(), strict=True)):
-        torch.testing.assert_close(found.mean, (each[0][i] + each[1][i]) / 2, rtol=1e-4, atol=1e-7, msg=layer.name)
-        torch.testing.assert_close(found.square, (each[0][i] ** 2 + each[1][i] ** 2) / 2, rtol=1e-3, atol=1e-9)
+        g = torch.stack([grads[i] for grads in each])  # (samples, out, in)
+        torch.testing.assert_close(found.mean, g.mean(0), rtol=1e-4, atol=1e-7, msg=layer.name)
+        torch.testing.assert_close(found.square, g.square().mean(0), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["samples", "dicts"])
+def test_the_batch_size_changes_no_measurement(own):
+    """Slopes and gradients are those of single samples, however samples are cut into batches."""
+    model, processor = zoo.build("llava")
+    body = anatomy(model)
+    layers = body.component("language")[:3]
+    found = []
+    for size in (1, 3, 6):
+        ready = calibration(model, processor, size=size)
+        if own:
+            ready = as_batches(model, [batch.inputs for batch in ready])
+        made = Probe(model, body, ready)
+        found.append((made.slopes(layers), made.gradients(layers)))
+    for slopes, grads in found[1:]:
+        for layer in layers:
+            assert slopes[layer.name] == pytest.approx(found[0][0][layer.name], rel=0.02, abs=2e-4)
+            for name in ("mean", "square"):
+                torch.testing.assert_close(
+                    getattr(grads[layer.name], name), getattr(found[0][1][layer.name], name), rtol=1e-3, atol=1e-7
+                )
+
+
+def test_samples_without_an_answer_count_nowhere():
+    model, processor = zoo.build("llava")
+    layers = anatomy(model).component("language")[:1]
+    inputs = {key: value.clone() for key, value in calibration(model, processor, size=6)[0].inputs.items()}
+    inputs["labels"][3] = -100
+    one = gradients(model, layers, as_batches(model, [inputs]))[layers[0].name]
+    rest = [i for i in range(6) if i != 3]
+    two = gradients(model, layers, as_batches(model, [{key: value[rest] for key, value in inputs.items()}]))
+    torch.testing.assert_close(one.mean, two[layers[0].name].mean)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_a_batch_is_cut_into_its_samples(name):
+    """One row each, with the same logits at the answers as in the batch."""
+    model, processor = zoo.build(name)
+    batch = calibration(model, processor, n=3)[0]
+    alone = list(one_by_one(batch))
+    assert [one.rows for one in alone] == [1, 1, 1]
+    assert [one.samples for one in alone] == [(sample,) for sample in batch.samples]
+    with torch.no_grad():
+        together, targets = select_answers(model(**batch.inputs).logits, batch.inputs["labels"], batch.shifted)
+        parts = [select_answers(model(**one.inputs).logits, one.inputs["labels"], one.shifted) for one in alone]
+    assert torch.equal(targets, torch.cat([labels for _, labels in parts]))
+    torch.testing.assert_close(torch.cat([logits for logits, _ in parts]), together, rtol=1e-3, atol=2e-4)
+
+
+def test_a_batch_that_cannot_be_cut_stays_whole():
+    """Patches of all images in one tensor, as a user's own batch of Qwen2.5-VL has them."""
+    model, processor = zoo.build("qwen2.5-vl")
+    batch = as_batches(model, [calibration(model, processor, n=3)[0].inputs])[0]
+    assert [one.rows for one in one_by_one(batch)] == [3]
+
+
+def test_no_label_reaches_a_model_whose_logits_alone_are_wanted(measure):
+    """Its own loss would be computed over every position and the whole vocabulary."""
+    seen = []
+    hook = measure.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append("labels" in kwargs), with_kwargs=True)
+    measure.model.requires_grad_(True)
+    gradients(measure.model, measure.anatomy.component("language")[:1], measure.batches)
+    Probe(measure.model, measure.anatomy, measure.batches).dense_answers()
+    hook.remove()
+    assert seen == [False] * 8
 
 
 def test_gradients_are_float32_whatever_the_model_is():

@@ -332,7 +332,7 @@ def test_the_command_line(run, zoo_folder, scenes, tmp_path, no_child):
 BAD = {
     "method": (["--method", "alps"], ["--method", "alps", "wanda, ria, sparsegpt"]),
     "no method": (["--method", "wandaa"], ["--method", "did you mean wanda?"]),
-    "refine": (["--refine", "swap"], ["--refine", "swap", "dsnot, swaps"]),
+    "refine": (["--refine", "swap"], ["--refine", "swap", "dsnot, dsnot-all, swaps"]),
     "update": (["--update", "cg"], ["--update", "cg", "pcg"]),
     "policy": (["--policy", "owl"], ["--policy", "owl", "uniform"]),
     "propagate": (["--propagate", "blocks"], ["--propagate", "did you mean block?"]),

@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from sparsight import Pattern
+from sparsight import Pattern, anatomy
+from sparsight.allocation.plan import make_plan
+from sparsight.errors import Notice
+from sparsight.pruning.loop import prune
+from sparsight.pruning.methods import REFINES
 from sparsight.pruning.methods.dsnot import dsnot
 from sparsight.pruning.methods.swaps import swaps
 from sparsight.pruning.methods.wanda import wanda_score
 
+import zoo
 from layers import PATTERNS, case
+from walks import calibration
 
 
 def dsnot_by_hand(W, X, keep, sequences, m=0):
-    """The published algorithm, one row and one swap at a time."""
+    """The paper's algorithm, one row and one swap at a time; a row ends where a swap would change the sign of its error."""
     W, X = W.numpy(), X.numpy()
     out = keep.numpy().copy()
     mean, variance = X.sum(0) / np.float32(sequences), X.var(0)
@@ -30,7 +36,7 @@ def dsnot_by_hand(W, X, keep, sequences, m=0):
         line = [j for j in np.argsort(s, kind="stable") if kept[j]]
         line = [j for j in line if part[j] < 0] + [j for j in line if part[j] >= 0][::-1]
         gone, back = set(), set()
-        for _ in range(100):
+        for _ in range(50):
             q = grow.pop() if error > 0 else grow.pop(0)
             options = [j for j in range(q - q % m, q - q % m + m) if kept[j] and j not in gone | back] if m else line
             if kept[q] or not options:
@@ -46,7 +52,7 @@ def dsnot_by_hand(W, X, keep, sequences, m=0):
 
 
 @pytest.mark.parametrize("pattern", [Pattern.row(0.5), Pattern.row(0.7), Pattern.nm(2, 4), Pattern.nm(4, 8)], ids=str)
-def test_dsnot_equals_the_published_steps(pattern):
+def test_dsnot_equals_the_paper_s_steps(pattern):
     W, X, moments = case(rows=64, columns=128, tokens=300)
     keep = pattern.keep(wanda_score(W, moments))
     got = dsnot(W, keep, moments, pattern)
@@ -61,6 +67,24 @@ def test_dsnot_changes_masks_where_the_published_fork_changes_none():
     keep = pattern.keep(wanda_score(W, moments))
     changed = (dsnot(W, keep, moments, pattern) != keep).float().mean()
     assert 0.02 < float(changed) < 0.2
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_dsnot_refines_attention_and_no_other_layer(name):
+    """The published default; `dsnot-all` refines every layer."""
+    found = {}
+    for refine in (None, "dsnot", "dsnot-all"):
+        model, processor = zoo.build(name)
+        body = anatomy(model)
+        plan = make_plan(body, sparsity=0.6)
+        prune(model, body, plan, calibration(model, processor), refine=refine, propagate="dense")
+        found[refine] = {x.name: (x.weight != 0, x.attention) for x in body.layers if x.name in plan}
+    plain = found[None]
+    moved = {name for name, (keep, _) in found["dsnot"].items() if not torch.equal(keep, plain[name][0])}
+    everywhere = {name for name, (keep, _) in found["dsnot-all"].items() if not torch.equal(keep, plain[name][0])}
+    assert moved
+    assert moved == {name for name in everywhere if plain[name][1]}
+    assert everywhere > moved
 
 
 def loss(W, keep, G):
@@ -146,6 +170,20 @@ def test_a_weight_that_is_zero_already_does_not_come_back(refine, pattern):
     got = refine(W, keep, moments, pattern)
     assert not bool((got & (W == 0)).any())
     assert torch.equal(got.sum(1), keep.sum(1))
+
+
+def test_swaps_that_would_take_hours_are_said(monkeypatch, recwarn):
+    """Four layers of 4,096 x 4,096 would take an hour and a half of one core; here the limit is lowered."""
+    assert REFINES["swaps"].seconds(2048, 2048) == pytest.approx(2048 * 0.092, rel=0.1)
+    assert 3600 < 4 * REFINES["swaps"].seconds(4096, 4096) < 7200
+    monkeypatch.setattr(sys.modules["sparsight.pruning.loop"], "LONG", 1e-3)
+    model, processor = zoo.build("llava")
+    body, ready = anatomy(model), calibration(model, processor)
+    with pytest.warns(Notice, match=r"`refine`: without groups .* hours of one CPU core"):
+        prune(model, body, make_plan(body, sparsity=0.5), ready, refine="swaps")
+    recwarn.clear()
+    prune(model, body, make_plan(body, pattern="2:4"), ready, refine="swaps")
+    assert not recwarn.list
 
 
 @pytest.mark.usefixtures("kernels")

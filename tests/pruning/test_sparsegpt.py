@@ -50,13 +50,19 @@ def weights(rows=70, columns=304, seed=1):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
+def usual(diagonal):
+    """The mean diagonal without what massive activations add to it."""
+    live = diagonal[diagonal > 0]
+    return live.clamp(max=10 * live.median()).mean()
+
+
 def reference(W, gram, pattern, damp=0.01):
-    """The paper's algorithm as published, in float64 with its explicit inverse; selection by rank, with a stable sort."""
+    """The paper's algorithm in float64 with its explicit inverse; selection by rank, damping by the usual diagonal."""
     W, H = W.double().clone(), gram.double().clone()
     rows, columns = W.shape
     dead = H.diagonal() == 0
     H[dead, dead] = 1
-    H.diagonal().add_(damp * H.diagonal().mean())
+    H.diagonal().add_(damp * (H.diagonal() / 10).clamp(min=usual(H.diagonal())))
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     for i1 in range(0, columns, 128):
         i2 = min(i1 + 128, columns)
@@ -224,15 +230,22 @@ def test_the_factor_is_that_of_the_inverse(columns):
     assert torch.equal(gram, original)
     assert damping == 0.01
     assert U.tril(-1).abs().max() == 0
-    damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(columns)
+    d = gram.double().diagonal()
+    damped = gram.double() + 0.01 * (d / 10).clamp(min=usual(d)).diag()
     product = (U.double().T @ U.double()) @ damped
     torch.testing.assert_close(product, torch.eye(columns).double(), rtol=0, atol=1e-4)
 
 
 def test_the_factor_by_hand():
-    """diag(3, 0, 1): live mean 2, the dead column counts as the mean, damping 0.5 of it."""
+    """diag(3, 0, 1): live mean 2, which the dead column counts as; damping of half of it."""
     U, _ = inverse_factor(torch.diag(torch.tensor([3.0, 0.0, 1.0])), damp=0.5)
     torch.testing.assert_close(U, torch.diag(torch.tensor([1 / 4, 1 / 3, 1 / 2])).sqrt())
+
+
+def test_the_factor_by_hand_where_one_column_owns_the_mean():
+    """diag(1, 1, 1000): ten medians at most, so m = 4; damping of half of it, and of half of 100 for the large one."""
+    U, _ = inverse_factor(torch.diag(torch.tensor([1.0, 1.0, 1000.0])), damp=0.5)
+    torch.testing.assert_close(U, torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 1050])).sqrt())
 
 
 def test_a_damping_that_was_raised_is_reported():

@@ -24,10 +24,7 @@ class Tail:
         self.weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64).to(dtype)
         self.bias, self.cap = torch.randn(vocabulary, generator=g, dtype=torch.float64).to(dtype), cap
 
-    def logits(self, hidden):
-        return self.capped(F.linear(hidden, self.weight, self.bias).to(torch.promote_types(hidden.dtype, torch.float32)))
-
-    capped = Head.capped
+    logits, back, capped = Head.logits, Head.back, Head.capped
 
 
 def draw(n, width, seed, dtype=torch.float64):
@@ -164,6 +161,29 @@ def test_bf16_logits_are_compared_in_float32():
     assert float(found.kl) == 0
     found.total.backward()
     assert hidden.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("apart", [0.006, 0.02])
+def test_a_small_divergence_of_half_precision_states_is_right(apart, autocast):
+    """Logits to 16: rounded to bfloat16 they would be off by 0.06, and the divergence would be that of the rounding."""
+    vocabulary, d, n = 4000, 64, 8
+    dtype = torch.float32 if autocast else torch.bfloat16
+    head = Tail(vocabulary, d, dtype)
+    head.weight.data.copy_(4 * draw(vocabulary, d, 2, torch.float32) / d**0.5)
+    taught = draw(n, d, 0, torch.bfloat16).to(dtype)
+    student = (taught.float() + apart * draw(n, d, 1, torch.float32)).to(torch.bfloat16).to(dtype).requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = distillation(student, taught, torch.full((n,), -100), head, kl=1.0)
+    (slope,) = torch.autograd.grad(found.total, student)
+    W, wide = head.weight.double(), student.detach().double().requires_grad_(True)
+    p, q = ((x @ W.T + head.bias.double()).log_softmax(-1) for x in (taught.double(), wide))
+    exact = (p.exp() * (p - q)).sum()
+    (expected,) = torch.autograd.grad(exact, wide)
+    assert exact.item() / n < 4e-3
+    assert float(found.kl) == pytest.approx(exact.item(), rel=5e-3)
+    print(f"KL {exact.item() / n:.1e}, here {float(found.kl) / n:.1e}")
+    assert F.cosine_similarity(slope.double().flatten(), expected.flatten(), dim=0) > 0.999
 
 
 def test_logits_of_all_answers_never_live_at_once():

@@ -9,14 +9,20 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sparsight import api, load
+from sparsight import anatomy, api, load
+from sparsight.allocation.plan import make_plan
+from sparsight.calibration.moments import real_tokens
 from sparsight.data.encoding import Encoder, select_answers
 from sparsight.errors import SparsightError
+from sparsight.pruning.loop import prune
 from sparsight.pruning.methods import Method
+from sparsight.pruning.reconstruct import first
 from sparsight.restoring.peft_layers import adapted_modules, factors
+from sparsight.restoring.refit import refit
 from sparsight.restoring.student import make_student
 from sparsight.specs import RestoreSpec
 
+import zoo
 from walks import calibration, samples
 
 
@@ -172,6 +178,31 @@ def test_reconstruction_comes_before_the_adapters(mode, pair, tmp_path):
     for name, W in pruned.named_parameters():
         if (W == 0).any():
             assert not merged.get_parameter(name)[W == 0].any(), name
+
+
+def test_blocks_are_refitted_to_a_dense_model_with_its_own_connector():
+    """A connector that an earlier restoration changed stays, and the targets are those of the dense model without it."""
+    sparse, processor = zoo.build("llava")
+    ready = calibration(sparse, processor)
+    prune(sparse, anatomy(sparse), make_plan(anatomy(sparse), sparsity=0.5), ready)
+    bridge = "model.multi_modal_projector.linear_1.weight"
+    sparse.get_parameter(bridge).data.mul_(1.5)
+    fitted, untouched = zoo.build("llava")[0], zoo.build("llava")[0]
+    body = anatomy(fitted)
+    names = [layer.name for layer in anatomy(sparse).layers if layer.sparse]
+    record = refit(fitted, body, sparse, anatomy(sparse), names, ready, 1)
+    assert torch.equal(fitted.get_parameter(bridge), sparse.get_parameter(bridge))
+    last = body.component("language")[-1].block
+    states: list = []
+    for model in (fitted, untouched):
+        hook = model.get_submodule(last).register_forward_hook(lambda m, a, y: states.append(first(y)))
+        with torch.no_grad():
+            for batch in ready:
+                model(**batch.inputs, use_cache=False)
+        hook.remove()
+    real = [real_tokens(X, batch.padding, "language")[0] for X, batch in zip(states, [*ready, *ready], strict=True)]
+    here, there = torch.cat(real[: len(ready)]), torch.cat(real[len(ready) :])
+    assert record.reconstructed[last][1] == pytest.approx(float((here - there).norm() / there.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.0)])

@@ -107,7 +107,38 @@ def test_the_held_out_loss_is_that_of_the_model_that_is_written(sparse, scenes, 
         logits, targets = select_answers(model(**batch.inputs).logits, batch.inputs["labels"], True)
     loss = float(torch.nn.functional.cross_entropy(logits, targets))
     assert min(row["eval_loss"] for row in found["held_out"]) == pytest.approx(loss, rel=1e-4)
-    assert [row["step"] for row in found["held_out"]] == [2, 4, 6]
+    assert [row["step"] for row in found["held_out"]] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(("adapter", "rate"), [("sparselora", 10.0), ("hira", 30.0)])
+def test_the_start_is_written_where_no_training_beats_it(adapter, rate, sparse, scenes):
+    """At a rate that destroys the model the weights stay as they were; patience counts from the start."""
+    how = {"held_out": 4, "lr": rate, "steps": 40, "patience": 2, "scheduler": "constant", "adapter": adapter}
+    found = restored(sparse, "out", scenes, **how)
+    assert (found["best_step"], [row["step"] for row in found["held_out"]]) == (0, [0, 2, 4])
+    before, after = weights(sparse), weights(sparse.parent / "out")
+    assert all(torch.equal(before[key], W) for key, W in after.items())
+
+    def stop(note, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        restored(sparse, "other", scenes, progress=stop, **{**how, "overwrite": False})
+    again = restored(sparse, "other", scenes, resume=True, **{**how, "overwrite": False})
+    assert again["held_out"] == found["held_out"]
+    assert all(torch.equal(before[key], W) for key, W in weights(sparse.parent / "other").items())
+
+
+def test_the_norm_of_gradients_is_a_setting(sparse, scenes):
+    """A small one changes the weights, and the recipe beside them has it."""
+    folders = {}
+    for clip in (1.0, 0.01):
+        restored(sparse, f"out{clip}", scenes, clip=clip)
+        folders[clip] = sparse.parent / f"out{clip}"
+    one, other = (weights(folder) for folder in folders.values())
+    assert any(not torch.equal(one[key], W) for key, W in other.items())
+    assert "clip: 0.01" in (folders[0.01] / "recipe.yaml").read_text()
 
 
 def test_held_out_samples_are_never_trained_on(sparse, scenes):

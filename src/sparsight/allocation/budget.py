@@ -1,4 +1,4 @@
-"""The budget: a sparsity per component, read from what the user writes."""
+"""The budget: a sparsity and a pattern per component, read from what the user writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sparsight.checks import check_name_of, parse_pairs
 from sparsight.errors import SparsightError
-from sparsight.masks.pattern import check_sparsity
+from sparsight.masks.pattern import Pattern, check_sparsity
 from sparsight.model.families import COMPONENTS
 
 PRUNED_BY_DEFAULT = ("vision", "language")
@@ -31,6 +31,21 @@ def parse_budget(sparsity: str | float | Mapping[str, float]) -> dict[str, float
     if not any(budget.values()):
         raise SparsightError(f"`sparsity`: {sparsity} leaves every component dense; give at least one a sparsity above 0")
     return budget
+
+
+def parse_pattern(pattern: str | Pattern | Mapping[str, str]) -> dict[str, Pattern]:
+    """Read a pattern per component: `row`, `tensor`, `n:m` or a `Pattern` for all, or `vision=tensor,language=row`.
+
+    A component that is not named has `row`.
+
+    **Raises** `SparsightError` for an unknown component, and for what is no pattern.
+    """
+    if isinstance(pattern, str) and "=" in pattern:
+        pattern = parse_pairs(pattern, "pattern", COMPONENTS, "vision=tensor,language=row")
+    if not isinstance(pattern, Mapping):
+        return dict.fromkeys(COMPONENTS, pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern))
+    names = {check_name_of("component", "pattern", str(k), COMPONENTS): v for k, v in pattern.items()}
+    return {component: Pattern.parse(names.get(component, "row")) for component in COMPONENTS}
 
 
 def _fraction(value: str | float) -> float:

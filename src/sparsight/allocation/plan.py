@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsight.allocation.budget import parse_budget
+from sparsight.allocation.budget import PRUNED_BY_DEFAULT, parse_budget, parse_pattern
 from sparsight.allocation.policies.alpha import alpha
 from sparsight.allocation.policies.ecoflap import ecoflap, ecoflap_first
 from sparsight.allocation.policies.one_component import language_only, vision_only
@@ -34,8 +34,8 @@ POLICIES: dict[str, Policy] = {
     "uniform": Policy(uniform, scale=None, cost=Cost()),
     "owl": Policy(owl, data=True),
     "alpha": Policy(alpha, scale="inverse"),
-    "ecoflap": Policy(ecoflap, scale="proportional", data=True, labels=True, across=True, cap=CAP),
-    "ecoflap-first": Policy(ecoflap_first, scale="proportional", data=True, labels=True, across=True, cap=CAP),
+    "ecoflap": Policy(ecoflap, scale="proportional", data=True, labels=True, across=True, cap=0.0),
+    "ecoflap-first": Policy(ecoflap_first, scale="proportional", data=True, labels=True, across=True, cap=0.0),
     "sensitivity": Policy(sensitivity, scale="curves", data=True, labels=True, across=True, cap=CAP),
     "language-only": Policy(language_only, across=True, cost=Cost()),
     "vision-only": Policy(vision_only, across=True, cost=Cost()),
@@ -46,40 +46,42 @@ def make_plan(
     anatomy: Anatomy,
     *,
     sparsity: str | float | Mapping[str, float] | None = None,
-    pattern: str | Pattern = "row",
+    pattern: str | Pattern | Mapping[str, str] = "row",
     policy: str | Policy | Callable = "uniform",
     ignore: Sequence[str] = (),
     probe: Probe | None = None,
 ) -> Plan:
     """Plan the zeros of every layer.
 
-    `sparsity` is a fraction of zeros for vision and language, or one per component; n:m sets it itself, and then a
-    component's entry may be lower only with a policy that chooses which layers stay dense. `ignore` holds layer names,
-    parts of names ending at a dot, or globs. `policy` is a name, a `Policy`, or a function `(layers, budget)` or `(layers,
-    budget, probe)` that gives sparsities; `probe` is a model with calibration batches, which some policies need.
+    `sparsity` is a fraction of zeros for vision and language, or one per component, and `pattern` is for all or one per
+    component; n:m sets the sparsity itself, and then a component's entry may be lower only with a policy that chooses which
+    layers stay dense. `ignore` holds layer names, parts of names ending at a dot, or globs. `policy` is a name, a `Policy`,
+    or a function `(layers, budget)` or `(layers, budget, probe)` that gives sparsities; `probe` is a model with calibration
+    batches, which some policies need.
 
     **Raises** `SparsightError` for an unknown policy or component, a policy that lacks its data, an `ignore` entry that
     matches no layer, an n:m that does not divide a layer's input dimension, a budget that the policy cannot meet, and a
     plan without layers.
     """
     rule = find_policy(policy, data=probe is not None)
-    fixed, budget = planned_budget(pattern, sparsity, rule)
+    kinds, budget = planned_budget(pattern, sparsity, rule)
     _check_present(anatomy, sparsity)
     layers = _without(anatomy.layers, ignore)
     budgeted = [x for x in layers if budget[x.component]]
     if rule.data:  # refused before the measuring
         for layer in budgeted:
-            fixed.check(layer.shape, layer.name)
-    amounts = rule(budgeted, budget, probe, fixed)
+            kinds[layer.component].check(layer.shape, layer.name)
+    amounts = rule(budgeted, budget, probe, kinds)
     if not isinstance(amounts, Mapping) or not all(isinstance(amount, int | float) for amount in amounts.values()):
         raise SparsightError("`policy`: the function must give a sparsity per layer name, as in {name: 0.5}")
     plan, shapes = {}, {layer.name: layer.shape for layer in layers}
+    kind_of = {layer.name: kinds[layer.component] for layer in layers}
     for name, amount in amounts.items():
         if name not in shapes:
             raise SparsightError(f"`policy`: the function names {name!r}, which is no layer it was given")
         check_sparsity(amount, f"`policy`: for {name}")
         if amount:
-            plan[name] = fixed if fixed.kind == "n:m" else Pattern(fixed.kind, amount)
+            plan[name] = kind_of[name] if kind_of[name].kind == "n:m" else Pattern(kind_of[name].kind, amount)
     for name, p in plan.items():
         p.check(shapes[name], name)
     if not plan:
@@ -151,8 +153,8 @@ def _as_importance(function: Callable) -> Callable:
 
 
 def planned_budget(
-    pattern: str | Pattern, sparsity: str | float | Mapping[str, float] | None, policy: Any = None
-) -> tuple[Pattern, dict[str, float]]:
+    pattern: str | Pattern | Mapping[str, str], sparsity: str | float | Mapping[str, float] | None, policy: Any = None
+) -> tuple[dict[str, Pattern], dict[str, float]]:
     """Read a pattern and a sparsity per component, and refuse two that contradict each other.
 
     `n:m` and a `Pattern` object carry a sparsity of their own; the names `row` and `tensor` do not (0.5 by default).
@@ -160,12 +162,19 @@ def planned_budget(
 
     **Raises** `SparsightError` for a contradiction, and for what is no pattern or no sparsity.
     """
-    fixed = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
-    if fixed.kind != "n:m" and not isinstance(pattern, Pattern):
-        return fixed, parse_budget(0.5 if sparsity is None else sparsity)
-    budget = parse_budget(fixed.sparsity if sparsity is None else sparsity)
-    mixes = fixed.kind == "n:m" and policy not in ("uniform", POLICIES["uniform"])
-    for component, amount in budget.items():
+    kinds = parse_pattern(pattern)
+    own = {c: kind for c, kind in kinds.items() if kind.kind == "n:m" or isinstance(pattern, Pattern)}  # have a sparsity
+    if sparsity is None:
+        sparsity = {c: own[c].sparsity if c in own else 0.5 for c in PRUNED_BY_DEFAULT}
+    budget = parse_budget(sparsity)
+    if len({(kind.kind, kind.n, kind.m) for c, kind in kinds.items() if budget[c]}) > 1 and _shares(policy):
+        raise SparsightError(
+            f"`pattern`: differs between components, which share one budget under `policy={name_of(policy)}`; give one "
+            "pattern, or a policy that leaves each component its own sparsity, such as owl"
+        )
+    for component, fixed in own.items():
+        amount = budget[component]
+        mixes = fixed.kind == "n:m" and policy not in ("uniform", POLICIES["uniform"])
         if amount and abs(amount - fixed.sparsity) > 1e-6 and not (mixes and amount < fixed.sparsity):
             fewer = fixed.kind == "n:m" and amount < fixed.sparsity
             raise SparsightError(
@@ -173,7 +182,13 @@ def planned_budget(
                 f"{fixed.sparsity:g}; leave `sparsity` out, or name each pruned component with {fixed.sparsity:g}"
                 + (", or choose a `policy` that leaves some layers dense, such as owl" if fewer else "")
             )
-    return fixed, budget
+    return kinds, budget
+
+
+def _shares(policy: Any) -> bool:
+    """Whether all components share one budget under a policy."""
+    rule = POLICIES.get(policy) if isinstance(policy, str) else policy
+    return isinstance(rule, Policy) and rule.across
 
 
 def _without(layers: Sequence[Layer], ignore: Sequence[str]) -> list[Layer]:

@@ -20,13 +20,13 @@ HEADROOM = 0.1  # of a cap above the budget
 
 @dataclass(frozen=True)
 class Policy:
-    """Called with `(layers, budget, probe, pattern)` it gives `{layer name: sparsity}`.
+    """Called with `(layers, budget, probe, pattern)` it gives `{layer name: sparsity}`; `pattern` may be one per component.
 
     `importance(layers, budget, probe)` gives the worth of a weight of each layer, by layer name: a number, or for the scale
     `curves` what it costs at some sparsities; a layer that it leaves out stays dense. Without a scale it gives sparsities
     itself. `data`: it needs calibration samples, `labels`: with labels. `across`: all components share one budget, the
     number of zeros the uniform policy would spend; otherwise every component meets its own. `cap` is the highest sparsity of
-    a layer; a higher budget raises it. `cost` is for the estimate; None: not known.
+    a layer, or the budget and `HEADROOM` where that is more, as always for 0. `cost` is for the estimate; None: not known.
     """
 
     importance: Callable[..., Mapping[str, Any]]
@@ -42,7 +42,7 @@ class Policy:
         layers: Sequence[Layer],
         budget: Mapping[str, float],
         probe: Probe | None = None,
-        pattern: Pattern = Pattern("row", 0.0),  # noqa: B008
+        pattern: Pattern | Mapping[str, Pattern] = Pattern("row", 0.0),  # noqa: B008
     ) -> Mapping[str, float]:
         worth = self.importance(layers, budget, probe)
         if self.scale is None:
@@ -57,7 +57,7 @@ class Policy:
                 {layer.name: worth[layer.name] for layer in taking},
                 {layer.name: layer.shape for layer in taking},
                 mean,
-                pattern=pattern,
+                pattern=pattern if isinstance(pattern, Pattern) else pattern[taking[0].component],
                 scale=self.scale,
                 cap=ceiling(self.cap, mean),
             ).sparsity

@@ -7,6 +7,9 @@ block. Nothing about wiring is assumed, so there is no code per family.
 
 Greenlets and not threads: with one OS thread per batch torch builds an OpenMP pool per thread. Grad mode and autocast
 belong to the OS thread, which greenlets share, so each side of a switch keeps its own.
+
+A second walk of the same batches can go ahead of the first: each of its forwards runs through a block before the block is
+visited, so that it sees the blocks as they were.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ def _fresh(value: Any) -> Any:
 
 
 Visit = Callable[[str, nn.Module, Mapping[int, Call]], None]
+Ahead = Callable[[int, Any], None]  # (batch, output of the block as it was)
 
 
 def lockstep(
@@ -46,6 +50,8 @@ def lockstep(
     *,
     on_output: Callable[[int, Any], None] | None = None,
     earliest: Callable[[int], int] = lambda place: place,
+    ahead: Ahead | None = None,
+    as_it_was: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> None:
     """Walk `batches` through `model`, stopping in front of every block.
 
@@ -60,7 +66,12 @@ def lockstep(
     this engine's first waiting batch (`len(blocks)` if there is none) and returns the smallest place of all engines. An
     engine without batches there calls `visit` with empty `calls`.
 
-    A forward that enters a block again, as for a second image, stops only the first time. **Raises** `RuntimeError` if a
+    With `ahead` every batch walks twice, and the second walk goes through each block before its visit: `ahead(i, output)`
+    receives what the block gave for batch `i`, before `visit` gets the block. The second walk runs inside `as_it_was()`,
+    which may put back what was changed outside the blocks. Cost: one forward per batch more, and its paused activations.
+
+    A forward that enters a block again, as for a second image, stops only the first time; later on it finds the block as
+    it is then, in both walks. **Raises** `RuntimeError` if a
     forward enters a block for the first time after the block's turn is over. Any error, from `visit` or from the model,
     unwinds every waiting forward and removes every hook.
     """
@@ -68,16 +79,21 @@ def lockstep(
     own = dict(batches) if isinstance(batches, Mapping) else dict(enumerate(batches))
     with _cache_off(model), torch.no_grad(), _own_thread_state():
         torch.set_autocast_cache_enabled(False)  # it would keep a weight's cast from before a visit changed the weight
-        walk = _Walk(model, blocks, own, on_output)
+        walk, first = _Walk(model, blocks, own, on_output), _Walk(model, blocks, own if ahead else {}, None)
         try:
+            with as_it_was():
+                first.start()
             walk.start()
             while (place := earliest(walk.first_place())) < len(blocks):
+                with as_it_was():
+                    first.go_ahead(place, ahead)
                 calls = walk.calls(place)
                 with _own_thread_state():
                     visit(*blocks[place], calls)
                 walk.go_on(calls)
         finally:
             walk.close()
+            first.close()
 
 
 class _Walk:
@@ -121,6 +137,34 @@ class _Walk:
                 self._drop(self.walkers[i])
             else:
                 self._switch_to(i)
+
+    def go_ahead(self, place: int, ahead: Ahead | None) -> None:
+        """Let all batches go on through the blocks up to `place`; `ahead` receives the outputs of that block."""
+        while self.first_place() <= min(place, len(self.blocks) - 1):
+            here = self.first_place()
+            for i, call in self.calls(here).items():
+                if len(self.entered[i]) == len(self.blocks):  # nothing follows
+                    output = call()
+                    self.go_on([i])
+                else:
+                    output = self._through(i, here)
+                if here == place and ahead is not None:
+                    ahead(i, output)
+
+    def _through(self, i: int, place: int) -> Any:
+        """Let one batch go on through the block it waits at; return the block's output."""
+        outputs: list[Any] = []
+
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            if not outputs:  # a forward may enter the block again
+                outputs.append(output)
+
+        hook = self.blocks[place][1].register_forward_hook(keep)
+        try:
+            self.go_on([i])
+        finally:
+            hook.remove()
+        return outputs[0]
 
     def close(self) -> None:
         """Remove the hooks and unwind every forward that waits."""

@@ -50,7 +50,7 @@ class MomentCache:
         path, device = self.folder / f"{block}.pt", layers[0].weight.device
         try:
             content = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, RuntimeError) as error:
+            moments = [Moments.of_state(state, weigh, device) for state in content["moments"]]
+        except (OSError, RuntimeError, ValueError) as error:
             raise SparsightError(f"{path}: the moments kept there cannot be read ({error}); delete {self.folder}") from error
-        moments = [Moments.of_state(state, weigh, device) for state in content["moments"]]
         return {x.name: moments[content["layers"][x.name]] for x in layers if x.name in content["layers"]}

@@ -96,7 +96,8 @@ class Moments:
     @property
     def variance(self) -> torch.Tensor:  # (in,)
         """Var[x_j]."""
-        return (self.squares / self.count - (self.sums / self.count).square()).clamp(min=0)
+        mean = self.sums / self.count
+        return self._weighted(lambda kind: kind.spread + kind.count * (kind.sums / kind.count - mean).square()) / self.count
 
     @property
     def gram(self) -> torch.Tensor:  # (in, in)

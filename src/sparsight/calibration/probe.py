@@ -6,6 +6,7 @@ The model does not change: a weight that is changed for a measurement gets its o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsight.calibration.gradients import Gradient, answer_loss, evaluating, gradients
+from sparsight.calibration.gradients import Gradient, answer_logits, answer_loss, answered, evaluating, gradients
 from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.observe import Watch
-from sparsight.data.encoding import Batch, select_answers
+from sparsight.data.encoding import Batch
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import Anatomy, Layer
 
@@ -50,6 +51,11 @@ class Probe:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+    @property
+    def few_samples(self) -> list[Batch]:
+        """The first `FEW` samples as batches of one, whatever the batch size."""
+        return self.once(("few samples",), lambda: list(itertools.islice(answered(self.batches), FEW)))
 
     @property
     def few(self) -> list[Batch]:
@@ -97,9 +103,9 @@ class Probe:
         return norms
 
     def slopes(self, layers: Sequence[Layer], eps: float = 1e-3) -> dict[str, float]:
-        """`|L(W + eps z) - L(W - eps z)| / 2 eps` per layer, z Gaussian, new for every batch; the mean over `few` batches.
+        """`|L(W + eps z) - L(W - eps z)| / 2 eps` per layer, z Gaussian, new for every sample; the mean over `FEW` samples.
 
-        Cost: two forward passes per layer and batch.
+        Cost: two forward passes per layer and sample.
         """
         slopes = {}
         for done, layer in enumerate(layers):
@@ -108,17 +114,17 @@ class Probe:
         return slopes
 
     def _slope(self, layer: Layer, eps: float) -> float:
-        W, total, batches = layer.weight.float(), 0.0, self.few
-        for i, batch in enumerate(batches):
+        W, total, alone = layer.weight.float(), 0.0, self.few_samples
+        for i, sample in enumerate(alone):
             z, loss = self.noise(layer, i).to(W.device), []
             for sign in (1, -1):
                 with self.changed({layer.name: W + sign * eps * z}), evaluating(self.model), torch.no_grad():
-                    loss.append(float(answer_loss(self.model, batch)))
+                    loss.append(float(answer_loss(self.model, sample)))
             total += abs(loss[0] - loss[1]) / (2 * eps)
-        return total / len(batches)
+        return total / len(alone)
 
     def noise(self, layer: Layer, i: int) -> torch.Tensor:  # (out, in)
-        """Gaussian numbers that depend on the seed, the layer's name and the batch's place only."""
+        """Gaussian numbers that depend on the seed, the layer's name and the sample's place only."""
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(f"{layer.name} {i}".encode()))
         return torch.randn(layer.shape, generator=generator)
 
@@ -153,8 +159,7 @@ class Probe:
         answers = []
         with evaluating(self.model):
             for batch in batches:
-                logits = self.model(**batch.inputs).logits
-                chunk, _ = select_answers(logits, batch.inputs["labels"], batch.shifted)
+                chunk, _ = answer_logits(self.model, batch)
                 answers.append(F.log_softmax(chunk.float(), dim=-1))
         return answers
 

@@ -23,14 +23,16 @@ class Part:
     kind: str  # "text", "image"
     count: int
     sums: torch.Tensor  # (in,) float32, sum of x_j
+    spread: torch.Tensor  # (in,) float32, sum of (x_j - mean)^2
     squares: torch.Tensor | None  # (in,) float32, sum of x_j^2; None where there is X
     X: torch.Tensor | None  # (tokens, in)
 
     @classmethod
     def of(cls, kind: str, X: torch.Tensor, gram: bool) -> Part:
         """Sum inputs X (tokens, in) of one kind; with `gram` keep X, not a copy where it is contiguous."""
-        sums = X.sum(0, dtype=torch.float32)
-        return cls(kind, X.shape[0], sums, None if gram else X.float().square().sum(0), X.contiguous() if gram else None)
+        sums, wide = X.sum(0, dtype=torch.float32), X.float()
+        spread = wide.var(0, correction=0) * X.shape[0]
+        return cls(kind, X.shape[0], sums, spread, None if gram else wide.square().sum(0), X.contiguous() if gram else None)
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,16 @@ def _parts(X: torch.Tensor, image: torch.Tensor | None, gram: bool) -> Iterator[
 
 
 class Sums:
-    """Float32 sums over the tokens of one kind: x_j, and x_j^2 or the upper triangle of X^T X (no lower one)."""
+    """Float32 sums over the tokens of one kind: x_j, (x_j - mean)^2, and x_j^2 or X^T X, its upper triangle alone.
+
+    `spread`, the sum of squared distances from the mean, is kept apart: the difference of x_j^2 and the squared mean is
+    rounding where the mean is large (Chan, Golub & LeVeque 1979).
+    """
 
     def __init__(self, columns: int, device: torch.device, gram: bool) -> None:
         self.count = 0
         self.sums = torch.zeros(columns, dtype=torch.float32, device=device)  # (in,) sum of x_j
+        self.spread = torch.zeros_like(self.sums)  # (in,) sum of (x_j - mean)^2
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
         self._squares = torch.zeros_like(self.sums)  # (in,) sum of x_j^2, where there is no `upper`
 
@@ -78,8 +85,7 @@ class Sums:
 
     def add(self, part: Part) -> None:
         """Add the tokens of one batch, in place."""
-        self.count += part.count
-        self.sums += part.sums
+        self._add(part.count, part.sums, part.spread)
         if self.upper is not None and part.X is not None:
             self._add_gram(part.X, self.upper)
         elif part.squares is not None:
@@ -87,31 +93,40 @@ class Sums:
 
     def merge(self, other: Sums) -> None:
         """Add the sums over other tokens, in place."""
-        self.count += other.count
-        self.sums += other.sums
+        self._add(other.count, other.sums, other.spread)
         if self.upper is None or other.upper is None:
             self._squares += other.squares
         else:
             self.upper += other.upper
 
+    def _add(self, count: int, sums: torch.Tensor, spread: torch.Tensor) -> None:
+        """Add the count, the sums and the spread of other tokens, in place."""
+        if self.count and count:
+            apart = sums / count - self.sums / self.count
+            self.spread += apart.square_().mul_(count * self.count / (count + self.count))
+        self.spread += spread
+        self.count += count
+        self.sums += sums
+
     def permuted(self, order: torch.Tensor) -> Sums:
         """Return the sums of the same inputs with their columns in another `order` (in,)."""
         other = Sums(len(order), self.sums.device, False)
         other.count, other.sums, other._squares = self.count, self.sums[order], self.squares[order]
+        other.spread = self.spread[order]
         if self.upper is not None:
             whole = self.upper.triu() + self.upper.triu(1).T
             other.upper = whole[order][:, order]
         return other
 
-    def state(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def state(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return all sums as plain values for a file; `of_state` reads them. Tensors are not copied."""
-        return self.count, self.sums, self._squares, self.upper
+        return self.count, self.sums, self.spread, self._squares, self.upper
 
     @classmethod
     def of_state(cls, state: tuple, columns: int, device: torch.device) -> Sums:
-        """Return sums from what `state` returned."""
+        """Return sums from what `state` returned. **Raises** `ValueError` for another version's."""
         sums = cls(columns, device, False)
-        sums.count, sums.sums, sums._squares, sums.upper = state
+        sums.count, sums.sums, sums.spread, sums._squares, sums.upper = state
         return sums
 
     def _add_gram(self, X: torch.Tensor, upper: torch.Tensor) -> None:

@@ -134,7 +134,7 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
         lines.append(f"Largest relative output error of a block: {facts['block_errors'][worst]:.3f} at {worst}")
     if fitted := list(facts["reconstructed"].values()):
         before, after = (sum(pair[i] for pair in fitted) / len(fitted) for i in (0, 1))
-        lines.append(f"Reconstruction: mean relative output error of a part {before:.3f} -> {after:.3f}")
+        lines.append(f"Reconstruction: mean relative distance of blocks from the dense model {before:.3f} -> {after:.3f}")
     if facts["permuted"]:
         lines.append(f"Channels regrouped in front of {len(facts['permuted'])} layers")
     if facts["damping"]:

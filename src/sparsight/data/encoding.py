@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ class Batch:
     boolean masks, true at real tokens: "text" (B, T), "decoder" (B, Td) for an encoder-decoder, where Td is never T, so
     that the length identifies a mask, "vision" (images, patches) where images are padded, and for a Q-Former that reads
     the question "instruction" (B, Tq) and "queries" (B, queries + Tq); "image" (B, T) is true where a token of the text
-    stands for a part of an image. `samples` has the sample of each row, of one turn each where the model takes only one.
+    stands for a part of an image. `samples` has the sample of each row, of one turn each where the model takes only one;
+    `encode` encodes some of them again.
     """
 
     inputs: dict[str, Tensor]
     padding: dict[str, Tensor]
     samples: tuple[Sample, ...]
+    encode: Callable[[Sequence[Sample]], Batch] | None = field(default=None, compare=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -49,7 +51,7 @@ class Batch:
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {key: tensor.to(device) for key, tensor in tensors.items()}
 
-        return Batch(move(self.inputs), move(self.padding), self.samples)
+        return Batch(move(self.inputs), move(self.padding), self.samples, self.encode)
 
 
 def select_answers(logits: Tensor, labels: Tensor, shifted: bool, *, all_positions: bool = False) -> tuple[Tensor, Tensor]:
@@ -168,7 +170,7 @@ class Encoder:
             inputs, reasons = self._try(rows)
             kept = self._without(rows, reasons)
             if len(kept) == len(rows) and inputs is not None:
-                return Batch(inputs, padding_masks(inputs, self.config), tuple(rows))
+                return Batch(inputs, padding_masks(inputs, self.config), tuple(rows), self.encode)
             rows = kept
         return None
 

@@ -18,6 +18,8 @@ from sparsight.model.families import COMPONENTS, FAMILIES, Family
 from sparsight.model.matrices import is_linear, output_head, read_elsewhere, stack_of
 
 SPARSE_FROM = 0.01
+# in the name of a layer below its block
+ATTENTION = re.compile(r"attn|attention|(^|\.)(q|k|v|o|qkv|query|key|value)(_proj)?$", re.IGNORECASE)
 # parts of names of the maps that choose experts, layers, tokens, or how much a state keeps
 ROUTERS = re.compile(r"(^|_)(router|gate|indexer|altup)s?$|^(in_proj_[ab]|in_proj_ba|f_[ab]_proj|b_proj|beta_proj)$")
 
@@ -51,6 +53,11 @@ class Layer:
         """This layer's part (out, in) of a tensor of its parameter's shape, as of a gradient; not a copy."""
         part = whole if self.expert is None else whole[self.expert[1]]
         return part.T if self.transposed else part
+
+    @property
+    def attention(self) -> bool:
+        """Whether the layer belongs to attention, by its name: queries, keys, values, and their output."""
+        return bool(ATTENTION.search(self.name.removeprefix(self.block)))
 
     @property
     def shape(self) -> tuple[int, int]:

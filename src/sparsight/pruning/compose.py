@@ -3,12 +3,13 @@ reconstruct the block. Contradictory steps are refused here, by name, before any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsight.allocation.budget import parse_pattern
 from sparsight.calibration.moments import Moments
 from sparsight.calibration.tokens import TokenRule, find_tokens
 from sparsight.checks import check_name, current_name, name_of
@@ -17,6 +18,7 @@ from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods import PRESETS, Method, Refine, Update, find_method, find_refine, find_update
 
 if TYPE_CHECKING:
+    from sparsight.model.anatomy import Layer
     from sparsight.specs import PruneSpec
 
 PROPAGATE = ("dense", "block", "layer")
@@ -49,6 +51,11 @@ class Composition:
     def mask_only(self) -> bool:
         """Whether the kept weights stay as they were, in their places."""
         return self.method.mask_only and not (self.update or self.reconstruct or self.permute)
+
+    def of(self, layer: Layer) -> Composition:
+        """The steps for one layer: without a refinement that is for attention, elsewhere."""
+        skip = self.refine is not None and self.refine.attention_only and not layer.attention
+        return replace(self, refine=None) if skip else self
 
     def prune(self, W: torch.Tensor, moments: Moments | None, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
         """The pruned weights of one layer (out, in); W is not changed.
@@ -83,7 +90,7 @@ def compose(
     permute: bool = False,
     tokens: str | TokenRule | Callable = "all",
     propagate: str = "block",
-    pattern: Pattern | None = None,
+    pattern: Pattern | Mapping[str, Pattern] | None = None,
 ) -> Composition:
     """Compose a way of pruning.
 
@@ -101,16 +108,16 @@ def compose(
     composition = Composition(
         find_method(method), find_refine(refine), find_update(update), find_tokens(tokens), reconstruct, permute, propagate
     )
-    _refuse(composition, pattern)
+    patterns = () if pattern is None else (pattern,) if isinstance(pattern, Pattern) else tuple(pattern.values())
+    _refuse(composition, patterns)
     return composition
 
 
 def compose_spec(spec: PruneSpec) -> Composition:
     """The way of pruning in settings; errors as in `compose`."""
-    pattern = spec.pattern if isinstance(spec.pattern, Pattern) else Pattern.parse(spec.pattern)
     return compose(
         spec.method, refine=spec.refine, update=spec.update, reconstruct=spec.reconstruct, permute=spec.permute,
-        tokens=spec.tokens, propagate=spec.propagate, pattern=pattern,
+        tokens=spec.tokens, propagate=spec.propagate, pattern=parse_pattern(spec.pattern),
     )  # fmt: skip
 
 
@@ -143,7 +150,7 @@ def check_processes(composition: Composition, processes: int) -> None:
             )
 
 
-def _refuse(composition: Composition, pattern: Pattern | None) -> None:
+def _refuse(composition: Composition, patterns: Sequence[Pattern]) -> None:
     if composition.refine and not composition.method.mask_only and not composition.update:
         raise SparsightError(
             "`refine`: moves the zeros of the dense weights, and this method may change the kept ones for its own zeros; "
@@ -161,8 +168,9 @@ def _refuse(composition: Composition, pattern: Pattern | None) -> None:
                 "`tokens`: this rule looks at a block's output, and `propagate=layer` goes layer by layer; use block, or "
                 "a rule that needs no output, as balanced"
             )
-    if composition.permute and pattern is not None and pattern.kind != "n:m":
-        raise SparsightError(f"`permute`: regroups channels for n:m; `pattern={pattern.kind}` has no groups, leave it out")
+    if composition.permute and patterns and not any(pattern.kind == "n:m" for pattern in patterns):
+        kinds = ",".join(sorted({pattern.kind for pattern in patterns}))
+        raise SparsightError(f"`permute`: regroups channels for n:m; `pattern={kinds}` has no groups, leave it out")
     looks = {need for step in composition.steps for need in step.needs}
     if composition.tokens != find_tokens("all") and not looks & {"norm", "gram"} and not composition.permute:
         raise SparsightError("`tokens`: this method does not look at inputs; leave it out, or choose another method")

@@ -9,8 +9,11 @@ that the activations inside a block are held for all batches.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -22,17 +25,19 @@ from sparsight.allocation.plan import Plan
 from sparsight.calibration.gradients import evaluating, gradients
 from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.moment_cache import MomentCache
-from sparsight.errors import SparsightError
+from sparsight.errors import Notice, SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.progress import Progress
+from sparsight.pruning.across_processes import prune_all
 from sparsight.pruning.compose import Composition, check_processes, compose
 from sparsight.pruning.journal import Journal
-from sparsight.pruning.record import PruneRecord
-from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, prune_from_cache
+from sparsight.pruning.record import PruneRecord, add_to
+from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, start_facts
 
 COLUMNS = 512  # of the logits, that a walk is compared by with a plain forward
+LONG = 3600.0  # seconds of one core, from which on a refinement is warned about
 SAME = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative to the largest logit; less precise dtypes: 2e-2
 
 
@@ -52,6 +57,7 @@ def prune(
     seed: int = 0,
     journal: Journal | None = None,
     cache: MomentCache | None = None,
+    original: Mapping[torch.Tensor, torch.Tensor] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneRecord:
@@ -60,7 +66,8 @@ def prune(
     `batches` are those of `sparsight.data`. `method` is a name, a function, a `Method` or a `Composition`; `options` are
     those of `compose`. Blocks that the `journal` holds are taken from there. With a `cache`, which `collect_moments` has
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
-    blocks are measured. `progress(stop, done, all)` is called per stop.
+    blocks are measured. `original` has the dense model's values of parameters that differ already and are not pruned, for
+    the targets of reconstruction. `progress(stop, done, all)` is called per stop.
 
     Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
     layers; all end with the weights of a single process, bit for bit (with as many threads).
@@ -74,17 +81,21 @@ def prune(
         raise SparsightError("cached moments serve `propagate=dense`, without `reconstruct`, `permute` and gradients")
     began = time.perf_counter()
     work = Work(anatomy, plan, batches, composition, seed, journal, progress)
+    _warn_of_hours(work)
     for layer in work.layers:
         if not torch.isfinite(layer.weight).all():
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
     if cache:
         prune_from_cache(work, cache)
     elif batches:
-        walk = LayerWalk(work) if composition.propagate == "layer" else BlockWalk(work)
+        walk: Any = LayerWalk(work) if composition.propagate == "layer" else BlockWalk(work)
         with evaluating(model):
             if "gradient" in composition.needs:
                 work.sensitivity = gradients(model, work.layers, batches)
-            lockstep(model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all)
+            lockstep(
+                model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all,
+                ahead=getattr(walk, "ahead", None), as_it_was=partial(_values, original or {}),
+            )  # fmt: skip
         walk.finish()
     elif composition.needs:
         raise SparsightError(
@@ -96,6 +107,49 @@ def prune(
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(next(model.parameters()).device)
     return work.record
+
+
+def prune_from_cache(work: Work, cache: MomentCache) -> None:
+    """Prune every planned layer in place from the moments in a cache; nothing is run."""
+    blocks = work.anatomy.blocks_with(set(work.plan))
+    for block in blocks:
+        layers = work.of_block(block.name)
+        moments = cache.load(block.name, layers, work.composition.tokens.weigh)
+        if not work.recall(block.name, layers):
+            facts = start_facts(block.name, layers, moments)
+            add_to(facts, prune_all([layer for layer in layers if layer.name in moments], moments, work.prune))
+            work.finish_stop(block.name, layers, facts)
+        work.report(block.name, len(blocks))
+    work.check_reached()
+
+
+def _warn_of_hours(work: Work) -> None:
+    """Say it where a refinement will take more than `LONG` seconds of one core."""
+    seconds = 0.0
+    for layer in work.layers:
+        refine = work.composition.of(layer).refine
+        if refine and refine.seconds and work.plan[layer.name].kind != "n:m":
+            seconds += refine.seconds(*layer.shape)
+    if seconds > LONG and distributed.is_main():
+        warnings.warn(
+            f"`refine`: without groups (`pattern` row or tensor) it takes about {seconds / 3600:,.0f} hours of one CPU core "
+            "for these layers; n:m is fast, and so is `update=pcg` without it",
+            Notice,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _values(others: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Give parameters other values inside the block, in place."""
+    before = {p: p.data.clone() for p in others}
+    try:
+        for p, value in others.items():
+            p.data.copy_(value)
+        yield
+    finally:
+        for p, value in before.items():
+            p.data.copy_(value)
 
 
 @torch.no_grad()

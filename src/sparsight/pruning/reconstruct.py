@@ -1,12 +1,11 @@
-"""Block reconstruction: after a block is pruned its kept weights are fitted to the dense block's outputs.
+"""Block reconstruction: after a block is pruned its kept weights are fitted to the dense model's own outputs of the block.
 
-Attention and MLP are fitted apart and in forward order, each to the dense outputs of its own module, on its inputs in the
-pruned model (the finding of "A Free Lunch in LLM Compression", arXiv 2510.14444; whole blocks: EBFT, arXiv 2402.12419):
-a few epochs of Adam over the calibration batches, the zeros held. Layers with the same parent
-module are one part; layers directly in the block are fitted to the block's output.
+The inputs come from the pruned blocks before it, the targets from a dense model that has not seen them, so that a block
+repairs what earlier ones did, too (EBFT, arXiv 2402.12419): a few epochs of Adam over the calibration batches, the zeros
+held. All pruned layers of a block are fitted together.
 
-Memory: the inputs and outputs of one block's parts for all batches, and fp32 weights with Adam's two moments for one
-part. A part whose error did not shrink keeps its weights.
+Memory: the block's inputs and dense outputs for all batches, and fp32 weights with Adam's two moments for one block. A block
+whose error did not shrink keeps its weights.
 """
 
 from __future__ import annotations
@@ -26,47 +25,46 @@ RATE = 0.02  # Adam's step, in units of the root mean square of a layer's kept w
 Real = Callable[[int, torch.Tensor], torch.Tensor]  # (batch, (..., d)) -> (tokens, d) without padding
 
 
-class Reconstruction:
-    """Fit one block's `layers` in place. `watch` while the dense block runs, then prune, then `fit`."""
+def first(output: Any) -> torch.Tensor:
+    """Return a module's hidden states from its output, a tensor or a tuple that begins with it."""
+    return output if isinstance(output, torch.Tensor) else output[0]
 
-    def __init__(self, name: str, block: nn.Module, layers: Sequence[Layer], calls: Mapping[int, Call], real: Real) -> None:
-        self.block, self.calls, self.real = block, calls, real
-        self.parts: dict[nn.Module, list[Layer]] = {}
-        for layer in layers:
-            self.parts.setdefault(parent(name, block, layer), []).append(layer)
-        self.targets: dict[nn.Module, dict[int, torch.Tensor]] = {part: {} for part in self.parts}
 
-    @contextlib.contextmanager
-    def watch(self, i: int) -> Iterator[None]:
-        """Keep the parts' outputs while the dense block runs batch `i` inside the `with`."""
+def reconstruct(
+    layers: Sequence[Layer],
+    calls: Mapping[int, Callable[[], Any]],
+    targets: Mapping[int, torch.Tensor],
+    real: Real,
+    epochs: int,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Fit the kept weights of one block's `layers`, in place; return its relative output errors before and after.
 
-        def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            self.targets[module][i] = self.real(i, first(output)).clone()
-
-        hooks = [part.register_forward_hook(keep) for part in self.parts]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def fit(self, epochs: int, generator: torch.Generator) -> dict[str, tuple[float, float]]:
-        """Fit all parts in place; return relative output errors before and after, by the name of a part's first layer.
-
-        Cost: `epochs` forwards and backwards of the block per batch. A part with a larger error keeps its old weights.
-        """
-        errors = {}
-        for part, layers in self.parts.items():
-            runs = {i: self._run(part, i) for i in self.targets[part]}
-            errors[layers[0].name] = _fit(part, layers, runs, self.targets[part], self.real, epochs, generator)
-        return errors
-
-    def _run(self, part: nn.Module, i: int) -> Callable[[], Any]:
-        """Return a call of the part with its present inputs of batch `i`."""
-        if part is self.block:
-            return self.calls[i]
-        args, kwargs = inputs_of(part, self.calls[i])
-        return lambda: part(*args, **kwargs)
+    `calls` run the block on its inputs in the pruned model, `targets` are the dense model's outputs of it (..., d), both by
+    batch. A larger error keeps the old weights. Cost: `epochs` forwards and backwards of the block per batch.
+    """
+    wish = {i: real(i, target) for i, target in targets.items() if i in calls}  # (tokens, d)
+    scale = sum(float(t.float().square().sum()) for t in wish.values())
+    order = [i for i, target in wish.items() if target.numel()]
+    before = _error(calls, wish, real, scale)
+    if not order or before == 0:
+        return before, before
+    start = [layer.weight.clone() for layer in layers]
+    with _trainable(layers) as parameters:
+        adam = _MaskedAdam(layers, epochs * len(order))
+        for _ in range(epochs):
+            for place in torch.randperm(len(order), generator=generator).tolist():
+                i = order[place]
+                with torch.enable_grad():
+                    loss = (real(i, first(calls[i]())).float() - wish[i].float()).square().sum() * (len(order) / scale)
+                    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                adam.step({id(p): grad for p, grad in zip(parameters, grads, strict=True)})
+    after = _error(calls, wish, real, scale)
+    if not after < before:
+        for layer, W in zip(layers, start, strict=True):
+            layer.write(W)
+        return before, before
+    return before, after
 
 
 class _Caught(Exception):
@@ -98,44 +96,6 @@ def parent(name: str, block: nn.Module, layer: Layer) -> nn.Module:
         return layer.module
     inner = layer.name.removeprefix(name).strip(".").rpartition(".")[0]
     return block.get_submodule(inner) if inner else block
-
-
-def first(output: Any) -> torch.Tensor:
-    """Return a module's hidden states from its output, a tensor or a tuple that begins with it."""
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def _fit(
-    part: nn.Module,
-    layers: Sequence[Layer],
-    runs: Mapping[int, Callable[[], Any]],
-    targets: Mapping[int, torch.Tensor],
-    real: Real,
-    epochs: int,
-    generator: torch.Generator,
-) -> tuple[float, float]:
-    """Fit one part in place; return its relative output errors before and after."""
-    scale = sum(float(t.float().square().sum()) for t in targets.values())
-    order = [i for i in runs if targets[i].numel()]
-    before = _error(runs, targets, real, scale)
-    if not order or before == 0:
-        return before, before
-    start = [layer.weight.clone() for layer in layers]
-    with _trainable(layers) as parameters:
-        adam = _MaskedAdam(layers, epochs * len(order))
-        for _ in range(epochs):
-            for place in torch.randperm(len(order), generator=generator).tolist():
-                i = order[place]
-                with torch.enable_grad():
-                    loss = (real(i, first(runs[i]())).float() - targets[i].float()).square().sum() * (len(order) / scale)
-                    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-                adam.step({id(p): grad for p, grad in zip(parameters, grads, strict=True)})
-    after = _error(runs, targets, real, scale)
-    if not after < before:
-        for layer, W in zip(layers, start, strict=True):
-            layer.write(W)
-        return before, before
-    return before, after
 
 
 class _MaskedAdam:
@@ -185,6 +145,6 @@ def _trainable(layers: Sequence[Layer]) -> Iterator[list[nn.Parameter]]:
 
 
 @torch.no_grad()
-def _error(runs: Mapping, targets: Mapping[int, torch.Tensor], real: Real, scale: float) -> float:
-    lost = sum(float((real(i, first(run())).float() - targets[i].float()).square().sum()) for i, run in runs.items())
+def _error(calls: Mapping, wish: Mapping[int, torch.Tensor], real: Real, scale: float) -> float:
+    lost = sum(float((real(i, first(calls[i]())).float() - t.float()).square().sum()) for i, t in wish.items())
     return (lost / scale) ** 0.5 if scale else 0.0

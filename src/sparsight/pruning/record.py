@@ -17,9 +17,9 @@ class PruneRecord:
     `unreached` lists layers that no calibration token reached, which stay dense; `pooled` experts with too few tokens,
     pruned with the moments of all; `ungraded` layers on which the loss does not depend, which `snip` and `fisher` score as
     Wanda does; `permuted` layers whose input channels were reordered. `damping` has the damping of Gram matrices that needed
-    more than 1 % of their mean diagonal; `reconstructed` the errors before and after, per part of a block; `memory` the
-    process's peak in bytes. `data` says what was read of the samples, where that is not all (`Samples.facts`). `plan` and
-    `method` describe the pruning of a model in memory, for `save` and `verify`.
+    more than 1 % of their mean diagonal; `reconstructed` the relative distance of each fitted block's outputs from the dense
+    model's, before and after; `memory` the process's peak in bytes. `data` says what was read of the samples, where that is
+    not all (`Samples.facts`). `plan` and `method` describe the pruning of a model in memory, for `save` and `verify`.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)

@@ -7,10 +7,10 @@ which checks the method's result and measures its error.
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from sparsight.pruning.across_processes import everywhere, prune_all, turns
 from sparsight.pruning.compose import Composition
 from sparsight.pruning.journal import Journal
 from sparsight.pruning.permute import permute_block
-from sparsight.pruning.reconstruct import Reconstruction, first, parent
+from sparsight.pruning.reconstruct import first, parent, reconstruct
 from sparsight.pruning.record import PruneRecord, add_to
 
 ERROR_BATCHES = 4  # batches a block's output error is measured on
@@ -111,7 +111,8 @@ class Work:
         moments.sensitivity = self.sensitivity.get(layer.name)
         W = layer.weight  # (out, in)
         try:
-            pruned = self.composition.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
+            steps = self.composition.of(layer)
+            pruned = steps.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
         except ValueError as error:  # a score or a factor that cannot be
             raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
         self.check_kept(layer, pruned)
@@ -154,25 +155,29 @@ class Work:
 class BlockWalk:
     """Stops in front of every block: one run to gather moments, one to walk on.
 
-    With `propagate="dense"` the pruned weights are put in place after the last block.
+    With `propagate="dense"` the pruned weights are put in place after the last block. To reconstruct blocks, `ahead` takes
+    their outputs in the dense model from a second walk, except with `dense`, where the first one is that of the dense model.
     """
 
     def __init__(self, work: Work) -> None:
         self.work, self.dense = work, work.composition.propagate == "dense"
         self.stops = [(block.name, block.module) for block in work.anatomy.blocks_with(set(work.plan))]
         self.pending: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.targets: dict[int, torch.Tensor] = {}  # the dense model's outputs of the block that is visited next
+        self.ahead = self._keep if work.composition.reconstruct and not self.dense else None
+
+    def _keep(self, i: int, output: Any) -> None:
+        self.targets[i] = first(output)
 
     def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
         """Prune the layers of one block in place."""
         work, composition = self.work, self.work.composition
         layers = work.of_block(name)
         before = self._copies(layers)
+        targets, self.targets = self.targets, {}
         if not work.recall(name, layers):
             component = layers[0].component
-            fitting = None
-            if composition.reconstruct:
-                fitting = Reconstruction(name, block, layers, calls, lambda i, X: self._real(i, X, component))
-            moments, targets = self._observe(block, layers, calls, fitting)
+            moments, outputs = self._observe(block, layers, calls)
             facts = start_facts(name, layers, moments)
             layers = [layer for layer in layers if layer.name in moments]
             generator = work.generator(name)
@@ -180,9 +185,11 @@ class BlockWalk:
                 parents = {layer.name: parent(name, block, layer) for layer in layers}
                 facts["permuted"] = permute_block(layers, work.plan, moments, work.sensitivity, parents, calls, generator)
             add_to(facts, prune_all(layers, moments, work.prune))
-            if fitting:
-                facts["reconstructed"] = fitting.fit(composition.reconstruct, generator)
-            facts["block_errors"] = {name: self._block_error(component, calls, targets)}
+            if epochs := composition.reconstruct:
+                wish = outputs if self.dense else targets
+                errors = reconstruct(layers, calls, wish, partial(self._real, component=component), epochs, generator)
+                facts["reconstructed"] = {name: errors}
+            facts["block_errors"] = {name: self._block_error(component, calls, outputs)}
             work.finish_stop(name, work.of_block(name), facts)
         for p, value in before:
             self.pending.append((p, p.data.clone()))
@@ -201,31 +208,35 @@ class BlockWalk:
         return [(p, p.data.clone()) for p in own.values()]
 
     def _observe(
-        self, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call], fitting: Reconstruction | None = None
+        self, block: nn.Module, layers: list[Layer], calls: Mapping[int, Call]
     ) -> tuple[dict[str, Moments], dict[int, torch.Tensor]]:
-        """Run the block once on every batch: moments of its layers, and its outputs on the first few batches."""
+        """Run the block once on every batch: moments of its layers, and its outputs.
+
+        Outputs are those of the first few batches, or of all where blocks are fitted to them.
+        """
         work = self.work
         standing = everywhere(calls)
         watch = work.watch(layers, len(standing))
         dropped = dropped_tokens(work.composition.tokens, layers[0].component, calls, work.batches)
-        targets: dict[int, torch.Tensor] = {}
+        wanted = standing if self.dense and work.composition.reconstruct else standing[:ERROR_BATCHES]
+        outputs: dict[int, torch.Tensor] = {}
         with watch.open():
             for i in turns(standing):
                 if i in calls:
-                    keeping = fitting.watch(i) if fitting else contextlib.nullcontext()
-                    with watch.during(work.batches[i].padding, dropped.get(i)), keeping:
+                    with watch.during(work.batches[i].padding, dropped.get(i)):
                         output = first(calls[i]())
-                    if i in standing[:ERROR_BATCHES]:
-                        targets[i] = output
+                    if i in wanted:
+                        outputs[i] = output
                 watch.exchange()
-        return watch.moments, targets
+        return watch.moments, outputs
 
     def _real(self, i: int, X: torch.Tensor, component: str) -> torch.Tensor:
         return real_tokens(X, self.work.batches[i].padding, component)[0]
 
-    def _block_error(self, component: str, calls: Mapping[int, Call], targets: dict[int, torch.Tensor]) -> float:
+    def _block_error(self, component: str, calls: Mapping[int, Call], outputs: dict[int, torch.Tensor]) -> float:
         mine = {}
-        for i, target in targets.items():
+        for i in sorted(outputs)[:ERROR_BATCHES]:
+            target = outputs[i]
             now, then = (self._real(i, X, component).float() for X in (first(calls[i]()), target))
             mine[i] = (now - then).square().sum().cpu(), then.square().sum().cpu()
         difference = reference = torch.zeros(())
@@ -310,20 +321,6 @@ class LayerWalk:
                 watch.exchange()
             self.inputs, self.moments = inputs, watch.moments[layer.name]
         return self.moments
-
-
-def prune_from_cache(work: Work, cache: MomentCache) -> None:
-    """Prune every planned layer in place from the moments in a cache; nothing is run."""
-    blocks = work.anatomy.blocks_with(set(work.plan))
-    for block in blocks:
-        layers = work.of_block(block.name)
-        moments = cache.load(block.name, layers, work.composition.tokens.weigh)
-        if not work.recall(block.name, layers):
-            facts = start_facts(block.name, layers, moments)
-            add_to(facts, prune_all([layer for layer in layers if layer.name in moments], moments, work.prune))
-            work.finish_stop(block.name, layers, facts)
-        work.report(block.name, len(blocks))
-    work.check_reached()
 
 
 def start_facts(name: str, layers: list[Layer], moments: dict[str, Moments]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ in chunks. So a hook keeps the hidden states in front of the head, and passes an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,46 @@ from sparsight.masks.bits import weight_hash
 from sparsight.model.load import overflow_advice
 from sparsight.model.matrices import output_head
 
+HALF = (torch.bfloat16, torch.float16)
+WIDENED = 1 << 22  # numbers of a head's weight in float32 at a time
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest logit
+
+
+def _as_given(a: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A block without autocast on the device of `a`; the estimate's has none."""
+    return contextlib.nullcontext() if a.device.type == "meta" else torch.autocast(a.device.type, enabled=False)
+
+
+def half(a: torch.Tensor, W: torch.Tensor) -> torch.dtype | None:
+    """The half precision that a product of `a` and W is computed in: that of W, or of an autocast on a GPU; else None."""
+    if W.dtype in HALF:
+        return W.dtype
+    cast = W.dtype == torch.float32 and a.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if cast else None
+
+
+def multiply(a: torch.Tensor, W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a W^T (n, V) of a (n, d) and W (V, d), rounded to a half precision, as float32 sums that are not rounded.
+
+    On a GPU the product of `dtype` has a float32 result. Elsewhere W is widened, `WIDENED` numbers at a time.
+    """
+    with _as_given(a):
+        if a.device.type == "cuda":
+            return torch.mm(a.to(dtype), W.T.to(dtype), out_dtype=torch.float32)
+        a = a.float()
+        return torch.cat([a @ part.float().T for part in W.split(max(1, WIDENED // W.shape[1]))], dim=1)
+
+
+def multiply_back(slope: torch.Tensor, W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return slope W (n, d) of slope (n, V) and W (V, d) in float32, as `multiply` does."""
+    with _as_given(slope):
+        if slope.device.type == "cuda":
+            return torch.mm(slope.to(dtype), W.to(dtype), out_dtype=torch.float32)
+        each = max(1, WIDENED // W.shape[1])
+        total = slope.new_zeros(len(slope), W.shape[1])
+        for columns, part in zip(slope.split(each, dim=1), W.split(each), strict=True):
+            total.addmm_(columns, part.float())
+        return total
 
 
 class Head:
@@ -83,8 +123,19 @@ class Head:
         return " ".join(weight_hash(part.data) for part in (self.weight, self.bias) if part is not None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits (n, V) of hidden states (n, d), computed like the model's, in float32."""
-        return self.capped(F.linear(hidden, self.weight, self.bias).float())
+        """Return logits (n, V) of hidden states (n, d) in float32 or float64, never those of a half precision widened."""
+        if (dtype := half(hidden, self.weight)) is None:
+            with _as_given(hidden):
+                return self.capped(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        logits = multiply(hidden, self.weight, dtype)
+        return self.capped(logits if self.bias is None else logits.add_(self.bias))
+
+    def back(self, slope: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (n, d) by the hidden states, in float32, from that by the uncapped logits, `slope` (n, V)."""
+        if (dtype := half(slope, self.weight)) is None:
+            with _as_given(slope):
+                return slope.to(self.weight.dtype) @ self.weight
+        return multiply_back(slope, self.weight, dtype)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Return cap * tanh(logits / cap), or the logits of a model without a cap."""

@@ -1,8 +1,8 @@
 """The loss of restoration: (1 - kl) CE + kl T^2 D(teacher, student), on answer positions only, from hidden states.
 
 The logits of a chunk of tokens are computed, turned into loss and gradient in closed form, and freed: memory never holds
-the logits of all answers. In float32, and summed over tokens, so that the trainer divides by the number of answer tokens of
-the whole step.
+the logits of all answers. In float32: a small divergence is a difference of nearly equal logits, which half precision would
+round away. Summed over tokens, so that the trainer divides by the number of answer tokens of the whole step.
 
 The paper's published code sums the divergence over every position, padding too, divides by the batch size, leaves out
 T^2 and computes in bf16 (He et al., arXiv 2404.02424); `tokens_per_sample` turns on the first three, in float32.
@@ -112,7 +112,7 @@ def _chunk(
         slope.add_(by_logits, alpha=weights[1] / temperature)
     if grad is not None:
         slope = slope if bend is None else slope.mul_(bend)
-        grad.copy_(slope.to(head.weight.dtype) @ head.weight)
+        grad.copy_(head.back(slope))
     return torch.stack([ce, kl])
 
 

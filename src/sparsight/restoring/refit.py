@@ -52,12 +52,17 @@ def refit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PruneRecord:
-    """Turn `dense` into `sparse`, in place, with the kept weights of the layers `names` fitted to the dense blocks."""
+    """Turn `dense` into `sparse`, in place, with the kept weights of the layers `names` fitted to the dense blocks.
+
+    The targets are the outputs of `dense` as it comes, also where `sparse` differs from it outside these layers.
+    """
     targets = set(names)
     pruned = {id(layer.parameter) for layer in anatomy.layers if layer.name in targets}
     own = dict(dense.named_parameters())
+    original: dict[torch.Tensor, torch.Tensor] = {}
     for name, parameter in sparse.named_parameters():  # a connector that was trained before stays so
-        if id(parameter) not in pruned:
+        if id(parameter) not in pruned and not torch.equal(own[name], parameter):
+            original[own[name]] = own[name].clone()
             own[name].copy_(parameter)
     weights = {layer.name: layer.weight for layer in anatomy.layers if layer.name in targets}
     plan: dict[str, Pattern] = {
@@ -67,7 +72,9 @@ def refit(
     fitted = [layer for layer in dense_anatomy.layers if layer.name in targets]
 
     def fit() -> tuple[PruneRecord, list[torch.Tensor]]:
-        record = prune(dense, dense_anatomy, plan, batches, method=composition, seed=seed, progress=progress)
+        record = prune(
+            dense, dense_anatomy, plan, batches, method=composition, seed=seed, original=original, progress=progress
+        )  # fmt: skip
         return record, [layer.weight for layer in fitted]
 
     record, weights_of_main = distributed.on_main(fit)  # the main process computes and broadcasts

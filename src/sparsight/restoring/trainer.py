@@ -22,7 +22,15 @@ from sparsight.errors import NotWritten, SparsightError
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 from sparsight.restoring.callbacks import PatienceCallback, ProgressCallback
-from sparsight.restoring.checkpoints import factor_tensors, go_back, is_whole, load_factors, save_factors, seal
+from sparsight.restoring.checkpoints import (
+    factor_tensors,
+    go_back,
+    is_whole,
+    load_factor_tensors,
+    load_factors,
+    save_factors,
+    seal,
+)
 from sparsight.restoring.losses import Loss, distillation
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
@@ -155,6 +163,8 @@ class RestoreTrainer(Trainer):
         if self.spec.hidden:
             means["hidden"] = hidden / tokens
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        if self.state.global_step == 0:  # what training starts from has to be beaten
+            self.state.best_metric, self.state.best_global_step = means["loss"], 0
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -211,14 +221,16 @@ def train(
 ) -> dict[str, Any]:
     """Train the student's adapters in place; checkpoints go into `folder`.
 
-    With `resume` it continues from the last good checkpoint there. With held-out samples their loss is measured at every
-    checkpoint, and the adapters end with the best one's values. Returns `curve`, a row per logged step with `step`,
-    `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row per evaluation, and `best_step`.
+    With `resume` it continues from the last good checkpoint there. With held-out samples their loss is measured before the
+    first step and at every checkpoint, and the adapters end with the best values, those of the start among them. Returns
+    `curve`, a row per logged step with `step`, `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row
+    per evaluation, and `best_step`, 0 for the start.
     """
     numbered = list(enumerate(student.samples))
     learned, held = numbered[: len(numbered) - student.held_out], numbered[len(numbered) - student.held_out :]
     total = total_steps(spec, len(learned))
     order = Shuffled(learned, total * step_size(spec), spec.seed)
+    checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=spec.batch_size,
@@ -228,12 +240,14 @@ def train(
         lr_scheduler_type="constant_with_warmup" if spec.scheduler == "constant" else spec.scheduler,
         warmup_steps=round(spec.warmup * total),
         weight_decay=0.0,
+        max_grad_norm=spec.clip,
         seed=spec.seed,
         logging_steps=max(1, total // 100),
         save_steps=spec.save_every,
         save_total_limit=2,
         eval_strategy="steps" if held else "no",
         eval_steps=spec.save_every,
+        eval_on_start=bool(held) and checkpoint is None,
         load_best_model_at_end=bool(held),
         metric_for_best_model="eval_loss" if held else None,
         greater_is_better=False if held else None,
@@ -262,14 +276,16 @@ def train(
         trainer.add_callback(watching)
         if spec.patience and held:
             trainer.add_callback(PatienceCallback(spec.patience))
-        checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
+        start = factor_tensors(student.wrapped) if held else {}  # the same on every run, a resumed one too
         with checkpointed_blocks(student.wrapped) if spec.gradient_checkpointing else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if held and not trainer.state.best_global_step:
+            load_factor_tensors(trainer.model, start)
     history = trainer.state.log_history
     facts: dict[str, Any] = {"curve": [row for row in history if "ce" in row]}
     if held:
         facts["held_out"] = [row for row in history if "eval_loss" in row]
-        facts["best_step"] = trainer.state.best_global_step
+        facts["best_step"] = trainer.state.best_global_step or 0
     return facts
 
 

@@ -54,7 +54,10 @@ class Splits:
 
     def __init__(self, bench: Workbench, cell: Cell, progress: Progress | None = None) -> None:
         self.bench, self.cell = bench, cell
-        self.pattern, self.start = planned_budget(cell.pruning.pattern, cell.pruning.sparsity)
+        patterns, self.start = planned_budget(cell.pruning.pattern, cell.pruning.sparsity)
+        self.pattern, *others = {patterns[c]: c for c, amount in self.start.items() if amount}
+        if others:
+            raise SparsightError("`pattern`: differs between components, which zeros are moved between; give one pattern")
         if self.pattern.kind == "n:m":
             raise SparsightError(
                 f"`pattern`: {self.pattern} has one sparsity only, so there is no split to search; use row or tensor, or "

@@ -9,7 +9,8 @@ and rho grows with the changes of the support: every three iterations it is mult
 as long as nothing has changed yet. Ends after 300 iterations, or when the support changes no more. The kept weights are
 then the solution of 10 iterations of conjugate gradients (`methods/pcg.py`).
 
-Ours differs in the pattern: zeros may be counted per row as well as in the whole matrix, which is what the code does.
+Ours differs in two places. Zeros may be counted per row as well as in the whole matrix, which is what the code does. And
+the ridge of H is 1 % of each column's own diagonal, not of their mean (see `methods/pcg.py`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
 """DSnoT, dynamic sparse no training: grow back one pruned weight of a row and prune one kept one, so that the row's
 expected output error shrinks (Zhang et al., arXiv 2310.08915; code zyxxmu/DSnoT).
 
-The error of a row is e = sum over its pruned weights of W_ij E[x_j]. While |e| > 0.1, and for at most 100 swaps, the
+The error of a row is e = sum over its pruned weights of W_ij E[x_j]. While |e| > 0.1, and for at most 50 swaps, the
 pruned weight with the largest W_ij E[x_j] / Var[x_j] on e's side is restored, and the kept weight of the smallest Wanda
 score whose loss moves e towards 0 is pruned; the row stops as soon as a swap would change e's sign. With n:m the latter is
 the smallest of the same group. E[x] is the sum over tokens per calibration sequence, as published.
 
-Ours differs in three places. A row without candidates stops, where the published code goes on with weights that are not
-pruned and so changes the count. Var[x] is that of all tokens, where the published code averages the batches' variances;
-on one batch the masks are equal. And it refines any mask. The VLM paper's fork changes no mask entry at all.
+As in the published defaults, `dsnot` refines the layers of attention and leaves all others; `dsnot-all` refines every layer.
+
+Ours differs in four places. The published code looks at the sign with n:m, and by default not in rows, where a swap may then
+lead past 0; ours stops there, too, since layers' errors grow without it. A row without candidates stops, where the published
+code goes on with weights that are not pruned and so changes the count. Var[x] is that of all tokens, where the published
+code averages the batches' variances; on one batch the masks are equal. And it refines any mask. The VLM paper's fork changes
+no mask entry at all.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from sparsight.calibration.moments import Moments
 from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods.wanda import wanda_score
 
-CYCLES = 100
+CYCLES = 50
 THRESHOLD = 0.1
 
 

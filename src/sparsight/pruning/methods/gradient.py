@@ -1,7 +1,7 @@
-"""Scores from the calibration loss, on the dense model, over all batches.
+"""Scores from the calibration loss, on the dense model, from the gradient of every sample.
 
 `snip`: S = |W g| with the mean gradient g, the change of the loss to first order without the weight (Lee et al.,
-arXiv 1810.02340). `fisher`: S = W^2 E[g^2] with the mean over batches of the squared gradient, the diagonal of the
+arXiv 1810.02340). `fisher`: S = W^2 E[g^2] with the mean over samples of the squared gradient, the diagonal of the
 empirical Fisher matrix in the second-order term of Optimal Brain Damage (LeCun et al., 1989).
 
 Where the loss does not depend on a layer at all (an expert that no answer uses), both use Wanda's score.

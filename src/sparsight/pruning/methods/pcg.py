@@ -1,9 +1,12 @@
 """Update: the kept weights that come closest to the dense layer's outputs, for any mask.
 
-Every row minimises (v - w) H (v - w)^T over the v that are zero where the mask is, H = G + 1 % of G's mean diagonal, by
+Every row minimises (v - w) H (v - w)^T over the v that are zero where the mask is, H = G + 1 % of G's own diagonal, by
 conjugate gradients with a diagonal preconditioner, all rows at once (the second half of ALPS, Meng et al.,
-arXiv 2406.07831). The ridge pulls towards the dense weights, so that the solution is unique and constant inputs
-change nothing. One product (out, in, in) per iteration.
+arXiv 2406.07831; code mazumder-lab/ALPS). The ridge pulls towards the dense weights, so that the solution is unique and
+constant inputs change nothing. One product (out, in, in) per iteration.
+
+Ours differs in the ridge: the published one is 1 % of the mean diagonal, which a few channels of massive activations own
+(see `calibration/inverse_factor.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +32,16 @@ def pcg(
 
 
 def ridged(gram: torch.Tensor) -> torch.Tensor:
-    """Return G / mean(diag G) + 0.01 I (in, in); the identity for inputs that are all zero."""
+    """Return G + 0.01 diag(G) (in, in), divided by the mean of the diagonal; the ridge of a dead column is that of the mean.
+
+    The identity for inputs that are all zero.
+    """
     mean = gram.diagonal().mean()
     if not mean > 0:
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     H = gram / mean
-    H.diagonal().add_(RIDGE)
+    diagonal = H.diagonal()
+    diagonal.add_(RIDGE * torch.where(diagonal > 0, diagonal, 1))
     return H
 
 
