@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsight import SparsightError, load
+from sparsight.errors import Notice
 from sparsight.model import load as module
 from sparsight.model.load import DTYPES, check_device, load_model
 
@@ -222,3 +224,22 @@ def test_families_with_pil_processors_need_no_torchvision(zoo_folder):
     folders = [str(zoo_folder(name)) for name in ("llava", "instructblip-t5", "gemma3", "paligemma")]
     done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_large_model_in_bfloat16_is_said_to_be_slow_on_a_cpu_without_avx512(zoo_folder):
+    with torch.device("meta"):
+        large = LlamaForCausalLM(LlamaConfig(hidden_size=512, num_hidden_layers=2)).to(torch.bfloat16)
+    assert large.num_parameters() > module.LARGE
+    assert "use `dtype=float32`" in (module.slow_dtype(large, "AVX2") or "")
+    assert module.slow_dtype(large, "AVX512") is None
+    assert module.slow_dtype(large.to(torch.float32), "AVX2") is None
+    assert module.slow_dtype(load_model(zoo_folder("llava"), dtype="bfloat16"), "AVX2") is None
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX2", reason="this CPU is not one of the slow ones")
+def test_the_line_comes_with_the_stored_dtype_only(zoo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 1)
+    load_model(zoo_folder("llava"), dtype="bfloat16").save_pretrained(tmp_path)
+    with pytest.warns(Notice, match="bfloat16 is many times slower than float32 on this CPU"):
+        load_model(tmp_path)
+    load_model(tmp_path, dtype="bfloat16")  # asked for: warnings are errors here

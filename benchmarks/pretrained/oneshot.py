@@ -1,0 +1,93 @@
+"""What one-shot pruning costs the model that `build.py` made: exact match on held-out questions, perplexity of its text.
+
+Vision and language are pruned alike, in float32, with the 128 samples of `calibration.jsonl` (96 questions and captions
+about photos, 32 passages of text); `--components language` prunes the language model alone. A row is measured on 300 of the
+held-out questions, drawn by a seed, and on the 128 held-out passages. Pruning and measuring use the public functions only.
+
+    python benchmarks/pretrained/oneshot.py MODEL [--settings "60 %" "2:4"] [--recipes wanda alps] [--components language]
+
+Results: oneshot.csv beside this file. A row that is there already is not measured again; remove it to measure it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Measure, keep, stored, zeros
+
+import sparsight
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "50 %": {"sparsity": 0.5},
+    "60 %": {"sparsity": 0.6},
+    "70 %": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {},
+    "sparsegpt": {"method": "sparsegpt"},
+    "wanda + swaps + pcg": {"refine": "swaps", "update": "pcg"},
+    "wanda + pcg": {"update": "pcg"},
+    "alps": {"method": "alps"},
+    "alps, sensitivity": {"method": "alps", "policy": "sensitivity"},
+    "alps + reconstruct 4": {"method": "alps", "reconstruct": 4},
+}
+COLUMNS = (
+    "date", "torch", "components", "setting", "recipe", "questions", "exact", "low", "high", "perplexity", "zeros", "error",
+    "prune_s", "measure_s",
+)  # fmt: skip
+FILE = Path(__file__).with_name("oneshot.csv")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["60 %", "2:4", "50 %", "70 %"])
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
+    parser.add_argument("--components", nargs="+", choices=("vision", "language"), default=["vision", "language"])
+    parser.add_argument("--questions", type=int, default=300)
+    given = parser.parse_args()
+    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "questions": given.questions}
+    fixed["components"] = "+".join(given.components)
+    cells = [("-", "dense"), *((setting, recipe) for setting in given.settings for recipe in given.recipes)]
+    for setting, recipe in cells:
+        key = {"components": fixed["components"], "setting": setting, "recipe": recipe, "questions": str(given.questions)}
+        there = any(all(row[name] == value for name, value in key.items()) for row in stored(FILE))
+        if there or (":" in setting and "policy" in RECIPES.get(recipe, {})):
+            continue
+        try:
+            found = run(given.model, setting, recipe, given.components, given.questions)
+        except sparsight.SparsightError as error:
+            print(f"{setting} {recipe}: {error}", flush=True)
+        else:
+            keep({**fixed, "setting": setting, "recipe": recipe, **found}, FILE, COLUMNS)
+
+
+def run(folder: Path, setting: str, recipe: str, components: list[str], questions: int) -> dict[str, str]:
+    """Prune a fresh copy of the model, and measure it."""
+    model, processor = sparsight.load(folder, dtype="float32")
+    measure = Measure(folder, processor, questions)
+    cells = {}
+    if recipe != "dense":
+        left = [component for component in ("vision", "language") if component not in components]
+        began = time.perf_counter()
+        record = sparsight.prune(
+            model, data=folder / "data" / "calibration.jsonl", processor=processor, ignore=tuple(left),
+            **SETTINGS[setting], **RECIPES[recipe],
+        )  # fmt: skip
+        cells = {"prune_s": f"{time.perf_counter() - began:.0f}", "zeros": f"{zeros(model, components):.4f}"}
+        errors = record.layer_errors
+        cells |= {"error": f"{sum(errors.values()) / len(errors):.4f}"} if errors else {}
+    began = time.perf_counter()
+    scores = measure(model)
+    return {**cells, **scores, "measure_s": f"{time.perf_counter() - began:.0f}"}
+
+
+if __name__ == "__main__":
+    main()
