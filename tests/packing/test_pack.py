@@ -563,3 +563,12 @@ def test_names_and_forms_of_stored_tensors(sparse, tmp_path):
     assert set(packed.names()) == set(plain.names())
     (file,) = packed.files
     assert packed.open(file).forms() == plain.open(file).forms()
+
+
+def test_the_blocks_of_what_is_no_dense_model(zoo_folder, tmp_path):
+    sparsight.prune(zoo_folder("llava"), tmp_path / "sparse", method="magnitude", sparsity=0.6)
+    sparsight.pack(tmp_path / "sparse", tmp_path / "packed")
+    with pytest.raises(SparsightError, match="its layers are packed"):
+        sparsight.anatomy(sparsight.load(tmp_path / "packed", packed="all")[0])
+    with pytest.raises(SparsightError, match="int is no model in memory"):
+        sparsight.anatomy(5)

@@ -16,6 +16,7 @@ from sparsight.errors import SparsightError
 from sparsight.model.discover import Discovery, Mark, discover
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
 from sparsight.model.matrices import is_linear, output_head, read_elsewhere, stack_of
+from sparsight.packing.linear import SparseLinear
 
 SPARSE_FROM = 0.01
 # in the name of a layer below its block
@@ -139,10 +140,14 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
 
     **Raises** `SparsightError` for a model without blocks of either, and for a path of `family` that is not there.
     """
+    if not isinstance(model, nn.Module):
+        raise SparsightError(f"`model`: {type(model).__name__} is no model in memory; `load` one first")
     found = discover(model)
     paths = _paths(model, family, found)
     blocks = tuple(_blocks(model, paths))
     if not any(block.component in ("vision", "language") for block in blocks):
+        if any(isinstance(module, SparseLinear) for module in model.modules()):
+            raise SparsightError("`model`: its layers are packed; load the folder without `packed`, which expands them")
         raise SparsightError(
             f"{type(model).__name__}: no list of blocks with linear layers was found in it; name them with `family`, as in "
             "vision=PATH,language=PATH"
