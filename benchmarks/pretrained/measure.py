@@ -10,21 +10,24 @@ from typing import Any
 import texts
 
 import sparsight
+from sparsight.data import read
+from sparsight.evaluation import evaluate
 
 
 class Measure:
     """The held-out data of a model that `build.py` made, and a way to measure a model on it."""
 
-    def __init__(self, folder: Path, processor: Any, questions: int) -> None:
-        self.data, self.processor, self.questions = folder / "data", processor, questions
-        passages = (self.data / "heldout.txt").read_text(encoding="utf-8").splitlines()
-        self.text = texts.text_batches(passages, processor.tokenizer)
+    def __init__(self, folder: Path, processor: Any, questions: int, passages: int) -> None:
+        self.processor = processor
+        self.samples = list(read(folder / "data" / "heldout.jsonl", limit=questions, seed=0))
+        every = (folder / "data" / "heldout.txt").read_text(encoding="utf-8").splitlines()
+        some = [every[i * len(every) // passages] for i in range(passages)] if passages < len(every) else every
+        self.text = texts.text_batches(some, processor.tokenizer)
 
     def __call__(self, model: Any) -> dict[str, str]:
         """Exact match in percent with a 95 % bootstrap interval over questions, and perplexity."""
-        answers = sparsight.evaluate(
-            model, self.data / "heldout.jsonl", processor=self.processor, samples=self.questions,
-            metrics=("exact_match",), max_new_tokens=8,
+        answers = evaluate(
+            model, self.processor, self.samples, metrics=("exact_match",), max_new_tokens=8, answers=False
         )  # fmt: skip
         row = next(row for row in answers.rows if (row["metric"], row["kind"]) == ("exact_match", "all"))
         cells = {name: f"{100 * row[key]:.1f}" for name, key in (("exact", "value"), ("low", "low"), ("high", "high"))}

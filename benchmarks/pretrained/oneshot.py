@@ -1,8 +1,8 @@
 """What one-shot pruning costs the model that `build.py` made: exact match on held-out questions, perplexity of its text.
 
-Vision and language are pruned alike, in float32, with the 128 samples of `calibration.jsonl` (96 questions and captions
-about photos, 32 passages of text); `--components language` prunes the language model alone. A row is measured on 300 of the
-held-out questions, drawn by a seed, and on the 128 held-out passages. Pruning and measuring use the public functions only.
+Vision and language are pruned alike, in float32, with 64 samples of `calibration.jsonl` (three of four are questions
+and captions about photos, the rest passages of text); `--components language` prunes the language model alone. A row is
+measured on 200 of the held-out questions, drawn by a seed, and on 64 of the held-out passages.
 
     python benchmarks/pretrained/oneshot.py MODEL [--settings "60 %" "2:4"] [--recipes wanda alps] [--components language]
 
@@ -39,9 +39,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alps + reconstruct 4": {"method": "alps", "reconstruct": 4},
 }
 COLUMNS = (
-    "date", "torch", "components", "setting", "recipe", "questions", "exact", "low", "high", "perplexity", "zeros", "error",
-    "prune_s", "measure_s",
-)  # fmt: skip
+    *("date", "torch", "components", "setting", "recipe", "samples", "questions", "passages"),
+    *("exact", "low", "high", "perplexity", "zeros", "error", "prune_s", "measure_s"),
+)
 FILE = Path(__file__).with_name("oneshot.csv")
 
 
@@ -51,37 +51,41 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["60 %", "2:4", "50 %", "70 %"])
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--components", nargs="+", choices=("vision", "language"), default=["vision", "language"])
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--passages", type=int, default=64)
     given = parser.parse_args()
-    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "questions": given.questions}
-    fixed["components"] = "+".join(given.components)
+    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    size = {name: str(getattr(given, name)) for name in ("samples", "questions", "passages")}
+    size["components"] = "+".join(given.components)
     cells = [("-", "dense"), *((setting, recipe) for setting in given.settings for recipe in given.recipes)]
     for setting, recipe in cells:
-        key = {"components": fixed["components"], "setting": setting, "recipe": recipe, "questions": str(given.questions)}
+        key = {**size, "setting": setting, "recipe": recipe}
         there = any(all(row[name] == value for name, value in key.items()) for row in stored(FILE))
         if there or (":" in setting and "policy" in RECIPES.get(recipe, {})):
             continue
         try:
-            found = run(given.model, setting, recipe, given.components, given.questions)
+            found = run(given, setting, recipe)
         except sparsight.SparsightError as error:
             print(f"{setting} {recipe}: {error}", flush=True)
         else:
-            keep({**fixed, "setting": setting, "recipe": recipe, **found}, FILE, COLUMNS)
+            keep({**fixed, **key, **found}, FILE, COLUMNS)
 
 
-def run(folder: Path, setting: str, recipe: str, components: list[str], questions: int) -> dict[str, str]:
+def run(given: argparse.Namespace, setting: str, recipe: str) -> dict[str, str]:
     """Prune a fresh copy of the model, and measure it."""
-    model, processor = sparsight.load(folder, dtype="float32")
-    measure = Measure(folder, processor, questions)
+    model, processor = sparsight.load(given.model, dtype="float32")
+    measure = Measure(given.model, processor, given.questions, given.passages)
     cells = {}
     if recipe != "dense":
-        left = [component for component in ("vision", "language") if component not in components]
+        left = tuple(component for component in ("vision", "language") if component not in given.components)
+        how = {**SETTINGS[setting], **RECIPES[recipe], "ignore": left}
+        if recipe != "magnitude":  # which needs no data
+            data = given.model / "data" / "calibration.jsonl"
+            how |= {"data": data, "processor": processor, "samples": given.samples}
         began = time.perf_counter()
-        record = sparsight.prune(
-            model, data=folder / "data" / "calibration.jsonl", processor=processor, ignore=tuple(left),
-            **SETTINGS[setting], **RECIPES[recipe],
-        )  # fmt: skip
-        cells = {"prune_s": f"{time.perf_counter() - began:.0f}", "zeros": f"{zeros(model, components):.4f}"}
+        record = sparsight.prune(model, **how)
+        cells = {"prune_s": f"{time.perf_counter() - began:.0f}", "zeros": f"{zeros(model, given.components):.4f}"}
         errors = record.layer_errors
         cells |= {"error": f"{sum(errors.values()) / len(errors):.4f}"} if errors else {}
     began = time.perf_counter()

@@ -25,7 +25,7 @@ from oneshot import SETTINGS
 
 import sparsight
 
-STEPS, SIZE = 40, 8
+SAMPLES, STEPS, SIZE = 64, 40, 8
 GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is not named is the default of `restore`
     "defaults": {},
     "lr 5e-4": {"lr": 5e-4},
@@ -37,9 +37,9 @@ GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is 
     "lr 1e-3, kl 0.5, 120 steps": {"lr": 1e-3, "kl": 0.5, "steps": 120},
 }
 COLUMNS = (
-    "date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "questions", "exact", "low", "high", "perplexity",
-    "regained", "text_regained", "restore_s",
-)  # fmt: skip
+    *("date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "questions", "passages"),
+    *("exact", "low", "high", "perplexity", "regained", "text_regained", "restore_s"),
+)
 FILE = Path(__file__).with_name("restore.csv")
 
 
@@ -48,10 +48,16 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["2:4", "70 %"])
     parser.add_argument("--rows", nargs="+", choices=tuple(GRID), default=list(GRID))
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--work", type=Path, help="folder for the sparse models and the teacher's outputs")
     given = parser.parse_args()
-    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "questions": given.questions}
+    fixed = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "questions": given.questions,
+        "passages": given.passages,
+    }
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         base(given.model, "-", "dense", None, fixed)
@@ -80,13 +86,13 @@ def find(setting: str, row: str, questions: int) -> dict[str, str] | None:
 def base(folder: Path, setting: str, row: str, sparse: Path | None, fixed: dict[str, Any]) -> None:
     """Measure a model that is not restored, unless it is stored."""
     if not find(setting, row, fixed["questions"]):
-        keep({**fixed, "setting": setting, "row": row, **score(folder, sparse or folder, fixed["questions"])}, FILE, COLUMNS)
+        keep({**fixed, "setting": setting, "row": row, **score(folder, sparse or folder, fixed)}, FILE, COLUMNS)
 
 
-def score(folder: Path, measured: Path, questions: int) -> dict[str, str]:
+def score(folder: Path, measured: Path, fixed: dict[str, Any]) -> dict[str, str]:
     """Measure the model of a folder in float32, on the data of the dense one."""
     model, processor = sparsight.load(measured, dtype="float32")
-    return Measure(folder, processor, questions)(model)
+    return Measure(folder, processor, fixed["questions"], fixed["passages"])(model)
 
 
 def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixed: dict[str, Any]) -> None:
@@ -98,7 +104,7 @@ def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixe
         overwrite=True, **how,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    scores = score(folder, work / "restored", fixed["questions"])
+    scores = score(folder, work / "restored", fixed)
     dense, pruned = find("-", "dense", fixed["questions"]), find(setting, "wanda", fixed["questions"])
     assert dense is not None
     assert pruned is not None
