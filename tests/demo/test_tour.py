@@ -60,7 +60,7 @@ def test_the_page_is_self_contained(quick):
     assert "script" not in page.tags
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert not re.search(r"@import|url\(\s*['\"]?(?!#|data:)", text)
-    assert page.tags.count("svg") == page.tags.count("figure") == 9
+    assert page.tags.count("svg") == page.tags.count("figure") == 10
     assert page.tags.count("img") == 12
     for kind in ("caption", "count", "color"):
         assert f'<small class="soft">{kind}</small>' in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -145,7 +146,8 @@ class PackedQuantizer(HfQuantizer):
         for path in self.in_memory.values():
             layer = model.get_submodule(path)
             layer.requires_grad_(False)
-            layer.count()  # before torch.compile looks at it
+            with suppress(SparsightError):  # of a damaged file, transformers says more
+                layer.count()  # before torch.compile looks at it
         if config.packed:
             use_own_products(model)
         config.layers = {key: config.layers[key] for key in self.in_memory}  # the rest is dense by now
@@ -187,7 +189,10 @@ class Expand(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """`{pattern: [tensors]}` with patterns of bits and scales -> the same without them, dense."""
+        """`{pattern: [tensors]}` with patterns of bits and scales -> the same without them, dense.
+
+        **Raises** `SparsightError` for damaged files and for weights that are split over devices.
+        """
         name, model = str(kwargs.get("full_layer_name")), kwargs.get("model")
         try:
             if (getattr(model, "_tp_size", None) or 1) > 1:
