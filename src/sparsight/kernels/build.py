@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -94,12 +95,22 @@ def _open() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, sources: list[Path], built: Path) -> None:
+    """Compile the sources side by side, and link them."""
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run([compiler, *command], capture_output=True, text=True, timeout=300)
+
     for flags in (FLAGS, FLAGS[:-1]):  # some compilers know no -march=native
-        command = [compiler, *flags, "-o", str(built), *map(str, sources)]
-        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if process.returncode == 0:
+        parts = [str(built.parent / f"{source.stem}.o") for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [(*flags, "-c", "-o", part, str(source)) for part, source in zip(parts, sources, strict=True)]
+            done = list(pool.map(lambda command: run(*command), commands))
+        if not any(process.returncode for process in done):
+            done.append(run(*flags, "-o", str(built), *parts))
+        failed = [process for process in done if process.returncode]
+        if not failed:
             return
-    raise RuntimeError(f"{compiler} failed: {(process.stderr.strip().splitlines() or ['no message'])[-1]}")
+    raise RuntimeError(f"{compiler} failed: {(failed[0].stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def _cpu() -> str:
