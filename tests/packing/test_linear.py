@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sparsight import SparseLinear, kernels
@@ -258,6 +260,7 @@ def test_nothing_is_read_or_written_outside(tmp_path):
 def test_the_dense_product_of_one_bfloat16_matrix():
     W, x = torch.randn(37, 130).bfloat16(), torch.randn(3, 130).bfloat16()
     y = kernels.product(x, W, None, None)
+    assert (y is None) == (build.load() is None)
     assert y is None or close(y, x, W, None, torch.bfloat16)
 
 
@@ -281,6 +284,23 @@ def test_compile_before_the_first_product_and_after_pickling():
         again = torch.load(buffer, weights_only=False)
         assert torch.equal(again(x), sparse(x))
         assert torch.equal(again.to(torch.float64).dense(), sparse.dense().double())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_has_the_product_and_not_its_result():
+    linear, x, y = layer(32, 64, torch.float32), torch.randn(2, 64), torch.randn(2, 64)
+    ours = nn.Linear(1024, 1024, bias=False).bfloat16()
+    use_own_products(nn.Sequential(ours))
+    for module, given, other in (
+        (SparseLinear.of(linear), x, y),
+        (ours, torch.randn(2, 1024).bfloat16(), torch.randn(2, 1024).bfloat16()),
+    ):
+        with torch.no_grad():
+            exact = module(other)
+            assert torch.equal(torch.jit.trace(module, (given,), check_trace=False)(other), exact)
+            assert torch.equal(make_fx(module)(given)(other), exact)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                assert module(torch.empty(given.shape, dtype=given.dtype)).shape == exact.shape
 
 
 def test_other_bits_are_counted_anew():

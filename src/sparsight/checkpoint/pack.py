@@ -42,6 +42,7 @@ from sparsight.specs import PackSpec
 
 PROBES = 16  # random inputs that the output error of int8 values is measured on
 PACKED = "packed.json"
+OF_SPEED = "bench.json"  # measured on the other form
 OF_EVALUATION = ("evaluation.json", "predictions.jsonl", "evaluation")
 
 
@@ -98,7 +99,7 @@ def pack_folder(
                 stacklevel=2,
             )
         with atomic_folder(target, overwrite) as new:
-            _copy_others(Path(sparse), new, shards.files, (PACKED,) if spec.values == "kept" else (PACKED, *OF_EVALUATION))
+            _copy_others(Path(sparse), new, shards.files, (PACKED, OF_SPEED, *(() if spec.values == "kept" else OF_EVALUATION)))
             _put_together(shards, folder, new, done, layout)
             if spec.values == "int8" and record is not None:
                 write_json(new / "sparsity.json", _rounded(record, tensors))
@@ -196,7 +197,7 @@ def unpack_folder(
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         done = _write_shards(shards, folder, lambda name, W: ({name: W}, None, {}), _plain_order, "unpack", progress)
         with atomic_folder(target, overwrite) as new:
-            _copy_others(Path(packed), new, shards.files, (PACKED,))
+            _copy_others(Path(packed), new, shards.files, (PACKED, OF_SPEED))
             _put_together(shards, folder, new, done, None)
             _write_card(new, unpacked_card)
     dense = sum(shard["stored"] for shard in done.values())

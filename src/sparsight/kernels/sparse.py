@@ -66,7 +66,7 @@ def product(
 
     Values, x and bias have one dtype of `DTYPES`; with `scale` (rows,) float32, the values are int8, and x is rounded to
     int8 with a scale per token and 256 columns. Without bits and offset W is the dense `values` (rows, columns): for
-    bfloat16 on a CPU with AVX-512, and for int8.
+    bfloat16, and for int8.
     """
     if (library := library_for(x)) is None:
         return None

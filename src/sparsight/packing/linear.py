@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sparsight import kernels
 from sparsight.errors import SparsightError
@@ -84,6 +85,7 @@ class SparseLinear(nn.Module):
             self._known = bits, self.packed.offset()
 
     def _where(self) -> torch.Tensor:
+        """Where the values of each row begin; empty where torch.compile looks at a layer that has not counted."""
         if not torch.compiler.is_compiling():
             self.count()
         return self.weight_bits.new_empty(0, dtype=torch.int64) if self._known is None else self._known[1]
@@ -94,10 +96,10 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = None if self.weight_scale is None else self.weight_scale.detach()
-        known = self._known is not None
+        counts = self._known is not None
         result = super()._apply(fn, recurse)
         self._known, after = None, self.weight_scale
-        if known:
+        if counts:
             self.count()
         if before is not None and after is not None and after.dtype != before.dtype:  # float32, whatever the rest becomes
             self.weight_scale = nn.Parameter(before.to(after.device), requires_grad=False)
@@ -135,10 +137,13 @@ def _(x: Any, values: Any, bits: Any, scale: Any, bias: Any, offset: Any) -> tor
 
 
 def _plain(x: torch.Tensor) -> bool:
-    """Whether a product may run at once: nothing records or traces it, and it costs no way through the dispatcher."""
-    if torch.compiler.is_compiling() or not x.is_cpu or type(x) is not torch.Tensor:
+    """Whether a product may run without the dispatcher, whose way takes longer than many a product: nothing looks on.
+
+    A trace, a mode that records or counts, and a gradient see the operator, and would miss a plain call.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return False
-    return not (x.requires_grad and torch.is_grad_enabled())
+    return x.is_cpu and type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _multiply(
