@@ -87,6 +87,8 @@ def test_the_table_on_the_terminal(quick):
         console.print(part)
     text = console.export_text()
     assert "SparseLoRA, merged" in text
+    assert "the same weights; in bfloat16" in text
+    assert "tokens per second dense" in text
     assert str(out / "report.html") in text.replace("\n", "")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 import sparsight
+from sparsight.errors import SparsightError
 from sparsight.evaluation import bench
 from sparsight.packing import linear as linears
 from sparsight.packing.linear import DenseLinear, SparseLinear
 from sparsight.packing.timing import time_layer
+from sparsight.reporting.runs import read_runs
+from sparsight.reporting.speed_figures import speed
 
 import zoo
 
@@ -53,6 +57,63 @@ def test_every_figure(sparse, run, monkeypatch):
     assert facts["memory"]["packed"] < facts["memory"]["dense"]
     assert set(facts["load"]["seconds"]) == {"load", "load, packed in memory"}
     assert facts["load"]["bytes"] == (sparse / "packed" / "model.safetensors").stat().st_size
+
+
+@pytest.fixture(scope="module")
+def timed(sparse, scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("timed") / "sparse"
+    shutil.copytree(sparse / "sparse", folder)
+    facts = sparsight.bench(folder, repeats=1, new_tokens=1, record=True)
+    sparsight.evaluate(folder, scenes, max_new_tokens=1, record=True)
+    return folder, facts
+
+
+def test_a_record_is_a_figure_of_the_report(timed, tmp_path):
+    folder, facts = timed
+    assert json.loads((folder / "bench.json").read_text()) == facts
+    page = sparsight.report([folder], out=tmp_path / "report.html", figures=tmp_path / "figures").read_text()
+    assert "Speed of sparse, dense and packed" in page
+    assert "All layers fit into a cache, where packed weights gain nothing." in page
+    drawn = (tmp_path / "figures" / "speed-0.svg").read_text()
+    for text in ("F.linear bfloat16", "packed int8", "tokens per second"):
+        assert text in drawn
+    (run,) = read_runs([folder])
+    above, below = speed(run).axes
+    heights = [bar.get_height() for bar in above.patches]
+    assert sorted(heights) == sorted(ms for each in facts["layers"][-5:] for ms in each["ms"]["1"].values())
+    assert len(below.patches) == 2 * len(facts["generate"])
+
+
+def test_a_record_of_other_weights_or_a_damaged_one_is_no_figure(timed, tmp_path):
+    shutil.copytree(timed[0], tmp_path / "sparse")
+    place, facts = tmp_path / "sparse" / "bench.json", timed[1]
+    wrong = [
+        (facts | {"weights": "others"}, "is of other weights than are there now; run sparsight bench"),
+        (facts | {"format": 2}, "format 2 is not 1"),
+        (facts | {"layers": [{"ms": {}}]}, "is damaged"),
+        (facts | {"generate": []}, "is damaged"),
+        ({"format": 1}, "is damaged"),
+        ([], "is damaged"),
+    ]
+    for content, message in wrong:
+        place.write_text(json.dumps(content))
+        with pytest.raises(SparsightError, match=message):
+            sparsight.report([tmp_path / "sparse"], out=tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_packing_leaves_a_record_of_the_other_form(timed, tmp_path):
+    sparsight.pack(timed[0], tmp_path / "packed")
+    sparsight.unpack(tmp_path / "packed", tmp_path / "plain")
+    for folder in ("packed", "plain"):
+        assert not (tmp_path / folder / "bench.json").exists()
+        assert (tmp_path / folder / "evaluation.json").exists()
+
+
+def test_where_nothing_can_be_recorded_nothing_is_timed(run):
+    code, out, error = run("bench", "some/model", "--record", "--quiet")
+    assert (code, out) == (2, "")
+    assert "some/model is not a folder; a record is kept beside the weights" in error
 
 
 def test_what_cannot_be_timed(zoo_folder, run):

@@ -572,3 +572,24 @@ def test_the_blocks_of_what_is_no_dense_model(zoo_folder, tmp_path):
         sparsight.anatomy(sparsight.load(tmp_path / "packed", packed="all")[0])
     with pytest.raises(SparsightError, match="int is no model in memory"):
         sparsight.anatomy(5)
+
+
+SPLIT = """
+import sys
+import sparsight
+from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
+AutoModelForImageTextToText.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_size=2))
+"""
+
+
+@pytest.mark.slow
+def test_a_packed_model_is_not_split_over_devices(zoo_folder, tmp_path):
+    sparsight.prune(zoo_folder("llava"), tmp_path / "sparse", method="magnitude", sparsity=0.6)
+    sparsight.pack(tmp_path / "sparse", tmp_path / "packed")
+    (tmp_path / "split.py").write_text(SPLIT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(sparsight.__file__).parents[1])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "split.py"]
+    done = subprocess.run([*command, tmp_path / "packed"], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "a packed weight cannot be split over devices (tensor parallel); unpack the folder first" in done.stderr

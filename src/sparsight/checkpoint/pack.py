@@ -99,7 +99,8 @@ def pack_folder(
                 stacklevel=2,
             )
         with atomic_folder(target, overwrite) as new:
-            _copy_others(Path(sparse), new, shards.files, (PACKED, OF_SPEED, *(() if spec.values == "kept" else OF_EVALUATION)))
+            rounded = () if spec.values == "kept" else OF_EVALUATION  # scores of other weights
+            _copy_others(Path(sparse), new, shards.files, (PACKED, OF_SPEED, *rounded))
             _put_together(shards, folder, new, done, layout)
             if spec.values == "int8" and record is not None:
                 write_json(new / "sparsity.json", _rounded(record, tensors))

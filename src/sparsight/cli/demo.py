@@ -32,23 +32,23 @@ def demo_tables(facts: Mapping[str, Any]) -> list[Any]:
         table(f"Digit scenes, InstructBLIP, Wanda {facts['pattern']}", columns, rows),
         "Held-out exact match, 95 % interval · zeros per component · MB in float32, and with zeros left out",
         *verify_lines(facts["verify"]),
-        *_packed_lines(facts["packed"], facts["bench"]),
+        *_packed_lines(facts),
         f"Report: {facts['report']}",
     ]
 
 
-def _packed_lines(packed: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
+def _packed_lines(facts: Mapping[str, Any]) -> list[str]:
     """Bytes packed and squeezed, and tokens per second."""
+    packed, small, bench = facts["packed"], facts["bfloat16"], facts["bench"]
     proof = "the same weights" if packed["verified"] else "OTHER WEIGHTS"
-    sizes = {name: f"{packed[f'bfloat16_{name}'] / 1e6:.1f}" for name in ("dense", "packed", "squeezed")}
-    rate = next(each for each in bench["generate"] if each["batch"] == 1)["tokens_per_second"]
-    why = (
-        ""
-        if bench["large"]
-        else "; its layers fit into a cache, where packing gains no time (docs/guides/smaller-and-faster.md)"
-    )
+    rate = next(each["tokens_per_second"] for each in bench["generate"] if each["batch"] == 1)
+    why = "" if bench["large"] else "; the layers fit into a cache, where fewer bytes save no time"
+
+    def size(count: int) -> str:
+        return f"{count / 1e6:.1f}"
+
     return [
-        f"Packed: {packed['packed'] / 1e6:.1f} MB of {packed['dense'] / 1e6:.1f}, {proof}; "
-        f"in bfloat16 {sizes['packed']} of {sizes['dense']}, squeezed {sizes['squeezed']}",
+        f"Packed: {size(packed['packed'])} MB of {size(packed['dense'])}, {proof}; "
+        f"in bfloat16 {size(small['packed'])} of {size(small['dense'])}, squeezed {size(small['squeezed'])}",
         f"Speed: {rate['dense']:.0f} tokens per second dense, {rate['packed']:.0f} packed{why}",
     ]

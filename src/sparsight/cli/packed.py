@@ -37,15 +37,6 @@ def unpack_lines(facts: Mapping[str, Any], out: str | Path) -> list[str]:
     return [f"Unpacked {sizes['packed']:,} bytes of weights to {sizes['dense']:,}.", f"Written to {out}."]
 
 
-def _cuda_table(facts: Mapping[str, Any]) -> Any:
-    rows = [
-        (tokens, f"{ms['dense']:.4f}", f"{ms['2:4']:.4f}", ms["alg_id"], f"{ms['dense'] / ms['2:4']:.2f}", ms["use"])
-        for tokens, ms in facts["ms"].items()
-    ]
-    title = f"The same on {facts['device']}, 2:4 by core PyTorch, milliseconds"
-    return table(title, ("tokens", "dense", "2:4", "alg_id", "dense / 2:4", "use"), rows)
-
-
 def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
     """What `bench` prints: a table per shape of layers, then the whole model."""
     speed = facts["read_bytes_per_second"]
@@ -80,8 +71,8 @@ def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
         slower = slower or ratio < 1
     if not facts["large"]:
         made.append(
-            "No layer is large enough to gain from packing: all fit into a cache, and `load` keeps them dense. Below, all "
-            "are packed all the same."
+            "No layer is large enough to gain from packing: all fit into a cache, and `load` keeps them dense. The next "
+            "table shows what packing all of them does."
         )
     title = f"The model: a picture and a question, {facts['prompt_tokens']} tokens"
     columns = ("batch", "first token, dense (s)", "packed (s)", "tokens/s, dense", "packed", "ratio")
@@ -96,3 +87,12 @@ def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
             "since each weight is then used often and arithmetic decides, not memory."
         )
     return made
+
+
+def _cuda_table(facts: Mapping[str, Any]) -> Any:
+    rows = [
+        (tokens, f"{ms['dense']:.4f}", f"{ms['2:4']:.4f}", ms["alg_id"], f"{ms['dense'] / ms['2:4']:.2f}", ms["use"])
+        for tokens, ms in facts["ms"].items()
+    ]
+    title = f"The same on {facts['device']}, 2:4 by core PyTorch, milliseconds"
+    return table(title, ("tokens", "dense", "2:4", "alg_id", "dense / 2:4", "use"), rows)

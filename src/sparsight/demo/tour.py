@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -27,8 +26,7 @@ from sparsight.evaluation import Result, bootstrap
 from sparsight.evaluation.bench import bench_folder
 from sparsight.evaluation.record import environment
 from sparsight.evaluation.verb import evaluate_folder
-from sparsight.packing.shards import Shards
-from sparsight.packing.squeeze import squeeze
+from sparsight.packing.shards import bytes_in_bfloat16
 from sparsight.progress import Progress
 from sparsight.pruning.verb import prune_folder
 from sparsight.reporting.page import Story, write_page
@@ -127,8 +125,8 @@ def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) ->
         "layers": _layers(target),
         "teacher": {k: v for k, v in read_metrics(target / "sparselora")["restore"].items() if k != "curve"},
         "verify": verify(target / "sparselora", against=target / "pruned"),
-        "packed": {**packed["bytes"], "verified": not verify(target / "packed")["differences"]}
-        | _bytes_in_bfloat16(target / "packed"),
+        "packed": {**packed["bytes"], "verified": not verify(target / "packed")["differences"]},
+        "bfloat16": bytes_in_bfloat16(target / "packed"),
         "bench": speed,
         "seconds": time.perf_counter() - began,
         "out": str(target),
@@ -139,28 +137,11 @@ def _tour(target: Path, effort: Effort, seed: int, progress: Progress | None) ->
     return facts
 
 
-def _bytes_in_bfloat16(packed: Path) -> dict[str, int]:
-    """Bytes of a packed model's weights in bfloat16: dense, packed, and also squeezed."""
-    sizes = dict.fromkeys(("bfloat16_dense", "bfloat16_packed", "bfloat16_squeezed"), 0)
-    shards = Shards(packed)
-    for file in shards.files:
-        shard = shards.open(file)
-        for name in shard.names:
-            form = shard.read_packed(name) if name in shards.layers else None
-            values = (shard.read(name) if form is None else form.values).bfloat16()
-            bits = 0 if form is None else form.bits.nbytes
-            small = squeeze(values)
-            sizes["bfloat16_dense"] += 2 * (values.numel() if form is None else math.prod(form.shape))
-            sizes["bfloat16_packed"] += values.nbytes + bits
-            sizes["bfloat16_squeezed"] += (values if small is None else small).nbytes + bits
-    return sizes
-
-
 class _Steps:
     """Progress over all steps, in shares of their usual time."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.done, self.all = progress, 0, 6
+        self.progress, self.done, self.all = progress, 0, 5
 
     def __call__(self, note: str, advance: int = 1) -> None:
         self.done += advance

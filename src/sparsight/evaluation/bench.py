@@ -40,7 +40,7 @@ def bench_folder(
     folder: str | Path, spec: BenchSpec, *, record: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Time a sparse model, in an ordinary or a packed folder, on the CPU. **Raises** `SparsightError` without zeros."""
-    target = check_recordable(folder) if record else None
+    target = check_recordable(folder, instead="`json`") if record else None
     facts = _bench(folder, spec, progress)
     if target is not None:
         write_json(target / RECORD, facts)
@@ -48,7 +48,7 @@ def bench_folder(
 
 
 def read_bench(folder: str | Path) -> dict[str, Any] | None:
-    """The figures that `bench` recorded in a folder of these weights; None if there are none.
+    """The figures that `bench` recorded in a folder, of the weights that are there; None if there are none.
 
     **Raises** `SparsightError` for a damaged file and for figures of other weights.
     """
@@ -56,11 +56,23 @@ def read_bench(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     facts = read_json(path, again)
-    if facts.get("format") != FORMAT or not isinstance(facts.get("layers"), list):
-        raise SparsightError(f"{path}: is no record of bench, or of another version; {again}")
-    if facts.get("weights") != identity(folder):
+    if facts.get("format") != FORMAT:
+        raise SparsightError(f"{path}: format {facts.get('format')} is not {FORMAT}; {again}")
+    if not _is_whole(facts):
+        raise SparsightError(f"{path}: is damaged; {again}")
+    if facts["weights"] != identity(folder):
         raise SparsightError(f"{path}: is of other weights than are there now; {again}")
     return facts
+
+
+def _is_whole(facts: dict[str, Any]) -> bool:
+    """Whether a record has what `report` shows of it."""
+    with suppress(KeyError, TypeError, AttributeError):
+        times = [ms for each in facts["layers"] if each["rows"] and each["columns"] for ms in each["ms"]["1"].values()]
+        rates = [rate for each in facts["generate"] if each["batch"] for rate in each["tokens_per_second"].values()]
+        named = {"machine", "threads", "date", "large", "weights"} <= set(facts)
+        return named and bool(times) and bool(rates) and all(isinstance(value, float) for value in times + rates)
+    return False
 
 
 @torch.no_grad()

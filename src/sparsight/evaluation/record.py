@@ -33,11 +33,13 @@ SHOWN = 24  # samples with a picture
 SIDE = 128  # pixels
 
 
-def check_recordable(model: str | Path, folder: str | Path | None = None) -> Path:
+def check_recordable(
+    model: str | Path, folder: str | Path | None = None, *, instead: str = "`json_file` and `predictions`"
+) -> Path:
     """Give the folder to record in, the model's own unless another is named; refuse what cannot be written to.
 
-    Another is for a dense model whose folder is not to be touched; it is made, and nothing else is left there. **Raises**
-    `SparsightError`.
+    Another is for a dense model whose folder is not to be touched; it is made, and nothing else is left there. `instead`
+    are the settings that write elsewhere. **Raises** `SparsightError`.
     """
     if folder is not None and (Path(model) / "sparsity.json").is_file():
         raise SparsightError(
@@ -45,7 +47,7 @@ def check_recordable(model: str | Path, folder: str | Path | None = None) -> Pat
         )
     if folder is None and not Path(model).is_dir():
         raise SparsightError(
-            f"`record`: {model} is not a folder; scores are kept beside the weights, so download the model into one first"
+            f"`record`: {model} is not a folder; a record is kept beside the weights, so download the model into one first"
         )
     folder = Path(model if folder is None else folder)
     try:
@@ -55,7 +57,7 @@ def check_recordable(model: str | Path, folder: str | Path | None = None) -> Pat
     except OSError as error:
         raise SparsightError(
             f"`record`: {folder} cannot be written to ({error.strerror}); copy the model to a folder of yours, or use "
-            "`json_file` and `predictions`"
+            f"{instead}"
         ) from error
     return folder
 

@@ -16,7 +16,7 @@ from sparsight.errors import SparsightError
 from sparsight.model.discover import Discovery, Mark, discover
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
 from sparsight.model.matrices import is_linear, output_head, read_elsewhere, stack_of
-from sparsight.packing.linear import SparseLinear
+from sparsight.packing.linear import check_dense
 
 SPARSE_FROM = 0.01
 # in the name of a layer below its block
@@ -146,8 +146,7 @@ def anatomy(model: Any, family: Family | None = None) -> Anatomy:
     paths = _paths(model, family, found)
     blocks = tuple(_blocks(model, paths))
     if not any(block.component in ("vision", "language") for block in blocks):
-        if any(isinstance(module, SparseLinear) for module in model.modules()):
-            raise SparsightError("`model`: its layers are packed; load the folder without `packed`, which expands them")
+        check_dense(model)
         raise SparsightError(
             f"{type(model).__name__}: no list of blocks with linear layers was found in it; name them with `family`, as in "
             "vision=PATH,language=PATH"

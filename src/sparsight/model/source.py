@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsight.errors import SparsightError
 from sparsight.model.load import load_model, load_processor
-from sparsight.packing.linear import SparseLinear
+from sparsight.packing.linear import check_dense, has_packed_layers
 
 NO_PROCESSOR = "`processor`: samples are encoded by the model's own processor; give it, or batches of your own"
 
@@ -27,12 +27,9 @@ def check_model(model: Any, field: str = "model", *, adapters: bool = False, pac
         raise SparsightError(
             f"`{field}`: {type(model).__name__} is no transformers model; give one in memory, a folder or a hub name"
         )
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
-        if packed:
-            return
-        raise SparsightError(
-            f"`{field}`: its layers are packed, which is for inference; load the folder without `packed`, which expands them"
-        )
+    if packed and has_packed_layers(model):
+        return
+    check_dense(model, field)
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise SparsightError(
             f"`{field}`: is quantized: its weights are codes, which cannot be pruned; load the original in bfloat16 or "

@@ -115,6 +115,19 @@ class SparseLinear(nn.Module):
         )
 
 
+def check_dense(model: nn.Module, field: str = "model") -> None:
+    """Refuse a model whose layers are packed. **Raises** `SparsightError`, naming `field`."""
+    if has_packed_layers(model):
+        raise SparsightError(
+            f"`{field}`: its layers are packed, which is for inference; load the folder without `packed`, which expands them"
+        )
+
+
+def has_packed_layers(model: nn.Module) -> bool:
+    """Whether some layers of a model are packed."""
+    return any(isinstance(module, SparseLinear) for module in model.modules())
+
+
 @torch.library.custom_op("sparsight::sparse_linear", mutates_args=())
 def sparse_linear(
     x: torch.Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsight.errors import SparsightError, first_line
-from sparsight.packing.squeeze import unsqueeze
+from sparsight.packing.squeeze import squeeze, unsqueeze
 from sparsight.packing.tensor import BITS, SCALE, Packed
 
 METHOD, FORMAT = "sparsight", 1  # of `quantization_config`
@@ -206,6 +207,22 @@ class Shard:
 
     def _open(self) -> Any:
         return _opened(self.path)
+
+
+def bytes_in_bfloat16(packed: str | Path) -> dict[str, int]:
+    """Bytes that all weights of a packed folder take in bfloat16: `dense`, `packed`, and `squeezed` as well."""
+    sizes = {"dense": 0, "packed": 0, "squeezed": 0}
+    shards = Shards(packed)
+    for shard in map(shards.open, shards.files):
+        for name in shard.names:
+            form = shard.read_packed(name) if name in shards.layers else None
+            values = (shard.read(name) if form is None else form.values).bfloat16()
+            bits = 0 if form is None else form.bits.nbytes
+            small = squeeze(values)
+            sizes["dense"] += values.nbytes if form is None else 2 * math.prod(form.shape)
+            sizes["packed"] += values.nbytes + bits
+            sizes["squeezed"] += (values if small is None else small).nbytes + bits
+    return sizes
 
 
 class _opened:

@@ -20,7 +20,7 @@ from sparsight.reporting import select
 from sparsight.reporting.groups import Group, describe_restoration
 from sparsight.reporting.runs import ScoredModel
 from sparsight.reporting.scores import CAPTIONS, QUESTIONS, Estimate, axis, estimate, has_both_kinds
-from sparsight.reporting.style import COLORS, DASHES, HATCHES, INK, MARKS, SOFT, TINTS, legend, sheet, wrap
+from sparsight.reporting.style import COLORS, DASHES, INK, MARKS, SOFT, bar_look, legend, sheet, wrap
 
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"marker": "s", "color": "#374151", "mfc": "#374151", "linestyle": ""},
@@ -108,7 +108,7 @@ def _bars(
                     if score := estimate(group, metric):
                         x = places.index(place) + (i - (len(ways) - 1) / 2) * width
                         ends = {"yerr": _whiskers(score, factor), "capsize": 2, "error_kw": {"elinewidth": 0.7}}
-                        axes.bar(x, factor * score.value, 0.92 * width, **_bar_look(i), ecolor=INK, **ends)
+                        axes.bar(x, factor * score.value, 0.92 * width, **bar_look(i), ecolor=INK, **ends)
             if reference:
                 axes.axhline(factor * reference.value, **DASHED)
             axes.set_xticks(range(len(places)), ticks(places))
@@ -119,15 +119,11 @@ def _bars(
             axes.set_title(title, loc="left", color=INK)
         axes.set_xlabel(label)
         most = max(panels.values(), key=len)
-        handles: list[Any] = [(way.label, Patch(**_bar_look(i))) for i, way in enumerate(most) if way.label]
+        handles: list[Any] = [(way.label, Patch(**bar_look(i))) for i, way in enumerate(most) if way.label]
         if dense:
             handles.append(("dense", Line2D([], [], **DASHED)))
         legend(figure, handles)
         return figure
-
-
-def _bar_look(i: int) -> dict[str, Any]:
-    return {"facecolor": TINTS[i % 8], "hatch": HATCHES[i % 8], "edgecolor": INK, "linewidth": 0.6}
 
 
 def component_curves(groups: Sequence[Group], metric: str | None = None) -> Figure:

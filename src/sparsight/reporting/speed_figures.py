@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
+from sparsight.packing.timing import OURS, TORCH
 from sparsight.reporting.runs import ScoredModel
 from sparsight.reporting.select import NoFigure
-from sparsight.reporting.style import HATCHES, INK, TINTS, legend, sheet, wrap
+from sparsight.reporting.style import bar_look, legend, sheet, wrap
 
 MOST_SHAPES = 5  # the largest
-SCALE = 0.86  # how wide the bars of a place are together
+WIDTH = 0.86  # of the bars of a place together
+FORMS = {"dense": TORCH, "packed": OURS}  # of a whole model, and the products that most of its time goes into
 
 
 def speed(run: ScoredModel) -> Figure:
@@ -24,35 +26,30 @@ def speed(run: ScoredModel) -> Figure:
     """
     if run.bench is None:
         raise NoFigure(f"{run.label}: has no bench.json; run sparsight bench with `record`")
-    layers = run.bench["layers"][-MOST_SHAPES:]
-    forms = list(dict.fromkeys(form for layer in layers for form in layer["ms"]["1"]))
-    shapes = {f"{layer['rows']} x\n{layer['columns']}": layer["ms"]["1"] for layer in layers}
+    shapes = {f"{each['rows']} x\n{each['columns']}": each["ms"]["1"] for each in run.bench["layers"][-MOST_SHAPES:]}
     batches = {str(each["batch"]): each["tokens_per_second"] for each in run.bench["generate"]}
+    names = list(dict.fromkeys(form for times in shapes.values() for form in times))
+    looks = {name: bar_look(i) for i, name in enumerate(names)}
     with sheet(4.1) as figure:
         above, below = figure.subplots(2, 1)
-        _bars(above, forms, shapes)
+        _bars(above, shapes, looks)
         above.set_yscale("log")
         above.yaxis.set_minor_formatter(NullFormatter())
         above.set_ylabel("ms of a product, one token")
         above.set_xlabel("weight (rows x columns)")
-        _bars(below, ["dense", "packed"], batches)
+        _bars(below, batches, {form: looks[name] for form, name in FORMS.items()})
         below.set_ylabel("tokens per second")
         below.set_xlabel("batch")
-        legend(figure, [(wrap(form), Patch(**_look(forms, form))) for form in forms])
+        legend(figure, [(wrap(name), Patch(**look)) for name, look in looks.items()])
         return figure
 
 
-def _look(forms: Sequence[str], form: str) -> dict[str, Any]:
-    i = {"dense": 0, "packed": forms.index("packed")}[form] if form in ("dense", "packed") else forms.index(form)
-    return {"facecolor": TINTS[i % 8], "hatch": HATCHES[i % 8], "edgecolor": INK, "linewidth": 0.6}
-
-
-def _bars(axes: Any, forms: Sequence[str], places: Mapping[str, Mapping[str, float]]) -> None:
-    width = SCALE / len(forms)
+def _bars(axes: Any, places: Mapping[str, Mapping[str, float]], looks: Mapping[str, dict[str, Any]]) -> None:
+    """A bar per look beside each other at every place, where it has a value of that name."""
+    width = WIDTH / len(looks)
     for i, values in enumerate(places.values()):
-        for k, form in enumerate(forms):
-            if form in values:
-                x = i + (k - (len(forms) - 1) / 2) * width
-                axes.bar(x, values[form], 0.92 * width, **_look([*forms, "packed"], form))
+        for k, (name, look) in enumerate(looks.items()):
+            if name in values:
+                axes.bar(i + (k - (len(looks) - 1) / 2) * width, values[name], 0.92 * width, **look)
     axes.set_xticks(range(len(places)), list(places))
     axes.grid(axis="x", visible=False)

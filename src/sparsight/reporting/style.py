@@ -48,6 +48,11 @@ def legend(figure: Figure, handles: Sequence[tuple[str, Any]]) -> None:
         figure.legend(artists, labels, loc="outside upper left", **look)
 
 
+def bar_look(i: int) -> dict[str, Any]:
+    """Fill, hatch and edge of the bars of series `i`."""
+    return {"facecolor": TINTS[i % 8], "hatch": HATCHES[i % 8], "edgecolor": INK, "linewidth": 0.6}
+
+
 def wrap(label: str, width: int = 22) -> str:
     """Break a label into lines of at most `width` characters."""
     return textwrap.fill(label, width)
