@@ -87,9 +87,17 @@ template <int64_t APART> inline void sum_lanes(const int8_t* w, const int8_t* x,
 
 #endif
 
-// `R` rows of int8 values times `T` tokens; `total(row, token, sum)` gets the sums without the row's scale.
-template <Kind KIND, int R, int T, class Total>
-void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in, int64_t token, const Total& total) {
+// The sums of all rows and tokens (tokens, rows), without the rows' scales: products of int8 are the same for every type.
+struct Totals {
+    std::vector<float> sum;
+    int64_t rows;
+    Totals(int64_t tokens, int64_t rows) : sum(size_t(tokens * rows)), rows(rows) {}
+    float& at(int64_t row, int64_t token) { return sum[size_t(token * rows + row)]; }
+};
+
+// `R` rows of int8 values times `T` tokens.
+template <Kind KIND, int R, int T>
+void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in, int64_t token, Totals& totals) {
     const int8_t* values[R];
     #pragma GCC unroll 8
     for (int r = 0; r < R; r++) values[r] = (const int8_t*)m.values + (KIND == DENSE ? (row + r * apart) * m.columns : m.offset[row + r * apart]);
@@ -151,7 +159,7 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
     #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
         #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(sum[r][t]));
+        for (int t = 0; t < T; t++) totals.at(row + r * apart, token + t) = halves(sum[r][t]);
 #else
     static thread_local std::vector<int8_t> dense;
     dense.assign(size_t(in.padded), 0);
@@ -168,33 +176,39 @@ void multiply_codes(const Matrix& m, int64_t row, int64_t apart, const Codes& in
                 for (int lane = 0; lane < LANES; lane++) lanes[t][lane] = fused(float(part[lane]), scale, lanes[t][lane]);
             }
         #pragma GCC unroll 1
-        for (int t = 0; t < T; t++) total(row + r * apart, token + t, halves(lanes[t]));
+        for (int t = 0; t < T; t++) totals.at(row + r * apart, token + t) = halves(lanes[t]);
     }
 #endif
 }
 
-template <int T, class Total> struct Coded {
+template <int T> struct Coded {
     const Matrix& m;
     const Codes& in;
     int64_t token;
-    const Total& total;
-    template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply_codes<KIND, R, T>(m, row, apart, in, token, total); }
+    Totals& totals;
+    template <Kind KIND, int R> void run(int64_t row, int64_t apart) const { multiply_codes<KIND, R, T>(m, row, apart, in, token, totals); }
 };
 
-template <bool ALL, int TYPE>
-void product_codes(const Matrix& m, const float* scale, const void* x, int64_t tokens, const void* bias, void* out, int threads) {
-    using Value = typename Stored<TYPE>::type;
-    const Output<TYPE> output{(Value*)out, (const Value*)bias, m.rows};
-    const Codes in((const Value*)x, tokens, m.columns, Stored<TYPE>());
-    const auto total = [&](int64_t row, int64_t token, float sum) { output.put(row, token, sum, scale[row]); };
+template <bool ALL> void multiply_all(const Matrix& m, const Codes& in, int64_t tokens, Totals& totals, int threads) {
     share(m.rows, m.columns, STREAMS, threads, [&](int64_t first, int64_t last) {
         walk_blocks(first, last, m.columns, tokens, [&](int64_t from, int64_t to) {
             walk_tokens(tokens, [&](int64_t token, auto count) {
                 constexpr int T = count(), R = T == MOST ? STREAMS / 2 : STREAMS;
-                walk_rows<ALL, R, 64>(m, from, to, Coded<T, decltype(total)>{m, in, token, total});
+                walk_rows<ALL, R, 64>(m, from, to, Coded<T>{m, in, token, totals});
             });
         });
     });
+}
+
+template <int TYPE>
+void product_codes(const Matrix& m, const float* scale, const void* x, int64_t tokens, const void* bias, void* out, int threads) {
+    using Value = typename Stored<TYPE>::type;
+    const Output<TYPE> output{(Value*)out, (const Value*)bias, m.rows};
+    const Codes in((const Value*)x, tokens, m.columns, Stored<TYPE>());
+    Totals totals(tokens, m.rows);
+    (m.bits ? multiply_all<false> : multiply_all<true>)(m, in, tokens, totals, threads);
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t row = 0; row < m.rows; row++) output.put(row, token, totals.at(row, token), scale[row]);
 }
 
 }  // namespace
@@ -204,8 +218,7 @@ extern "C" int sparsight_product_int8(const void* values, const float* scale, in
                                       const int64_t* offset, int64_t rows, int64_t columns, const void* x, int64_t tokens,
                                       const void* bias, void* out, int threads) {
     const Matrix m{values, bits, offset, rows, columns};
-    const auto run = bits ? (type == FLOAT ? product_codes<false, FLOAT> : type == BRAIN ? product_codes<false, BRAIN> : product_codes<false, HALVES>)
-                          : (type == FLOAT ? product_codes<true, FLOAT> : type == BRAIN ? product_codes<true, BRAIN> : product_codes<true, HALVES>);
+    const auto run = type == FLOAT ? product_codes<FLOAT> : type == BRAIN ? product_codes<BRAIN> : product_codes<HALVES>;
     run(m, scale, x, tokens, bias, out, threads);
     return 1;
 }

@@ -218,14 +218,14 @@ class BlockWalk:
         standing = everywhere(calls)
         watch = work.watch(layers, len(standing))
         dropped = dropped_tokens(work.composition.tokens, layers[0].component, calls, work.batches)
-        wanted = standing if self.dense and work.composition.reconstruct else standing[:ERROR_BATCHES]
+        needed = standing if self.dense and work.composition.reconstruct else standing[:ERROR_BATCHES]
         outputs: dict[int, torch.Tensor] = {}
         with watch.open():
             for i in turns(standing):
                 if i in calls:
                     with watch.during(work.batches[i].padding, dropped.get(i)):
                         output = first(calls[i]())
-                    if i in wanted:
+                    if i in needed:
                         outputs[i] = output
                 watch.exchange()
         return watch.moments, outputs
