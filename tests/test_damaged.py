@@ -157,11 +157,16 @@ def test_unfinished_work(kind, zoo_folder, scenes, tmp_path, run, caplog):
     assert "out.unfinished/settings.json: is damaged" in line
     assert line.endswith("start over with --overwrite in place of --resume\n")
     (work / "settings.json").write_text(settings)
-    first, second = sorted(work.glob("*.safetensors"))[:2]
+    first, second, _ = sorted((work / "done").iterdir())
     DAMAGE[kind](first)
-    DAMAGE[kind](second.with_suffix(".json"))
-    api.prune(dense, tmp_path / "out", resume=True, **how)
+    DAMAGE[kind](second)
+    with pytest.raises(Interrupted):
+        api.prune(dense, tmp_path / "out", resume=True, progress=stop, **how)
     assert caplog.text.count("its block is pruned again") == 2
+    (weights,) = (work / "weights").iterdir()
+    DAMAGE[kind](weights)
+    api.prune(dense, tmp_path / "out", resume=True, **how)
+    assert caplog.text.count("all blocks are pruned again") == 1
     api.prune(dense, tmp_path / "whole", **how)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 

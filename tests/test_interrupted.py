@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -41,7 +42,7 @@ def test_prune_goes_on_from_the_last_finished_block(propagate, zoo_folder, scene
     with pytest.raises(Interrupted, match=r"out\.unfinished: the same command with `resume` goes on"):
         api.prune(dense, tmp_path / "out", data=scenes, progress=stop_at(3), **how)
     assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "out.unfinished" / "done").iterdir())) == 3
     api.prune(dense, tmp_path / "out", data=scenes, resume=True, **how)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert not (tmp_path / "out.unfinished").exists()
@@ -194,11 +195,8 @@ def small_files():
 
 
 @pytest.mark.parametrize("method", [pytest.param("magnitude", marks=pytest.mark.slow), "wanda"])
-def test_a_disk_that_fills_up_while_saving(method, zoo_folder, scenes, tmp_path):
-    """Files above 60 kB cannot be written: the folder with the model must not appear, and no piece of it.
-
-    What was calibrated is kept, and with room on the disk the same command goes on from there.
-    """
+def test_a_disk_without_room_for_the_model(method, zoo_folder, scenes, tmp_path):
+    """Files above 60 kB cannot be written: that is said before a block is pruned, and nothing is left behind."""
     words = ["prune", zoo_folder("llava"), tmp_path / "deep" / "out", "--method", method, "--quiet"]
     if method == "wanda":
         words += ["--data", scenes, "--samples", 8]
@@ -207,14 +205,29 @@ def test_a_disk_that_fills_up_while_saving(method, zoo_folder, scenes, tmp_path)
     assert work.returncode == 2
     assert errors.count("\n") == 1
     assert "could not be written" in errors
-    if method == "magnitude":
-        assert "nothing was left behind" in errors
-        assert list(tmp_path.iterdir()) == []
-        return
-    assert "--resume goes on from there" in errors
+    assert "nothing was left behind" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_disk_that_fills_up_after_the_last_block(links, zoo_folder, scenes, tmp_path, monkeypatch):
+    """What was pruned is kept, and with room on the disk the same command goes on from there."""
+    how = {"data": scenes, "samples": 8}
+    api.prune(zoo_folder("llava"), tmp_path / "whole", **how)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if not links:
+        monkeypatch.setattr(os, "link", full)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsight.checkpoint.folder.set_modes", full)
+        with pytest.raises(SparsightError, match="`resume` goes on from there"):
+            api.prune(zoo_folder("llava"), tmp_path / "deep" / "out", **how)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out.unfinished"]
-    api.prune(words[1], words[2], method=method, data=scenes, samples=8, resume=True)
+    api.prune(zoo_folder("llava"), tmp_path / "deep" / "out", resume=True, **how)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    assert digest(tmp_path / "deep" / "out") == digest(tmp_path / "whole")
 
 
 def test_a_disk_that_fills_up_while_restoring(zoo_folder, scenes, tmp_path):
@@ -288,7 +301,7 @@ def test_sigterm_in_every_verb(verb, zoo_folder, scenes, tmp_path, run, monkeypa
     assert errors.startswith("sparsight: interrupted; ")
     monkeypatch.undo()
     if verb == "prune":
-        assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 2
+        assert len(list((tmp_path / "out.unfinished" / "done").iterdir())) == 2
         monkeypatch.chdir(tmp_path)
         api.prune(dense, "out", data=scenes, samples=8, resume=True)
         api.prune(dense, "whole", data=scenes, samples=8)

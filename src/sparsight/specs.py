@@ -14,6 +14,7 @@ from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
+PARK = "sparsight.calibration.park:PARK"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
 
 Seed = Annotated[
@@ -147,6 +148,7 @@ class PruneSpec(MethodSpec, PlanSpec):
     verb: ClassVar[str] = "prune"
 
     permute: Annotated[bool, Option("Regroup channels first, for n:m.", cost=False)] = False
+    park: Annotated[str, Option("Put waiting batches into files: {names}.", (PARK,), cost=True, work=False)] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -319,11 +319,11 @@ def test_a_walk_holds_one_block_s_inputs_and_leaves_nothing(which):
 
     def visit(name, block, calls):
         assert len(calls) == len(batches)
+        for call in calls.values():
+            call()
         assert len(met[name]) == len(batches)
         alive[name] = {other: sum(ref() is not None for ref in met[other]) for other in [*order, name]}
         order.append(name)
-        for call in calls.values():
-            call()
 
     lockstep(model, blocks, batches, visit)
     for hook in hooks:

@@ -34,9 +34,9 @@ POLICIES: dict[str, Policy] = {
     "uniform": Policy(uniform, scale=None, cost=Cost()),
     "owl": Policy(owl, data=True),
     "alpha": Policy(alpha, scale="inverse"),
-    "ecoflap": Policy(ecoflap, scale="proportional", data=True, labels=True, across=True, cap=0.0),
-    "ecoflap-first": Policy(ecoflap_first, scale="proportional", data=True, labels=True, across=True, cap=0.0),
-    "sensitivity": Policy(sensitivity, scale="curves", data=True, labels=True, across=True, cap=CAP),
+    "ecoflap": Policy(ecoflap, scale="proportional", data=True, labels=True, across=True, cap=0.0, whole=True),
+    "ecoflap-first": Policy(ecoflap_first, scale="proportional", data=True, labels=True, across=True, cap=0.0, whole=True),
+    "sensitivity": Policy(sensitivity, scale="curves", data=True, labels=True, across=True, cap=CAP, whole=True),
     "language-only": Policy(language_only, across=True, cost=Cost()),
     "vision-only": Policy(vision_only, across=True, cost=Cost()),
 }
@@ -127,7 +127,7 @@ def find_policy(policy: str | Policy | Callable, *, data: bool = True) -> Policy
         rule = policy
     elif callable(policy):
         check_signature("policy", policy, "(layers, budget)", "(layers, budget, probe)")
-        rule = Policy(_as_importance(policy), scale=None)
+        rule = Policy(_as_importance(policy), scale=None, whole=_takes_probe(policy))
     else:
         check_name("policy", policy, tuple(POLICIES))
         rule = POLICIES[policy]
@@ -138,11 +138,7 @@ def find_policy(policy: str | Policy | Callable, *, data: bool = True) -> Policy
 
 def _as_importance(function: Callable) -> Callable:
     """A function `(layers, budget)` or `(layers, budget, probe)`, called with all three; its name stays."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a builtin may have no signature
-        parameters = ()  # type: ignore[assignment]
-    if len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) > 2:
+    if _takes_probe(function):
         return function
 
     @functools.wraps(function)
@@ -150,6 +146,15 @@ def _as_importance(function: Callable) -> Callable:
         return function(layers, budget)
 
     return importance
+
+
+def _takes_probe(function: Callable) -> bool:
+    """Whether a policy's function has a third argument."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a builtin may have no signature
+        return False
+    return len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) > 2
 
 
 def planned_budget(

@@ -27,6 +27,7 @@ class Policy:
     itself. `data`: it needs calibration samples, `labels`: with labels. `across`: all components share one budget, the
     number of zeros the uniform policy would spend; otherwise every component meets its own. `cap` is the highest sparsity of
     a layer, or the budget and `HEADROOM` where that is more, as always for 0. `cost` is for the estimate; None: not known.
+    `whole`: the policy changes weights to measure, or takes gradients, so that the whole model must be in memory.
     """
 
     importance: Callable[..., Mapping[str, Any]]
@@ -36,6 +37,7 @@ class Policy:
     across: bool = False
     cap: float = MOST
     cost: Cost | None = None
+    whole: bool = False
 
     def __call__(
         self,

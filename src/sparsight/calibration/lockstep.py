@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from transformers import Cache
+
+from sparsight.calibration.park import Park
 
 
 class Call(partial):
@@ -52,6 +55,8 @@ def lockstep(
     earliest: Callable[[int], int] = lambda place: place,
     ahead: Ahead | None = None,
     as_it_was: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    until: Collection[str] | None = None,
+    park: Park | None = None,
 ) -> None:
     """Walk `batches` through `model`, stopping in front of every block.
 
@@ -70,6 +75,8 @@ def lockstep(
     receives what the block gave for batch `i`, before `visit` gets the block. The second walk runs inside `as_it_was()`,
     which may put back what was changed outside the blocks. Cost: one forward per batch more, and its paused activations.
 
+    The walk ends once the blocks named in `until` were visited, by default all. `park` takes what paused batches hold.
+
     A forward that enters a block again, as for a second image, stops only the first time; later on it finds the block as
     it is then, in both walks. **Raises** `RuntimeError` if a
     forward enters a block for the first time after the block's turn is over. Any error, from `visit` or from the model,
@@ -79,17 +86,20 @@ def lockstep(
     own = dict(batches) if isinstance(batches, Mapping) else dict(enumerate(batches))
     with _cache_off(model), torch.no_grad(), _own_thread_state():
         torch.set_autocast_cache_enabled(False)  # it would keep a weight's cast from before a visit changed the weight
-        walk, first = _Walk(model, blocks, own, on_output), _Walk(model, blocks, own if ahead else {}, None)
+        walk, first = _Walk(model, blocks, own, on_output, park), _Walk(model, blocks, own if ahead else {}, None, park)
         try:
             with as_it_was():
                 first.start()
             walk.start()
-            while (place := earliest(walk.first_place())) < len(blocks):
-                with as_it_was():
-                    first.go_ahead(place, ahead)
+            left = {*until} if until is not None else {None}
+            while left and (place := earliest(walk.first_place())) < len(blocks):
+                if ahead is not None:
+                    with as_it_was():
+                        first.go_ahead(place, ahead)
                 calls = walk.calls(place)
                 with _own_thread_state():
                     visit(*blocks[place], calls)
+                left.discard(blocks[place][0])
                 walk.go_on(calls)
         finally:
             walk.close()
@@ -100,9 +110,14 @@ class _Walk:
     """The greenlets of one walk, one per batch, and the hooks that pause them."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[tuple[str, nn.Module]], batches: dict[int, Any], on_output: Any
+        self,
+        model: nn.Module,
+        blocks: list[tuple[str, nn.Module]],
+        batches: dict[int, Any],
+        on_output: Any,
+        park: Park | None,
     ) -> None:
-        self.model, self.blocks, self.batches, self.on_output = model, blocks, batches, on_output
+        self.model, self.blocks, self.batches, self.on_output, self.park = model, blocks, batches, on_output, park
         self.engine = getcurrent()
         self.walkers = {i: greenlet(self._forward) for i in batches}
         self.batch_of = {walker: i for i, walker in self.walkers.items()}
@@ -110,7 +125,7 @@ class _Walk:
         self.entered: dict[int, set[int]] = {i: set() for i in batches}
         self.visited: set[int] = set()
         self.hooks = [
-            module.register_forward_pre_hook(self._pause(place), with_kwargs=True)
+            module.register_forward_pre_hook(self._pause(place), with_kwargs=True, prepend=True)
             for place, (_, module) in enumerate(blocks)
         ]
 
@@ -138,18 +153,15 @@ class _Walk:
             else:
                 self._switch_to(i)
 
-    def go_ahead(self, place: int, ahead: Ahead | None) -> None:
-        """Let all batches go on through the blocks up to `place`; `ahead` receives the outputs of that block."""
-        while self.first_place() <= min(place, len(self.blocks) - 1):
-            here = self.first_place()
-            for i, call in self.calls(here).items():
-                if len(self.entered[i]) == len(self.blocks):  # nothing follows
-                    output = call()
-                    self.go_on([i])
-                else:
-                    output = self._through(i, here)
-                if here == place and ahead is not None:
-                    ahead(i, output)
+    def go_ahead(self, place: int, ahead: Ahead) -> None:
+        """Let the batches that wait at a block go on through it; `ahead` receives the block's outputs."""
+        for i, call in self.calls(place).items():
+            if len(self.entered[i]) == len(self.blocks):  # nothing follows
+                output = call()
+                self.go_on([i])
+            else:
+                output = self._through(i, place)
+            ahead(i, output)
 
     def _through(self, i: int, place: int) -> Any:
         """Let one batch go on through the block it waits at; return the block's output."""
@@ -198,6 +210,8 @@ class _Walk:
                 raise RuntimeError(f"block {name} was entered after its turn; list the blocks in forward order")
             self.entered[i].add(place)
             self.standing[i] = (place, args, kwargs)
+            if self.park is not None:
+                self.park.forward(sys._getframe(1), args, kwargs)
             with _own_thread_state():
                 self.engine.switch()
 

@@ -130,6 +130,7 @@ class Probe:
 
     def gradients(self, layers: Sequence[Layer]) -> dict[str, Gradient]:
         """The gradient of the loss by the weights of these layers; see `gradients.py`."""
+        self._check_whole(layers)
         names = tuple(layer.name for layer in layers)
         return self.once(("gradients", *names), lambda: gradients(self.model, layers, self.batches))
 
@@ -167,6 +168,7 @@ class Probe:
     def changed(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Put other weights (out, in) into layers inside the block; the layers get their own bits back after it."""
         layers = [self.anatomy[name] for name in weights]
+        self._check_whole(layers)
         before = [layer.weight.clone() for layer in layers]
         try:
             for layer in layers:
@@ -175,6 +177,11 @@ class Probe:
         finally:
             for layer, W in zip(layers, before, strict=True):
                 layer.write(W)
+
+    def _check_whole(self, layers: Sequence[Layer]) -> None:
+        """**Raises** `SparsightError` for a model that is in memory block by block, where a change would be lost."""
+        if any(layer.bring for layer in layers):
+            raise SparsightError("`policy`: changes weights, or takes gradients, to measure; declare it with `whole=True`")
 
 
 def _divergence(p: Sequence[torch.Tensor], q: Sequence[torch.Tensor]) -> float:

@@ -11,6 +11,7 @@ from sparsight.calibration.gradients import evaluating
 from sparsight.data.encoding import Encoder
 from sparsight.data.sample import Sample
 from sparsight.errors import SparsightError, first_line, quote
+from sparsight.model.skeleton import device_of
 
 
 def rehearse(model: Any, encoder: Encoder, samples: Sequence[Sample]) -> None:
@@ -20,7 +21,7 @@ def rehearse(model: Any, encoder: Encoder, samples: Sequence[Sample]) -> None:
     name than its own, images of another size.
     """
     sample = next((each for each in samples if each.images), samples[0])
-    inputs = encoder.encode([sample]).to(next(model.parameters()).device).inputs
+    inputs = encoder.encode([sample]).to(device_of(model)).inputs
     try:
         with torch.no_grad(), evaluating(model):
             model(**inputs)

@@ -23,6 +23,7 @@ import yaml
 from safetensors import SafetensorError
 
 from sparsight.checkpoint.card import model_card
+from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError, first_line
 from sparsight.files import make_beside, read_json, set_modes
@@ -31,6 +32,7 @@ from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import quiet
+from sparsight.packing.shards import SINGLE
 
 FORMAT = 1
 LAYER_FACTS = {"component", "block", "shape", "dtype", "pattern", "asked", "got", "zeros", "mask", "weight"}
@@ -247,10 +249,16 @@ def _take_place(new: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_model(model: Any, processor: Any, record: Record, folder: Path) -> None:
-    """Write model, processor and record into `folder`, which is there and empty (see `atomic_folder`)."""
+def write_model(model: Any, processor: Any, record: Record, folder: Path, weights: PartFiles | None = None) -> None:
+    """Write model, processor and record into `folder`, which is there and empty (see `atomic_folder`).
+
+    `weights` are files that the model's weights are in already.
+    """
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({} if weights is None else {"state_dict": {}}))
+    if weights is not None:
+        (folder / SINGLE).unlink(missing_ok=True)
+        weights.put_into(folder)
     dtypes = Counter(entry["dtype"] for entry in record.sparsity["layers"].values())
     _name_dtype(folder / "config.json", dtypes.most_common(1)[0][0])
     if processor is not None:

@@ -21,6 +21,7 @@ from sparsight.errors import Notice, SparsightError, first_line
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
+from sparsight.packing.headers import header_entry, header_text, in_order
 from sparsight.packing.shards import (
     FORMAT,
     INDEX,
@@ -29,9 +30,6 @@ from sparsight.packing.shards import (
     Shard,
     Shards,
     ShardWriter,
-    header_entry,
-    header_text,
-    in_order,
     read_layout,
     widths,
 )

@@ -18,6 +18,7 @@ from sparsight.errors import Interrupted, NotWritten, OutOfMemory, SparsightErro
 from sparsight.files import read_json, write_json
 
 SETTINGS = "settings.json"
+SPACE = "weights"  # a folder of files whose space is taken before anything is done
 
 
 @contextlib.contextmanager
@@ -99,7 +100,13 @@ def _of_a_file(error: BaseException | None) -> bool:
 
 
 def _anything_done(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name != SETTINGS for path in folder.iterdir())
+    return folder.is_dir() and any(
+        path.name != SETTINGS and not (path.name == SPACE or _empty(path)) for path in folder.iterdir()
+    )
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:

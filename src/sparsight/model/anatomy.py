@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -30,7 +30,8 @@ class Layer:
     """One prunable linear map, known by its module name.
 
     A fused tensor of experts is one layer per expert: `expert` is the tensor's name in `module` and the expert's index, and
-    `name` ends in both. `transposed`: the parameter holds (in, out).
+    `name` ends in both. `transposed`: the parameter holds (in, out). `bring(block)` loads the block of a model that is in
+    memory block by block; it is called where the layer's weight is asked for and has no data.
     """
 
     name: str
@@ -39,10 +40,17 @@ class Layer:
     module: nn.Module
     expert: tuple[str, int] | None = None
     transposed: bool = False
+    bring: Callable[[str], None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the weights: a matrix, or one per expert."""
+        if self.bring is not None and self._parameter.is_meta:
+            self.bring(self.block)
+        return self._parameter
+
+    @property
+    def _parameter(self) -> nn.Parameter:
         return cast(nn.Parameter, getattr(self.module, self.expert[0] if self.expert else "weight"))
 
     @property
@@ -63,7 +71,7 @@ class Layer:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.weight.shape
+        rows, columns = self.part_of(self._parameter.data).shape
         return rows, columns
 
     @property

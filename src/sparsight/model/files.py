@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sparsight.errors import LINE, SparsightError, first_line, quote
+from sparsight.packing.headers import read_header
 from sparsight.packing.shards import INDEX, METHOD, SINGLE, check_layout
 
 POINTER = b"version https://git-lfs"
@@ -61,7 +62,7 @@ def _check_files(where: str, folder: Path) -> None:
         for name in QUANTIZED_FILES:
             if (folder / name).is_file():
                 raise SparsightError(f"{where}: is quantized ({name}); {_remedy({})}")
-        headers = {path.name: read_header(path) for path in weights}
+        headers = {path.name: read_header(path).entries for path in weights}
         if not _is_packed(config):
             _check_tensors(folder, headers)
         _check_shards(folder, headers)
@@ -166,7 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def stored_dtypes(where: str) -> set[str]:
     """The dtypes of the matrices in the files of a folder that weights can have; empty for a hub name."""
-    headers = [read_header(path) for path in Path(where).glob("*.safetensors")] if Path(where).is_dir() else []
+    headers = [read_header(path).entries for path in Path(where).glob("*.safetensors")] if Path(where).is_dir() else []
     entries = [entry for header in headers for entry in header.values() if len(entry["shape"]) > 1]
     return {FLOATS[entry["dtype"]] for entry in entries if entry["dtype"] in FLOATS}
 
@@ -200,26 +201,6 @@ def _check_shards(folder: Path, headers: dict[str, dict[str, Any]]) -> None:
         for name in headers.get(file, ()):
             if (first := found.setdefault(name, file)) != file:
                 raise SparsightError(f"{folder}: {name} stands in {first} and in {file}; save the model again")
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: dtype, shape and place of every tensor by name.
-
-    **Raises** `SparsightError` for a file that is cut short or damaged, `OSError` for one that cannot be read.
-    """
-    whole = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if 8 + size <= whole else None
-        entries = [entry for name, entry in (header or {}).items() if name != "__metadata__"]
-        ends = [entry["data_offsets"][1] for entry in entries if entry["dtype"] and len(entry["shape"]) >= 0]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        header, ends = None, []
-    if header is None or 8 + size + max(ends, default=0) != whole:
-        raise SparsightError(f"{path}: is cut short or damaged; copy it again from where it came from")
-    header.pop("__metadata__", None)
-    return header
 
 
 def _is_packed(config: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def load(
     """
     parse_dtype(dtype)
     check_device(device)
-    _config(str(path))
+    read_config(str(path))
     processor = load_processor(path)  # first, since it is quick
     return load_model(path, dtype=dtype, device=device, packed=packed), processor
 
@@ -50,7 +50,7 @@ def load_model(
     where = str(path)
     torch_dtype = parse_dtype(dtype)
     check_device(device)
-    config = _config(where)
+    config = read_config(where)
     register()
     errors.clear()
     if packed:
@@ -71,13 +71,26 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # they are refused by name
             )
         except Exception as error:  # files and configurations can be wrong in any way
             _check_memory(where, error)
             reason = errors[0] if errors else _reason(error)
             raise SparsightError(f"{where}: the model could not be loaded: {reason}") from error
     model, info = loaded
+    check_loaded(where, model, info, dtype, device)
+    try:
+        return model.eval().to(device)
+    except RuntimeError as error:
+        _check_memory(where, error)
+        raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
+
+
+def check_loaded(where: str, model: Any, info: Mapping[str, Any], dtype: Any, device: str) -> None:
+    """Refuse a model whose files are not those that its configuration asks for, by the loading report of transformers.
+
+    Tensors that it does not use, and dtypes that a user may not expect, are said in one line. **Raises** `SparsightError`.
+    """
     if misfits := sorted(info["mismatched_keys"]):
         key, stored, expected = misfits[0]
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
@@ -89,22 +102,17 @@ def load_model(
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise SparsightError(f"{where}: weights missing from the files: {', '.join(absent[:3])}{more}; save the model again")
     if note := check_unexpected(where, info["unexpected_keys"], _lists(model)):
-        warnings.warn(note, Notice, stacklevel=2)
+        warnings.warn(note, Notice, stacklevel=3)
     stored, own = stored_dtypes(where), str(model.dtype).removeprefix("torch.")
     if dtype == "auto" and stored and own not in stored:
         warnings.warn(
             f"{where}: the files hold {' and '.join(sorted(stored))}, and the model is loaded in {own}, as config.json "
             "says; set `dtype` for another",
             Notice,
-            stacklevel=2,
+            stacklevel=3,
         )
     if dtype == "auto" and torch.device(device).type == "cpu" and (note := slow_dtype(model)):
-        warnings.warn(note, Notice, stacklevel=2)
-    try:
-        return model.eval().to(device)
-    except RuntimeError as error:
-        _check_memory(where, error)
-        raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
+        warnings.warn(note, Notice, stacklevel=3)
 
 
 def slow_dtype(model: Any, capability: str | None = None) -> str | None:
@@ -182,8 +190,11 @@ def check_device(device: str, one_gpu: bool = False) -> None:
         raise SparsightError(f"`device`: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and `device=cuda`")
 
 
-def _config(where: str) -> Any:
-    """The configuration of a folder or a hub name; refuses one that cannot be read, or whose model cannot be pruned."""
+def read_config(where: str) -> Any:
+    """The configuration of a folder or a hub name.
+
+    **Raises** `SparsightError` for one that cannot be read, or whose model cannot be pruned.
+    """
     check_files(where)
     try:
         with quiet():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsight.errors import SparsightError, first_line
+from sparsight.packing.headers import header_entry, header_text, map_tensors, read_header
 from sparsight.packing.squeeze import squeeze, unsqueeze
 from sparsight.packing.tensor import BITS, SCALE, Packed
 
 METHOD, FORMAT = "sparsight", 1  # of `quantization_config`
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-KINDS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-# the order in which safetensors writes dtypes
-ORDER = [
-    "U64",
-    "I64",
-    "F64",
-    "C64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "BOOL",
-]
 
 
 def read_layout(folder: str | Path) -> dict[str, Any] | None:
@@ -119,6 +95,7 @@ class Shards:
         self.dtype = self._model_dtype()  # of what int8 values stand for
         self._widths = widths(self.layers)
         self.files = self._find()
+        self._places: dict[str, str] | None = None
 
     def _model_dtype(self) -> torch.dtype:
         try:
@@ -140,9 +117,31 @@ class Shards:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SparsightError(f"{self.folder}: no weights that transformers would load ({first_line(error)})") from error
 
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors, dense; where they are not packed they are mapped, each by itself: a change to one stays in memory."""
+        tensors: dict[str, torch.Tensor] = {}
+        for file, wanted in self._by_file(names).items():
+            shard = self.open(file)
+            plain = [name for name in wanted if name not in self.layers]
+            tensors |= map_tensors(self.folder / file, plain)
+            tensors |= {name: shard.read(name) for name in wanted if name in self.layers}
+        return tensors
+
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        if self._places is None:
+            self._places = self.names()
+        files: dict[str, list[str]] = {}
+        for name in names:
+            files.setdefault(self._places[name], []).append(name)
+        return files
+
     def open(self, file: str) -> Shard:
         """One file of weights."""
         return Shard(self, file)
+
+    def forms(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every dense tensor, without reading one."""
+        return {name: form for file in self.files for name, form in self.open(file).forms().items()}
 
     def names(self) -> dict[str, str]:
         """The file of every dense tensor, by its plain name."""
@@ -154,9 +153,8 @@ class Shard:
 
     def __init__(self, shards: Shards, file: str) -> None:
         self.path, self._shards = shards.folder / file, shards
-        with self._open() as stored:
-            self.stored = list(stored.keys())
-            self.metadata = stored.metadata() or {}
+        self._header = read_header(self.path)
+        self.stored, self.metadata = sorted(self._header.entries), self._header.metadata
         inside = set(self.stored)
         parts = {name + part for name in shards.layers if name in inside for part in (BITS, SCALE)}
         self.names = [name for name in self.stored if name not in parts]
@@ -194,15 +192,12 @@ class Shard:
 
     def forms(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every dense tensor, without reading one."""
-        kinds = {text: dtype for dtype, text in KINDS.items()}
         facts = {}
-        with self._open() as stored:
-            for name in self.names:
-                part = stored.get_slice(name)
-                dtype, entry = kinds[part.get_dtype()], self._shards.layers.get(name)
-                if entry is not None:
-                    dtype = torch.bfloat16 if dtype == torch.uint8 else self._shards.dtype if self._shards.int8 else dtype
-                facts[name] = (dtype, tuple(part.get_shape() if entry is None else entry[0]))
+        for name in self.names:
+            (dtype, shape), entry = self._header.form(name), self._shards.layers.get(name)
+            if entry is not None:
+                dtype = torch.bfloat16 if dtype == torch.uint8 else self._shards.dtype if self._shards.int8 else dtype
+            facts[name] = (dtype, shape if entry is None else tuple(entry[0]))
         return facts
 
     def _open(self) -> Any:
@@ -281,21 +276,3 @@ class ShardWriter:
                 self._file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
         finally:
             self._file.close()
-
-
-def header_entry(dtype: torch.dtype, shape: Any, start: int) -> dict[str, Any]:
-    """What a header says of one tensor that begins at byte `start`."""
-    size = dtype.itemsize
-    for extent in shape:
-        size *= extent
-    return {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [start, start + size]}
-
-
-def header_text(header: Mapping[str, Any]) -> bytes:
-    """A header as safetensors writes it."""
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def in_order(forms: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
-    """Names, of these dtypes and shapes, in the order in which safetensors writes them: the widest dtypes first."""
-    return sorted(forms, key=lambda name: (ORDER.index(KINDS[forms[name][0]]), name))

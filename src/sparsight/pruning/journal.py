@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,10 @@ class Journal:
 
     folder: Path
     mask_only: bool
+    files: ClassVar[None] = None  # of weights; they are written once all blocks are done
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def store(self, block: str, layers: Sequence[Layer], facts: dict) -> None:
         """Write the pruned layers of `block` and `facts`, its measurements; only the main process does.

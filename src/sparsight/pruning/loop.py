@@ -25,16 +25,20 @@ from sparsight.allocation.plan import Plan
 from sparsight.calibration.gradients import evaluating, gradients
 from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.moment_cache import MomentCache
+from sparsight.calibration.park import Park
 from sparsight.errors import Notice, SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
+from sparsight.model.skeleton import device_of
 from sparsight.progress import Progress
 from sparsight.pruning.across_processes import prune_all
 from sparsight.pruning.compose import Composition, check_processes, compose
 from sparsight.pruning.journal import Journal
 from sparsight.pruning.record import PruneRecord, add_to
-from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, Work, start_facts
+from sparsight.pruning.streamed import StreamJournal
+from sparsight.pruning.walks import BlockWalk, CollectWalk, LayerWalk, start_facts
+from sparsight.pruning.work import Work
 
 COLUMNS = 512  # of the logits, that a walk is compared by with a plain forward
 LONG = 3600.0  # seconds of one core, from which on a refinement is warned about
@@ -55,10 +59,11 @@ def prune(
     *,
     method: str | Composition | Callable | Any = "wanda",
     seed: int = 0,
-    journal: Journal | None = None,
+    journal: Journal | StreamJournal | None = None,
     cache: MomentCache | None = None,
     original: Mapping[torch.Tensor, torch.Tensor] | None = None,
     progress: Progress | None = None,
+    park: Park | None = None,
     **options: Any,
 ) -> PruneRecord:
     """Prune `model` in place as `plan` says.
@@ -67,7 +72,8 @@ def prune(
     those of `compose`. Blocks that the `journal` holds are taken from there. With a `cache`, which `collect_moments` has
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
     blocks are measured. `original` has the dense model's values of parameters that differ already and are not pruned, for
-    the targets of reconstruction. `progress(stop, done, all)` is called per stop.
+    the targets of reconstruction. `park` takes paused activations. `progress(stop, done, all)` is
+    called per stop.
 
     Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
     layers; all end with the weights of a single process, bit for bit (with as many threads).
@@ -94,7 +100,7 @@ def prune(
                 work.sensitivity = gradients(model, work.layers, batches)
             lockstep(
                 model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all,
-                ahead=getattr(walk, "ahead", None), as_it_was=partial(_values, original or {}),
+                ahead=getattr(walk, "ahead", None), as_it_was=partial(_values, original or {}), until=walk.until, park=park,
             )  # fmt: skip
         walk.finish()
     elif composition.needs:
@@ -102,10 +108,14 @@ def prune(
             "`data`: this way of pruning needs calibration samples; give `data`, or magnitude without further steps"
         )
     else:
-        for layer in work.layers:
-            work.prune_without_data(layer)
+        for block in anatomy.blocks_with(set(plan)):
+            layers = work.of_block(block.name)
+            if not work.recall(block.name, layers):
+                for layer in layers:
+                    work.prune_without_data(layer)
+                work.finish_stop(block.name, layers, {})
     work.record.seconds = time.perf_counter() - began
-    work.record.memory = peak_memory(next(model.parameters()).device)
+    work.record.memory = peak_memory(device_of(model))
     return work.record
 
 
@@ -153,7 +163,7 @@ def _values(others: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> None:
+def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any], park: Park | None = None) -> None:
     """Refuse a model whose output a walk would change, as a block that keeps a state of its own does.
 
     One batch is walked, every block run once more than the model does, and compared with a plain forward: what the last
@@ -171,7 +181,7 @@ def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> No
         for call in calls.values():
             call()
 
-    device, inputs = next(model.parameters()).device, _last_logits_only(model, batches[0].inputs)
+    device, inputs = device_of(model), _last_logits_only(model, batches[0].inputs)
     hooks = [
         module.register_forward_hook(lambda _, args, output, name=name: outputs.update({name: _tensor(output).clone()}))
         for name, module in ends.items()
@@ -184,7 +194,7 @@ def check_walk(model: nn.Module, anatomy: Anatomy, batches: Sequence[Any]) -> No
             torch.manual_seed(0)
             lockstep(
                 model, [(block.name, block.module) for block in anatomy.blocks], [inputs],
-                again, on_output=lambda i, output: outputs.update({"logits": _logits(output)}),
+                again, on_output=lambda i, output: outputs.update({"logits": _logits(output)}), park=park,
             )  # fmt: skip
     finally:
         for hook in hooks:

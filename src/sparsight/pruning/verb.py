@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsight import distributed
 from sparsight.allocation.plan import Plan, PlannedModel, find_policy, make_plan, planned_budget
+from sparsight.calibration.park import Park
 from sparsight.calibration.probe import Probe
 from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import (
@@ -25,21 +29,27 @@ from sparsight.checkpoint.folder import (
     write_model,
 )
 from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.stages import add_stage
-from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checkpoint.unfinished import SPACE, unfinished
 from sparsight.checks import name_of, whole_name
 from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
-from sparsight.errors import SparsightError
+from sparsight.errors import Notice, SparsightError
+from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import Anatomy, anatomy
-from sparsight.model.load import check_device, load, load_model
+from sparsight.model.families import Family
+from sparsight.model.load import check_device, load, load_model, load_processor, read_config
+from sparsight.model.skeleton import Unfit, device_of
 from sparsight.model.source import NO_PROCESSOR
+from sparsight.model.stream import Stream
 from sparsight.progress import Progress
 from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
 from sparsight.pruning.journal import Journal
 from sparsight.pruning.loop import check_walk, prune
 from sparsight.pruning.record import PruneRecord
+from sparsight.pruning.streamed import StreamJournal
 from sparsight.specs import PlanSpec, PruneSpec
 
 
@@ -124,25 +134,28 @@ def prune_folder(
         distributed.on_main(lambda: stack.enter_context(locked(target)))
         stack.enter_context(enough_memory(spec))
         samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
-        network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
-        body = anatomy(network, family)
+        way = open_way(model, spec, family, composition, policy, loaded)
+        network, processor, body = way.model, way.processor, way.anatomy
+        stack.enter_context(way.run())
         ready: list[Batch] = []
-        skipped = 0
+        skipped, park = 0, None
         settings = {**spec.facts(), "policy": name_of(policy), "data": None if data is None else str(data)}
+        settings |= {"whole": True} if way.files is None else {}
         if samples is not None:
-            ready, skipped = encode(samples, processor, network, spec)
+            park = Park(target.parent, spec.park, -(-len(samples) // spec.batch_size))
+            ready, skipped = encode(samples, processor, network, spec, park)
             settings["fingerprint"] = samples.fingerprint
-        check_walk(network, body, ready)
+        check_walk(network, body, ready, park)
         plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
-        before = {n: p for n, p in read_plan(earlier).items() if (body[n].weight == 0).any()}
-        before = {**plan_of_zeros(body), **before}
+        before = {**plan_of_zeros(body), **zeros_of(body, read_plan(earlier))}
         ours = unfinished(target, {**settings, "files": identity(model)}, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
+        journal = way.journal(folder, composition)
         record = prune(
-            network, body, plan, ready, method=composition, seed=spec.seed, journal=Journal(folder, composition.mask_only),
-            progress=progress,
+            network, body, plan, ready, method=composition, seed=spec.seed, journal=journal, progress=progress, park=park
         )  # fmt: skip
+        journal.finish()
         record.skipped_samples, record.data = skipped, {} if samples is None else samples.facts
         read = {} if samples is None else {"fingerprint": samples.fingerprint}
         read |= {} if samples is None or not samples.split else {"split": samples.split}
@@ -162,12 +175,63 @@ def prune_folder(
                 recipe,
             )
             with atomic_folder(target, overwrite) as new:
-                write_model(network, processor, written, new)
+                write_model(network, processor, written, new, journal.files)
             return written
 
         written = distributed.on_main(write)
     distributed.barrier()
     return written
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model to prune: whole in memory, or with one block in memory at a time, which then goes to `files`."""
+
+    model: Any
+    processor: Any
+    anatomy: Anatomy
+    files: PartFiles | None = None
+
+    def run(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the model can run."""
+        return contextlib.nullcontext() if self.files is None else self.files.stream.run()
+
+    def journal(self, folder: Path, composition: Composition) -> Journal | StreamJournal:
+        """Where pruned blocks are kept until all are done."""
+        if self.files is None:
+            return Journal(folder, composition.mask_only)
+        self.files.folder = folder / SPACE
+        return StreamJournal(self.files, folder / "done", dense=composition.propagate == "dense")
+
+
+def open_way(
+    model: str | Path, spec: PruneSpec, family: Family | None, composition: Composition, policy: Any, loaded: Any
+) -> Way:
+    """Open a model block by block, where method and policy can do with that; otherwise load the whole.
+
+    `loaded` has the model and its processor in memory already. **Raises** `SparsightError` as `load` does.
+    """
+    if loaded is not None:
+        return Way(loaded[0], loaded[1], anatomy(loaded[0], family))
+    if "gradient" in composition.needs or find_policy(policy).whole:
+        network, processor = load(model, dtype=spec.dtype, device=spec.device)
+        return Way(network, processor, anatomy(network, family))
+    read_config(str(model))
+    processor = load_processor(model)  # first, since it is quick
+    try:
+        stream = Stream(model, dtype=spec.dtype, device=spec.device, family=family)
+        files = PartFiles(stream)
+        stream.bring_outside()
+        return Way(stream.model, processor, stream.anatomy, files)
+    except Unfit as why:
+        network = load_model(model, dtype=spec.dtype, device=spec.device)
+        warnings.warn(f"{model}: was loaded as a whole, since it cannot be block by block: {why}", Notice, stacklevel=2)
+        return Way(network, processor, anatomy(network, family))
+
+
+def zeros_of(body: Anatomy, plan: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    """The part of an earlier plan of which the layers still hold zeros."""
+    return {name: pattern for name, pattern in plan.items() if (body[name].weight == 0).any()}
 
 
 def plan_by(
@@ -201,13 +265,19 @@ def with_batches(model: Any, data: Any, spec: PlanSpec, processor: Any = None) -
     return model, processor, ready, skipped
 
 
-def encode(samples: Samples, processor: Any, model: Any, spec: Any) -> tuple[list[Batch], int]:
-    """Samples as batches on the model's device, and the number left out."""
+def encode(
+    samples: Samples, processor: Any, model: Any, spec: Any, park: Park | None = None
+) -> tuple[list[Batch], int]:  # fmt: skip
+    """Samples as batches on the model's device, and the number left out; `park` takes each batch as it is made."""
     encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
-    device = next(model.parameters()).device
+    device = device_of(model)
     usable = encoder.usable(samples)
     rehearse(model, encoder, usable)
-    ready = [batch.to(device) for batch in batches(usable, encoder, spec.batch_size)]
+    ready = []
+    for batch in batches(usable, encoder, spec.batch_size):
+        ready.append(batch.to(device))
+        if park is not None:
+            park.tensors([ready[-1].inputs, ready[-1].padding])
     return ready, len(samples.skipped) + len(encoder.skipped)
 
 

@@ -7,9 +7,7 @@ which checks the method's result and measures its error.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,139 +15,20 @@ import torch
 from torch import nn
 
 from sparsight import distributed
-from sparsight.allocation.plan import Plan
 from sparsight.calibration.lockstep import Call
 from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.moments import Moments, pool, real_tokens
-from sparsight.calibration.observe import Watch
 from sparsight.calibration.tokens import dropped_tokens
-from sparsight.errors import SparsightError
-from sparsight.model.anatomy import Anatomy, Layer
-from sparsight.model.load import overflow_advice
-from sparsight.progress import Progress
+from sparsight.model.anatomy import Layer
 from sparsight.pruning.across_processes import everywhere, prune_all, turns
-from sparsight.pruning.compose import Composition
-from sparsight.pruning.journal import Journal
 from sparsight.pruning.permute import permute_block
 from sparsight.pruning.reconstruct import first, parent, reconstruct
-from sparsight.pruning.record import PruneRecord, add_to
+from sparsight.pruning.record import add_to
+from sparsight.pruning.streamed import StreamJournal
+from sparsight.pruning.work import Work, ratio
 
+BEGINS = "begins"  # the last word of a stop in front of a block
 ERROR_BATCHES = 4  # batches a block's output error is measured on
-
-
-@dataclass
-class Work:
-    """One pruning of one model: the work, and the measurements so far."""
-
-    anatomy: Anatomy
-    plan: Plan
-    batches: Sequence[Any]
-    composition: Composition
-    seed: int = 0
-    journal: Journal | None = None
-    progress: Progress | None = None
-    record: PruneRecord = field(default_factory=PruneRecord)
-    sensitivity: dict[str, Any] = field(default_factory=dict)  # dL/dW by layer, for methods that need it
-    stops: int = 0  # visited so far
-
-    def __post_init__(self) -> None:
-        self.layers: list[Layer] = [layer for layer in self.anatomy.layers if layer.name in self.plan]
-
-    def of_block(self, name: str) -> list[Layer]:
-        """The planned layers of a block."""
-        return [layer for layer in self.layers if layer.block == name]
-
-    def recall(self, name: str, layers: Sequence[Layer]) -> bool:
-        """Prune `layers` in place from the journal; False where it does not have this stop."""
-        facts = self.journal.recall(name, layers) if self.journal else None
-        if facts is not None:
-            self.record.add(facts)
-        return facts is not None
-
-    def finish_stop(self, name: str, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:
-        """Add the measurements of a stop to the record and the journal."""
-        if self.journal:
-            self.journal.store(name, layers, dict(facts))
-        self.record.add(facts)
-
-    def report(self, name: str, total: int) -> None:
-        """Count a stop of `total`."""
-        self.stops += 1
-        if self.progress:
-            self.progress(name, self.stops, total)
-
-    def check_reached(self) -> None:
-        """Record the layers that no calibration token reached, which stay dense.
-
-        **Raises** `SparsightError` where nothing of a component was reached.
-        """
-        unreached = [layer for layer in self.layers if layer.name not in self.record.layer_errors]
-        self.record.unreached = [layer.name for layer in unreached]
-        reached = {layer.component for layer in self.layers if layer.name in self.record.layer_errors}
-        if lost := [layer for layer in unreached if layer.component not in reached]:
-            raise SparsightError(
-                f"{lost[0].name}: no calibration sample reached this layer, nor any other of {lost[0].component}; give "
-                f"samples that use it, or name the other components in `sparsity`"
-            )
-
-    def watch(self, layers: Sequence[Layer], batches: int) -> Watch:
-        """Accumulators of the moments that the composition needs of these layers."""
-        needs, tokens = self.composition.needs, self.composition.tokens
-        return Watch(layers, batches, gram="gram" in needs, weigh=tokens.weigh, shared=True)
-
-    def prune(self, layer: Layer, moments: Moments) -> dict[str, Any]:
-        """Prune one layer in place; return its relative output error. **Raises** `SparsightError` for invalid inputs."""
-        if not moments.tokens:
-            raise SparsightError(f"{layer.name}: the token rule left nothing of its inputs; nothing was saved")
-        try:
-            squares = moments.squares
-        except ValueError as error:
-            raise SparsightError(f"`tokens`: {error}") from error
-        if not torch.isfinite(squares).all():
-            advice = overflow_advice(layer.module, "look at the weights and the samples")
-            raise SparsightError(f"{layer.name}: its calibration inputs hold NaN or infinity; {advice}; nothing was saved")
-        moments.sensitivity = self.sensitivity.get(layer.name)
-        W = layer.weight  # (out, in)
-        try:
-            steps = self.composition.of(layer)
-            pruned = steps.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
-        except ValueError as error:  # a score or a factor that cannot be
-            raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
-        self.check_kept(layer, pruned)
-        X = moments.sample().float()  # (k, in)
-        difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
-        reference = torch.linalg.norm(X @ W.float().T)
-        layer.write(pruned)
-        facts: dict[str, Any] = {"layer_errors": {layer.name: ratio(difference, reference)}}
-        if moments.damping > 0.01:
-            facts["damping"] = {layer.name: moments.damping}
-        if moments.sensitivity is not None and not moments.sensitivity.square.any():
-            facts["ungraded"] = [layer.name]
-        return facts
-
-    def prune_without_data(self, layer: Layer) -> None:
-        """Prune one layer in place by its weights alone."""
-        pruned = self.composition.prune(
-            layer.weight, None, self.plan[layer.name], generator=self.generator(layer.name)
-        )  # fmt: skip
-        self.check_kept(layer, pruned)
-        layer.write(pruned)
-
-    def check_kept(self, layer: Layer, pruned: Any) -> None:
-        """**Raises** `SparsightError` for a pruned weight (out, in) that breaks the pattern or the method's `mask_only`."""
-        W, pattern = layer.weight, self.plan[layer.name]
-        fits = isinstance(pruned, torch.Tensor) and (pruned.shape, pruned.dtype) == (W.shape, W.dtype)
-        if not fits or not pattern.holds(pruned) or not pruned.isfinite().all():
-            raise SparsightError(
-                f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
-                f"{pattern}; put zeros where `pattern.keep(score)` is False"
-            )
-        if self.composition.method.mask_only and not self.composition.update and not ((pruned == W) | (pruned == 0)).all():
-            raise SparsightError(f"{layer.name}: the method changed kept weights; declare it with mask_only=False")
-
-    def generator(self, name: str) -> torch.Generator:
-        """Random numbers that depend on the seed and the name only."""
-        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
 
 
 class BlockWalk:
@@ -161,7 +40,8 @@ class BlockWalk:
 
     def __init__(self, work: Work) -> None:
         self.work, self.dense = work, work.composition.propagate == "dense"
-        self.stops = [(block.name, block.module) for block in work.anatomy.blocks_with(set(work.plan))]
+        self.stops = [(block.name, block.module) for block in work.blocks]
+        self.until = [block.name for block in work.anatomy.blocks_with(set(work.plan))]
         self.pending: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.targets: dict[int, torch.Tensor] = {}  # the dense model's outputs of the block that is visited next
         self.ahead = self._keep if work.composition.reconstruct and not self.dense else None
@@ -173,6 +53,11 @@ class BlockWalk:
         """Prune the layers of one block in place."""
         work, composition = self.work, self.work.composition
         layers = work.of_block(name)
+        if not layers:
+            self.targets = {}
+            return
+        if work.stream is not None:
+            work.stream.bring(name)
         before = self._copies(layers)
         targets, self.targets = self.targets, {}
         if not work.recall(name, layers):
@@ -192,9 +77,10 @@ class BlockWalk:
             facts["block_errors"] = {name: self._block_error(component, calls, outputs)}
             work.finish_stop(name, work.of_block(name), facts)
         for p, value in before:
-            self.pending.append((p, p.data.clone()))
+            if work.stream is None:
+                self.pending.append((p, p.data.clone()))
             p.data.copy_(value)
-        work.report(name, len(self.stops))
+        work.report(name, len(self.until))
 
     def finish(self) -> None:
         """Put the pruned weights in place, which a walk with `propagate="dense"` does not use."""
@@ -255,7 +141,7 @@ class CollectWalk(BlockWalk):
     def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
         """Store the moments of one block's layers."""
         self.cache.store(name, self._observe(block, self.work.of_block(name), calls)[0])
-        self.work.report(name, len(self.stops))
+        self.work.report(name, len(self.until))
 
 
 class LayerWalk:
@@ -269,12 +155,29 @@ class LayerWalk:
         self.layers: dict[str, list[Layer]] = {}
         for layer in work.layers:
             self.layers.setdefault(stop_name(layer), []).append(layer)
-        self.stops = [(name, layers[0].module) for name, layers in self.layers.items()]
+        self.stops, self.until = self._stops(), [*self.layers]
         self.inputs: list[torch.Tensor] = []  # of the last stop: q, k and v are fed the very same tensors
         self.moments: Moments | None = None
 
+    def _stops(self) -> list[tuple[str, nn.Module]]:
+        """The layers; where blocks are brought, each block before its own layers."""
+        of_block: dict[str, list[tuple[str, nn.Module]]] = {}
+        for name, layers in self.layers.items():
+            of_block.setdefault(layers[0].block, []).append((name, layers[0].module))
+        if self.work.stream is None:
+            return [stop for stops in of_block.values() for stop in stops]
+        stops: list[tuple[str, nn.Module]] = []
+        for block in self.work.blocks:
+            stops += [(f"{block.name} {BEGINS}", block.module), *of_block.get(block.name, ())]
+        return stops
+
     def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
         """Prune one layer, or the fused experts of one module, in place."""
+        if name.endswith(BEGINS):
+            if isinstance(self.work.journal, StreamJournal):
+                self.work.journal.close()  # of the block before
+                self.inputs, self.moments = [], None
+            return
         work, layers = self.work, self.layers[name]
         if not work.recall(name, layers):
             facts: dict[str, Any] = {}
@@ -288,10 +191,12 @@ class LayerWalk:
                     add_to(facts, prune_all([x for x in experts if x.name in moments], moments, work.prune))
                 self.moments = None
             work.finish_stop(name, layers, facts)
-        work.report(name, len(self.stops))
+        work.report(name, len(self.layers))
 
     def finish(self) -> None:
         """Record the layers that were not reached."""
+        if isinstance(self.work.journal, StreamJournal):
+            self.work.journal.close()
         self.work.check_reached()
 
     def _moments_of_experts(self, layers: Sequence[Layer], calls: Mapping[int, Call]) -> dict[str, Moments]:
@@ -345,11 +250,6 @@ def _by_tensor(layers: Sequence[Layer]) -> list[list[Layer]]:
 def token_counts(moments: Moments) -> dict[str, int]:
     """Tokens that were summed, by kind."""
     return {name: kind.count for name, kind in moments.kinds.items()}
-
-
-def ratio(difference: torch.Tensor, reference: torch.Tensor) -> float:
-    """A relative error; 0 where there is nothing to compare with."""
-    return float(difference / reference) if reference > 0 else 0.0
 
 
 def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:

@@ -22,7 +22,7 @@ from sparsight.errors import SparsightError
 from sparsight.evaluation.bench import read_bench
 from sparsight.evaluation.record import PICTURES, read_answers, read_evaluation, saved_bytes
 from sparsight.files import read_json
-from sparsight.model.files import read_header
+from sparsight.packing.headers import read_header
 
 FORMAT = 1
 HASHES = {"model_hash": "dense model", "held_out_fingerprint": "fingerprint", "data_fingerprint": "training samples"}
@@ -209,7 +209,7 @@ def _sizes(folder: Path, record: Mapping[str, Any] | None, scores: Mapping[str, 
 
 def _tensor_bytes(path: Path) -> int:
     """Bytes of the tensors of a safetensors file, from its header."""
-    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in read_header(path).values())
+    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in read_header(path).entries.values())
 
 
 def _cell(record: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[str, Any]:

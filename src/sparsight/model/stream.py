@@ -1,0 +1,175 @@
+"""A model of which one block is in memory: its files are read where a block is needed, and let go where the next one is.
+
+What lies outside the blocks (embeddings, norms, the head) stays; on a CPU, in the dtype of the files, it is mapped, so that
+only what is touched takes memory. A block is loaded by transformers' own conversion, from the tensors of the checkpoint that
+become its weights, and holds the same bits as in a model that is loaded whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsight.errors import first_line
+from sparsight.memory import give_back_memory
+from sparsight.model.anatomy import Anatomy, Layer, anatomy
+from sparsight.model.families import Family
+from sparsight.model.load import quiet
+from sparsight.model.skeleton import META, Unfit, load_skeleton, stored_names, without_data
+
+try:
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+    from transformers.modeling_utils import LoadStateDictConfig
+except ImportError as error:  # a later transformers
+    LACKS: str | None = first_line(error)
+else:
+    LACKS = None
+
+OUTSIDE = ""  # the part of a model outside its blocks
+Tensors = dict[str, torch.Tensor]
+
+
+class Stream:
+    """A model in parts: its blocks by name, and `OUTSIDE`.
+
+    `model` is on the meta device but for the part that was brought last; `anatomy` brings a block where a weight of one of
+    its layers is asked for. `sources` may give another reader for a block, as for one that is pruned already.
+    """
+
+    def __init__(
+        self, path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", family: Family | None = None
+    ) -> None:
+        """**Raises** `SparsightError` as `load_model` and `anatomy` do, and `Unfit` for a model that cannot be in parts."""
+        if LACKS:
+            raise Unfit(LACKS)
+        self.device = torch.device(device)
+        self.model, self.shards = load_skeleton(path, dtype=dtype, device=device)
+        self.anatomy = self._watch(anatomy(self.model, family))
+        self.here: str | None = None
+        self.sources: dict[str, Callable[[], Tensors]] = {}
+        self._names = self._divide(self.model.state_dict())  # full names of parameters and buffers, by part
+        self._forms = self.shards.forms()
+        self._keys = self.parts_of(self._forms)
+        self._empty = {part: self._tensors(names) for part, names in self._names.items()}
+        self._modules = {block.name: block.module for block in self.anatomy.blocks}
+
+    def _watch(self, whole: Anatomy) -> Anatomy:
+        def watched(layer: Layer) -> Layer:
+            return replace(layer, bring=self.bring)
+
+        return replace(whole, layers=tuple(map(watched, whole.layers)))
+
+    def _divide(self, state: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Names of the state by part; a tensor that two parts share lies outside."""
+        blocks = [block.name for block in self.anatomy.blocks]
+        part_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), OUTSIDE) for name in state}
+        owners: dict[int, set[str]] = {}
+        for name, tensor in self._tensors(state).items():
+            owners.setdefault(id(tensor), set()).add(part_of[name])
+        parts: dict[str, list[str]] = {part: [] for part in (*blocks, OUTSIDE)}
+        for name, tensor in self._tensors(state).items():
+            parts[part_of[name] if len(owners[id(tensor)]) == 1 else OUTSIDE].append(name)
+        return parts
+
+    def _tensors(self, names: Any) -> Tensors:
+        return {name: self.model.get_parameter_or_buffer(name) for name in names}
+
+    def parts_of(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """The names of a checkpoint's tensors by the part of the model that they become."""
+        part_of = {name: part for part, names in self._names.items() for name in names}
+        parts: dict[str, list[str]] = {part: [] for part in self._names}
+        for key, name in stored_names(self.model, keys).items():
+            if name in part_of:
+                parts[part_of[name]].append(key)
+        return parts
+
+    def bring(self, part: str) -> None:
+        """Load a block, unless it is the one in memory, and let the earlier one go."""
+        if part == self.here or part not in self._modules:
+            return
+        self.drop()
+        self._load(part)
+        self.here = part
+
+    def drop(self) -> None:
+        """Let the block in memory go; what was changed in it is lost."""
+        if self.here is None:
+            return
+        self._put(self._empty[self.here])
+        self.here = None
+        give_back_memory()
+
+    def bring_outside(self) -> None:
+        """Load what lies outside the blocks, for good. **Raises** `Unfit` where a block cannot be loaded alone."""
+        self._check_parts()
+        missing = self._load(OUTSIDE)
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    def _check_parts(self) -> None:
+        """Load all parts once, without data: every tensor of each must come from its own keys."""
+        for part, names in self._names.items():
+            empty = {key: without_data(self._forms[key]) for key in self._keys[part]}
+            left = self._convert(empty, META) & {*names} - {*self.model.all_tied_weights_keys}
+            self._put(self._empty[part])
+            if left:
+                raise Unfit(f"{min(left)} is made of tensors of several blocks")
+
+    def _load(self, part: str) -> set[str]:
+        read = self.sources.get(part)
+        return self._convert(self.shards.read_all(self._keys[part]) if read is None else read(), self.device)
+
+    def _convert(self, tensors: Tensors, device: torch.device) -> set[str]:
+        """Put the tensors of a checkpoint into the model; the names that did not come."""
+        conversions = self.model._weight_conversions  # those of the whole model, which a part may not need
+        settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions or [])
+        try:
+            with quiet():
+                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        except Exception as error:
+            raise Unfit(first_line(error)) from error
+        finally:
+            self.model._weight_conversions = conversions
+        if info.conversion_errors:
+            raise Unfit(first_line(next(iter(info.conversion_errors.values()))))
+        return set(info.missing_keys)
+
+    def _put(self, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            table = module._buffers if leaf in module._buffers else module._parameters
+            table[leaf] = tensor
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[Any]:
+        """Inside, the model can run: every block is brought in front of its forward. Yields the model."""
+
+        def before(name: str) -> Callable[..., None]:
+            return lambda *_: self.bring(name)
+
+        hooks = [module.register_forward_pre_hook(before(name)) for name, module in self._modules.items()]
+        try:
+            yield self.model
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.drop()
+
+    @property
+    def parts(self) -> list[str]:
+        """The blocks by name, in forward order, and `OUTSIDE`."""
+        return [*self._names]
+
+    def state(self, part: str, names: Container[str]) -> Tensors:
+        """The tensors of a part with these full names, as it is now, under the names and in the form of a checkpoint."""
+        own = [name for name in self._names[part] if name in names]
+        return self.as_stored({name: tensor.detach() for name, tensor in self._tensors(own).items()})
+
+    def as_stored(self, state: Mapping[str, torch.Tensor]) -> Tensors:
+        """Tensors of the model under the names, and in the form, in which `save_pretrained` writes them."""
+        return dict(revert_weight_conversion(self.model, dict(state)))
