@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, model_of, need
+from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, need
 from sparsight.checks import check_paths
 from sparsight.options import Argument, options
 from sparsight.progress import Progress
@@ -51,11 +51,19 @@ Changes = Annotated[Sequence[str], Argument("KEY=VALUE; replaces a value of the 
 
 
 def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> Anatomy:
-    """Show components, blocks and layers, what is never pruned and why, and the sparsity now."""
+    """Show components, blocks and layers, what is never pruned and why, and the sparsity now.
+
+    Of a folder only headers are read. A layer's `weight` is read where it is asked for, one block at a time.
+    """
     from sparsight.model.anatomy import anatomy
+    from sparsight.model.source import check_model
+    from sparsight.model.stream import open_anatomy
 
     spec = FamilySpec.make(spec, settings)
-    return anatomy(model_of(model), family_for(model, spec))
+    if is_folder(model):
+        return open_anatomy(model, family_for(model, spec))
+    check_model(model)
+    return anatomy(model, family_for(model, spec))
 
 
 def plan(

@@ -14,17 +14,6 @@ def is_folder(model: Any) -> bool:
     return isinstance(model, str | Path)
 
 
-def model_of(model: Any) -> Any:
-    """The model in memory, loaded if it is named. **Raises** `SparsightError` for what is no model."""
-    from sparsight.model.load import load_model
-    from sparsight.model.source import check_model
-
-    if is_folder(model):
-        return load_model(model)
-    check_model(model)
-    return model
-
-
 def in_memory_spec(model: Any, spec: Any, **of_folders: Any) -> Any:
     """The settings of a verb for a model in memory. **Raises** `SparsightError` for settings of folders."""
     from sparsight.model.source import in_memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Layer, anatomy
-from sparsight.model.load import load_model
 from sparsight.model.source import check_model
+from sparsight.model.stream import open_anatomy
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Zeros:
         if not named:
             check_model(model, "against")
         record = read_record(model) if named else None
-        body = anatomy(load_model(model) if named else model, family_of(record, family))
+        taken = family_of(record, family)
+        body = open_anatomy(model, taken) if named else anatomy(model, taken)
         layers = [layer for layer in body.layers if layer.sparse or (record and layer.name in record["layers"])]
         masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in layers if (layer.weight == 0).any()}
         if not masks:
@@ -51,7 +51,7 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
     model of unknown type keeps its blocks, where no record says so. Every weight that is
     zero in `against`, a folder, a model or its `Zeros`, must be zero here too; a plan, or what `prune` returned, must hold.
     Returns `{"layers", "zeros", "sparsity", "differences": {layer: [what differs]}}`, without differences if the check
-    succeeds. Writes nothing. Memory: one model and, with `against`, one bit per weight of the other.
+    succeeds. Writes nothing. Memory: one block and, with `against`, one bit per weight of the other.
 
     **Raises** `SparsightError` if there is nothing to compare with.
     """
@@ -68,20 +68,26 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
         zeros = Zeros.of(against, family=family)
     masks = zeros.masks if zeros else {}
     layers = _layers(model, loaded, record, family, {*((record or {}).get("layers", ())), *masks, *(plan or {})})
-    differences = _against_record(layers, record) if record is not None else {}
-    for name, problem in [
-        *((name, _lost(layers.get(name), *mask)) for name, mask in masks.items()),
-        *((name, _broken(layers.get(name), pattern)) for name, pattern in (plan or {}).items()),
-    ]:
-        if problem:
-            differences.setdefault(name, []).append(problem)
-    checked = [layers[n] for n in (record["layers"] if record else plan or masks) if n in layers]
-    count = sum(int((layer.weight == 0).sum()) for layer in checked)
-    total = sum(math.prod(layer.shape) for layer in checked)
+    recorded = record["layers"] if record is not None else {}
+    of_record = read_plan(record)
+    counted = recorded or plan or masks
+    differences: dict[str, list[str]] = {}
+    count = total = 0
+    for name in [*recorded, *(name for name in {**masks, **(plan or {})} if name not in recorded)]:
+        problems = ["the model has no such layer"]
+        if (layer := layers.get(name)) is not None:
+            W = layer.weight  # read once
+            problems = _against_record(W, recorded[name], of_record[name]) if name in recorded else []
+            problems += _lost(W, *masks[name]) if name in masks else []
+            problems += _broken(W, plan[name]) if plan and name in plan else []
+            if name in counted:
+                count, total = count + int((W == 0).sum()), total + W.numel()
+        if problems:
+            differences[name] = problems
     return {
         "folder": _name(model),
         "against": zeros.name if zeros else None if against is None else "the plan",
-        "layers": len(checked),
+        "layers": sum(name in layers for name in counted),
         "zeros": count,
         "sparsity": count / total if total else 0.0,
         "differences": differences,
@@ -95,8 +101,9 @@ def _layers(
     folder = isinstance(model, str | Path)
     if folder and loaded is None and (stored := stored_layers(model, names)) is not None:
         return stored
-    network = loaded if loaded is not None else load_model(model) if folder else model
-    return {layer.name: layer for layer in anatomy(network, family_of(record, family)).layers}
+    taken = family_of(record, family)
+    body = open_anatomy(model, taken) if folder and loaded is None else anatomy(model if loaded is None else loaded, taken)
+    return {layer.name: layer for layer in body.layers}
 
 
 def recorded_plan(field: str, record: Any) -> Mapping[str, Pattern] | None:
@@ -118,26 +125,14 @@ def _name(model: Any) -> str:
     return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
-def _broken(layer: Layer | StoredLayer | None, pattern: Pattern) -> str | None:
-    if layer is None:
-        return "the model has no such layer"
-    return None if pattern.holds(layer.weight) else f"does not hold the pattern {pattern}"
+def _broken(W: torch.Tensor, pattern: Pattern) -> list[str]:
+    return [] if pattern.holds(W) else [f"does not hold the pattern {pattern}"]
 
 
-def _against_record(layers: Mapping[str, Layer | StoredLayer], record: dict[str, Any]) -> dict[str, list[str]]:
-    plan = read_plan(record)
-    differences = {}
-    for name, entry in record["layers"].items():
-        layer = layers.get(name)
-        if layer is None:
-            problems = ["the model has no such layer"]
-        elif list(layer.shape) != entry["shape"]:
-            problems = [f"shape is {list(layer.shape)}, recorded {entry['shape']}"]
-        else:
-            problems = _of_weight(layer.weight, entry, plan[name])
-        if problems:
-            differences[name] = problems
-    return differences
+def _against_record(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern) -> list[str]:
+    if list(W.shape) != entry["shape"]:
+        return [f"shape is {list(W.shape)}, recorded {entry['shape']}"]
+    return _of_weight(W, entry, pattern)
 
 
 def _of_weight(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern) -> list[str]:
@@ -158,10 +153,8 @@ def _of_weight(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern) -> l
     return problems
 
 
-def _lost(layer: Layer | StoredLayer | None, packed: torch.Tensor, shape: tuple[int, int]) -> str | None:
-    if layer is None:
-        return "the model has no such layer"
-    if layer.shape != tuple(shape):
-        return f"shape is {list(layer.shape)}, the other's is {list(shape)}"
-    lost = int((unpack(packed, shape) & (layer.weight != 0)).sum())
-    return f"{lost} zeros lost" if lost else None
+def _lost(W: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> list[str]:
+    if tuple(W.shape) != tuple(shape):
+        return [f"shape is {list(W.shape)}, the other's is {list(shape)}"]
+    lost = int((unpack(packed, shape) & (W != 0)).sum())
+    return [f"{lost} zeros lost"] if lost else []

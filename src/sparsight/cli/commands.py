@@ -179,7 +179,7 @@ class LazyHelp(TyperCommand):
 def _inspected(body: Any, values: Values) -> Shown:
     from sparsight.cli import tables
 
-    facts = tables.anatomy_facts(body)
+    facts = tables.anatomy_facts(body, tables.zeros_of(body, values["model"], values["count"]))
     return facts, tables.anatomy_tables(facts, values["layers"]), True
 
 
@@ -336,6 +336,7 @@ def _cost(estimate: Any) -> Shown:
 
 
 LAYERS = Extra("layers", "List every layer by name.")
+COUNT = Extra("count", "Count zeros, which reads all weights. [default: those on record, or of a small model]")
 COST = Extra("cost", "FLOPs, bytes and peak memory of every stage instead; no weight is read.")
 RECIPE_COST = Extra("cost", "FLOPs, bytes and peak memory of every stage instead; OUT is left alone.")
 EVAL_FILES = (
@@ -343,7 +344,7 @@ EVAL_FILES = (
     Extra("predictions", "Write every answer here, as JSONL.", str, None),
 )
 COMMANDS: dict[str, Command] = {
-    "inspect": Command("inspect", _inspected, (LAYERS,), quiet=False),
+    "inspect": Command("inspect", _inspected, (LAYERS, COUNT), quiet=False),
     "plan": Command("plan", _planned, (LAYERS, COST), _plan_cost, _cost_parameters),
     "prune": Command("prune", _pruned),
     "restore": Command("restore", _restored),

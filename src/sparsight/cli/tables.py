@@ -12,12 +12,15 @@ from rich.table import Table
 
 from sparsight.allocation.plan import PlanRow
 from sparsight.checkpoint.card import component_totals
+from sparsight.checkpoint.folder import read_record
 from sparsight.errors import quote
 from sparsight.evaluation.evaluate import headline
 from sparsight.evaluation.metrics import title_of
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import COMPONENTS
+
+COUNTED = 100_000_000  # parameters; zeros of smaller models are counted without `--count`
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: int = 1) -> Table:
@@ -37,19 +40,29 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], tex
     return made
 
 
-def anatomy_facts(body: Anatomy) -> dict[str, Any]:
-    """What `inspect` prints, as plain values."""
+def zeros_of(body: Anatomy, model: str, count: bool) -> dict[str, int] | None:
+    """The zeros of every layer of a folder: those on record, or counted where that is asked for or quick; else None."""
+    record = None if count else read_record(model)
+    if record is not None:
+        return {name: entry["zeros"] for name, entry in record["layers"].items()}
+    if not count and body.parameters > COUNTED:
+        return None
+    return {layer.name: int((layer.weight == 0).sum()) for layer in body.layers}
+
+
+def anatomy_facts(body: Anatomy, zeros: Mapping[str, int] | None) -> dict[str, Any]:
+    """What `inspect` prints, as plain values; `zeros` by layer, None where they were not counted."""
     components = {}
     for component in COMPONENTS:
         layers = body.component(component)
-        size = sum(layer.weight.numel() for layer in layers)
-        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+        size = sum(rows * columns for rows, columns in (layer.shape for layer in layers))
+        count = None if zeros is None else sum(zeros.get(layer.name, 0) for layer in layers)
         components[component] = {
             "blocks": sum(block.component == component for block in body.blocks),
             "layers": len(layers),
             "parameters": size,
-            "zeros": zeros,
-            "sparsity": zeros / size if size else 0.0,
+            "zeros": count,
+            "sparsity": None if count is None else count / size if size else 0.0,
         }
     skipped = [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in body.skipped]
     return {
@@ -66,9 +79,16 @@ def anatomy_facts(body: Anatomy) -> dict[str, Any]:
 def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Any]:
     """What can be pruned, where it was found, what is never pruned, and with `layers` every layer."""
     rows = [
-        (name, c["blocks"], c["layers"], f"{c['parameters']:,}", f"{c['sparsity']:.2%}")
+        (
+            name,
+            c["blocks"],
+            c["layers"],
+            f"{c['parameters']:,}",
+            "?" if c["zeros"] is None else f"{c['sparsity']:.2%}",
+        )
         for name, c in facts["components"].items()
     ]
+    uncounted = any(c["zeros"] is None for c in facts["components"].values())
     tables: list[Any] = [
         table("What can be pruned", ("component", "blocks", "layers", "parameters", "sparsity now"), rows),
         table(
@@ -84,6 +104,7 @@ def anatomy_tables(facts: Mapping[str, Any], layers: bool) -> list[Any]:
             text_columns=2,
         ),
     ]
+    tables += ["Zeros are not on record; --count counts them, which reads all weights"] if uncounted else []
     tables += [f"The model has no {name} layers that can be pruned" for name in facts["missing"]]
     if layers:
         named = [(x["name"], x["component"], "×".join(map(str, x["shape"]))) for x in facts["layers"]]

@@ -50,4 +50,4 @@ def weight_hash(weight: torch.Tensor) -> str:
 
 
 def _hash(data: torch.Tensor) -> str:
-    return hashlib.blake2b(data.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(data.cpu().numpy(), digest_size=16).hexdigest()  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sparsight.errors import first_line
 from sparsight.memory import give_back_memory
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
-from sparsight.model.load import quiet
+from sparsight.model.load import load_model, quiet
 from sparsight.model.skeleton import META, Unfit, load_skeleton, stored_names, without_data
 
 try:
@@ -52,10 +53,6 @@ class Stream:
         self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
         self.sources: dict[str, Callable[[], Tensors]] = {}
-        self._names = self._divide(self.model.state_dict())  # full names of parameters and buffers, by part
-        self._forms = self.shards.forms()
-        self._keys = self.parts_of(self._forms)
-        self._empty = {part: self._tensors(names) for part, names in self._names.items()}
         self._modules = {block.name: block.module for block in self.anatomy.blocks}
 
     def _watch(self, whole: Anatomy) -> Anatomy:
@@ -64,17 +61,32 @@ class Stream:
 
         return replace(whole, layers=tuple(map(watched, whole.layers)))
 
-    def _divide(self, state: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Names of the state by part; a tensor that two parts share lies outside."""
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """The full names of parameters and buffers by part; a tensor that two parts share lies outside."""
         blocks = [block.name for block in self.anatomy.blocks]
-        part_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), OUTSIDE) for name in state}
+        tensors = self._tensors(self.model.state_dict())
+        part_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), OUTSIDE) for name in tensors}
         owners: dict[int, set[str]] = {}
-        for name, tensor in self._tensors(state).items():
+        for name, tensor in tensors.items():
             owners.setdefault(id(tensor), set()).add(part_of[name])
         parts: dict[str, list[str]] = {part: [] for part in (*blocks, OUTSIDE)}
-        for name, tensor in self._tensors(state).items():
+        for name, tensor in tensors.items():
             parts[part_of[name] if len(owners[id(tensor)]) == 1 else OUTSIDE].append(name)
         return parts
+
+    @cached_property
+    def _forms(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return self.shards.forms()
+
+    @cached_property
+    def _keys(self) -> dict[str, list[str]]:
+        return self.parts_of(self._forms)
+
+    @cached_property
+    def _empty(self) -> dict[str, Tensors]:
+        """The tensors without data; asked for before any part is loaded."""
+        return {part: self._tensors(names) for part, names in self._names.items()}
 
     def _tensors(self, names: Any) -> Tensors:
         return {name: self.model.get_parameter_or_buffer(name) for name in names}
@@ -93,6 +105,7 @@ class Stream:
         if part == self.here or part not in self._modules:
             return
         self.drop()
+        self._empty  # noqa: B018  made once, of the model without data
         self._load(part)
         self.here = part
 
@@ -173,3 +186,14 @@ class Stream:
     def as_stored(self, state: Mapping[str, torch.Tensor]) -> Tensors:
         """Tensors of the model under the names, and in the form, in which `save_pretrained` writes them."""
         return dict(revert_weight_conversion(self.model, dict(state)))
+
+
+def open_anatomy(path: str | Path, family: Family | None = None, *, dtype: str | torch.dtype = "auto") -> Anatomy:
+    """Take the model of a folder or hub name apart; no weight is read but those that are asked for, block by block.
+
+    **Raises** `SparsightError` as `load_model` and `anatomy` do.
+    """
+    try:
+        return Stream(path, dtype=dtype, family=family).anatomy
+    except Unfit:
+        return anatomy(load_model(path, dtype=dtype), family)

@@ -43,7 +43,7 @@ from sparsight.model.families import Family
 from sparsight.model.load import check_device, load, load_model, load_processor, read_config
 from sparsight.model.skeleton import Unfit, device_of
 from sparsight.model.source import NO_PROCESSOR
-from sparsight.model.stream import Stream
+from sparsight.model.stream import Stream, open_anatomy
 from sparsight.progress import Progress
 from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
 from sparsight.pruning.journal import Journal
@@ -77,11 +77,22 @@ def plan_model(
     rule = find_policy(policy, data=data is not None)
     planned_budget(spec.pattern, spec.sparsity, policy)
     family = family_of(read_record(model) if isinstance(model, str | Path) else None, spec.family)
-    with enough_memory(spec):
-        network, _, ready, _ = with_batches(model, data, spec, processor)
+    with enough_memory(spec), ExitStack() as stack:
+        if not isinstance(model, str | Path):
+            network, _, ready, _ = with_batches(model, data, spec, processor)
+            body = anatomy(network, family)
+        elif data is None:
+            check_device(spec.device)
+            network, ready, body = None, [], open_anatomy(model, family, dtype=spec.dtype)
+        else:
+            check_device(spec.device)
+            samples = as_samples(data, spec)
+            assert samples is not None
+            way = open_way(model, spec, family, whole=rule.whole)
+            network, body = stack.enter_context(way.run()) or way.model, way.anatomy
+            ready, _ = encode(samples, way.processor, network, spec)
         if rule.labels:
             check_labels(ready, "policy", name_of(policy))
-        body = anatomy(network, family)
         return PlannedModel(body, plan_by(spec, policy, network, body, ready, progress))
 
 
@@ -134,7 +145,8 @@ def prune_folder(
         distributed.on_main(lambda: stack.enter_context(locked(target)))
         stack.enter_context(enough_memory(spec))
         samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
-        way = open_way(model, spec, family, composition, policy, loaded)
+        whole = "gradient" in composition.needs or find_policy(policy).whole
+        way = open_way(model, spec, family, whole=whole, loaded=loaded)
         network, processor, body = way.model, way.processor, way.anatomy
         stack.enter_context(way.run())
         ready: list[Batch] = []
@@ -205,16 +217,14 @@ class Way:
 
 
 def open_way(
-    model: str | Path, spec: PruneSpec, family: Family | None, composition: Composition, policy: Any, loaded: Any
+    model: str | Path, spec: PlanSpec, family: Family | None, *, whole: bool, loaded: tuple[Any, Any] | None = None
 ) -> Way:
-    """Open a model block by block, where method and policy can do with that; otherwise load the whole.
+    """Open a model block by block, or load it as a `whole`, where method or policy need that.
 
     `loaded` has the model and its processor in memory already. **Raises** `SparsightError` as `load` does.
     """
-    if loaded is not None:
-        return Way(loaded[0], loaded[1], anatomy(loaded[0], family))
-    if "gradient" in composition.needs or find_policy(policy).whole:
-        network, processor = load(model, dtype=spec.dtype, device=spec.device)
+    if loaded is not None or whole:
+        network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
         return Way(network, processor, anatomy(network, family))
     read_config(str(model))
     processor = load_processor(model)  # first, since it is quick
@@ -245,17 +255,14 @@ def plan_by(
 
 
 def with_batches(model: Any, data: Any, spec: PlanSpec, processor: Any = None) -> tuple[Any, Any, list[Batch], int]:
-    """A model, loaded if it is named, its processor, its calibration batches, and the number of samples left out.
+    """A model in memory, its processor, its calibration batches, and the number of samples left out.
 
-    **Raises** `SparsightError` for invalid settings, data or model, and for samples without a processor.
+    **Raises** `SparsightError` for invalid settings or data, and for samples without a processor.
     """
     check_device(spec.device)
-    named = isinstance(model, str | Path)
     if data is None:
-        return (load_model(model, dtype=spec.dtype, device=spec.device) if named else model), processor, [], 0
+        return model, processor, [], 0
     samples = as_samples(data, spec)
-    if named:
-        model, processor = load(model, dtype=spec.dtype, device=spec.device)
     if samples is None:
         check_unused(data, spec)
         return model, processor, as_batches(model, data, limit=spec.samples), 0
