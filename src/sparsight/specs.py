@@ -103,6 +103,9 @@ class PruneSpec(MethodSpec, PlanSpec):
     verb: ClassVar[str] = "prune"
 
     permute: Annotated[bool, Option("Regroup channels first, for n:m.", cost=False)] = False
+    dense_targets: Annotated[
+        bool, Option("Solvers fit layers to their outputs in the dense model, not to those on their own inputs.", cost=False)
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
