@@ -25,7 +25,7 @@ from oneshot import SETTINGS
 
 import sparsight
 
-SAMPLES, STEPS, SIZE = 64, 40, 8
+STEPS, SIZE = 40, 8
 GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is not named is the default of `restore`
     "defaults": {},
     "preset paper": {"preset": "paper"},
@@ -37,7 +37,7 @@ GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is 
     "120 steps": {"steps": 120},
 }
 COLUMNS = (
-    *("date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "questions", "passages"),
+    *("date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "samples", "questions", "passages"),
     *("exact", "low", "high", "perplexity", "regained", "text_regained", "restore_s"),
 )
 FILE = Path(__file__).with_name("restore.csv")
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["2:4", "70 %"])
     parser.add_argument("--rows", nargs="+", choices=tuple(GRID), default=list(GRID))
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--work", type=Path, help="folder for the sparse models and the teacher's outputs")
@@ -55,6 +56,7 @@ def main() -> None:
     fixed = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "samples": given.samples,
         "questions": given.questions,
         "passages": given.passages,
     }
@@ -69,6 +71,7 @@ def main() -> None:
                     sparse,
                     data=given.model / "data" / "calibration.jsonl",
                     dtype="float32",
+                    samples=given.samples,
                     **SETTINGS[setting],
                 )
             base(given.model, setting, "wanda", sparse, fixed)
