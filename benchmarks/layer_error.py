@@ -1,12 +1,15 @@
 """Relative output error ||X W'^T - X W^T|| / ||X W^T|| of one layer at a time, for every step of every method.
 
 Over all layers of vision and language of both demo models (the mean; inputs from 64 calibration samples, moments of the
-dense model) and over a random 1024-wide layer with correlated inputs. Orders that should hold are checked, and the
-layers where they do not are counted: refined <= start, updated <= mask alone, ALPS <= SparseGPT <= Wanda <= magnitude.
+dense model), over a random 1024-wide layer with correlated inputs, and over random 256-wide layers in which one channel is
+large on 1 % of the tokens, as massive activations are: named by how often the mean of the Gram matrix's diagonal holds the
+median, and with the error on the other tokens. Orders that should hold are checked, and the layers where they do not are
+counted: refined <= start, updated <= mask alone, ALPS <= SparseGPT <= Wanda <= magnitude.
 
-    python benchmarks/layer_error.py [--wide 1024]
+    python benchmarks/layer_error.py [--wide 1024] [--sources instructblip llava random outliers]
 
-Results: layer_error.csv beside this file; `--table` prints it as Markdown and measures nothing.
+Results: layer_error.csv beside this file, where rows of other sources stay; `--table` prints it as Markdown and measures
+nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +55,11 @@ ORDERS = (
     ("sparsegpt", "wanda"),
     ("alps", "sparsegpt"),
 )
-Case = tuple[str, torch.Tensor, Moments]  # name, W (out, in), moments
+FILE = Path(__file__).with_suffix(".csv")
+Case = tuple[str, torch.Tensor, Moments, torch.Tensor]  # name, W (out, in), moments, the Gram matrix errors are taken by
+OUTLIERS = (0.0, 9700.0)  # size of the large channel
+COLUMNS = ("date", "torch", "layers of", "setting", "way", "mean error, or layers")
+SOURCES = (*MODELS, "random", "outliers")
 
 
 def demo_layers(name: str, folder: Path) -> Iterator[Case]:
@@ -71,7 +78,7 @@ def demo_layers(name: str, folder: Path) -> Iterator[Case]:
             for i, call in calls.items():
                 with watch.during(ready[i].padding):
                     call()
-        found.extend((x.name, x.weight, watch.moments[x.name]) for x in layers[block])
+        found.extend((x.name, x.weight, m := watch.moments[x.name], m.gram.double()) for x in layers[block])
 
     lockstep(model, [(b.name, b.module) for b in body.blocks if b.name in layers], [b.inputs for b in ready], visit)
     yield from found
@@ -84,7 +91,20 @@ def wide_layer(width: int) -> Iterator[Case]:
     X = torch.randn(4 * width, width, generator=g) @ (torch.randn(width, width, generator=g) / width**0.5)
     moments = Moments(width, torch.device("cpu"), with_gram=True)
     moments.add(X * size + 0.3, sequences=32)
-    yield f"random {width}", torch.randn(width, width, generator=g), moments
+    yield f"random {width}", torch.randn(width, width, generator=g), moments, moments.gram.double()
+
+
+def outlier_layer(size: float, width: int = 256, tokens: int = 4096) -> Iterator[Case]:
+    """A random layer with correlated inputs, one channel of which is `size` larger on every hundredth token."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(tokens, width, generator=g) @ (torch.randn(width, width, generator=g) / width**0.5 + torch.eye(width))
+    large = torch.arange(tokens) % 100 == 0
+    X[large, 7] += size
+    moments = Moments(width, torch.device("cpu"), with_gram=True)
+    moments.add(X, sequences=32)
+    diagonal = moments.gram.diagonal()
+    name = f"{float(diagonal.mean() / diagonal.median()):.0f}"
+    yield name, torch.randn(width, width, generator=g), moments, (X[~large].T @ X[~large]).double()
 
 
 def error(W: torch.Tensor, pruned: torch.Tensor, G: torch.Tensor) -> float:
@@ -95,6 +115,7 @@ def error(W: torch.Tensor, pruned: torch.Tensor, G: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wide", type=int, default=1024)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
@@ -103,13 +124,16 @@ def main() -> None:
     rows: list[list[Any]] = []
     today = (datetime.date.today(), torch.__version__)
     with tempfile.TemporaryDirectory() as folder:
-        sources = {name: list(demo_layers(name, Path(folder))) for name in MODELS}
-        sources[f"random {asked.wide}"] = list(wide_layer(asked.wide))
+        sources = {name: list(demo_layers(name, Path(folder))) for name in MODELS if name in asked.sources}
+        if "random" in asked.sources:
+            sources[f"random {asked.wide}"] = list(wide_layer(asked.wide))
+        for size in OUTLIERS if "outliers" in asked.sources else ():
+            layers = list(outlier_layer(size))
+            sources[f"random 256, mean / median {layers[0][0]}"] = layers
         for source, layers in sources.items():
             for setting, pattern in PATTERNS.items():
                 found: dict[str, list[float]] = {way: [] for way in WAYS}
-                for _, W, moments in layers:
-                    G = moments.gram.double()
+                for _, W, moments, G in layers:
                     for way, steps in WAYS.items():
                         pruned = compose(**steps).prune(W, moments, pattern, torch.Generator().manual_seed(0))
                         found[way].append(error(W, pruned, G))
@@ -120,20 +144,26 @@ def main() -> None:
                     print(f"  {way:<24}{mean:8.4f}")
                 for better, worse in ORDERS:
                     not_so = [
-                        name for (name, _, _), a, b in zip(layers, found[better], found[worse], strict=True)
+                        name for (name, *_), a, b in zip(layers, found[better], found[worse], strict=True)
                         if a > b * (1 + 1e-6)
                     ]  # fmt: skip
                     if not_so:
                         more = " ..." if len(not_so) > 3 else ""
                         print(f"  {better} > {worse} in {len(not_so)} layers: {', '.join(not_so[:3])}{more}")
                     rows.append([*today, source, setting, f"{better} > {worse}", len(not_so)])
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["date", "torch", "layers of", "setting", "way", "mean error, or layers"], *rows])
+    again = {row[2] for row in rows}
+    others = [list(row.values()) for row in stored() if row["layers of"] not in again]
+    with FILE.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *others, *rows])
+
+
+def stored() -> list[dict[str, str]]:
+    with FILE.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def markdown() -> str:
-    with Path(__file__).with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = stored()
     sources = list(dict.fromkeys(row["layers of"] for row in rows))
     values = {(r["layers of"], r["setting"], r["way"]): r["mean error, or layers"] for r in rows}
     lines = []

@@ -47,7 +47,7 @@ ALPS = {"method": "alps"}
 REFIT = {"reconstruct": 16, "lr": 5e-4, "kl": 0.9}  # little is left to restore: a small rate, a large KL weight
 LONG = {"steps": 300, "batch_size": 32, "lr": 3e-3}
 # How to prune, how to restore. The peak learning rate is 4e-3 (TRAIN) unless RATES has one for the adapter or the recipe
-# names one: 1e-4 is the default of `restore`, 5e-4 follows a reconstruction, 3e-3 goes with longer training.
+# names one: 1e-4 is the rate of the paper, 5e-4 follows a reconstruction, 3e-3 goes with longer training.
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "wanda": ({}, None),
     "lora, merged": ({}, {"adapter": "lora"}),

@@ -33,6 +33,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model, settings)
     "sparsegpt bfloat16": ("llava", {"method": "sparsegpt", "pattern": "4:8", "dtype": "bfloat16"}),
     "swaps pcg": ("llava", {"refine": "swaps", "update": "pcg", "sparsity": 0.6}),
     "alps dense": ("llava", {"method": "alps", "sparsity": 0.6, "propagate": "dense"}),
+    "dense targets": ("llava", {"method": "alps", "dense_targets": True, "sparsity": 0.6, **TEXT}),
     "sparsegpt stage": ("llava", {"method": "sparsegpt", "sparsity": 0.6, "propagate": "layer"}),
     "dsnot stage": ("instructblip-t5", {"method": "dsnot", "sparsity": 0.6, "propagate": "layer"}),
     "ria balanced": ("instructblip-t5", {"method": "ria", "pattern": "tensor", "sparsity": 0.6, "tokens": "balanced"}),

@@ -247,6 +247,7 @@ BAD = {
     "preset and refine": (["--method", "dsnot", "--refine", "swaps"], ["--refine", "--method wanda --refine swaps"]),
     "preset and policy": (["--method", "ecoflap", "--policy", "owl"], ["--policy", "--method wanda --policy owl"]),
     "layer and reconstruct": (["--propagate", "layer", "--reconstruct", "1"], ["--reconstruct", "use block"]),
+    "dense targets": (["--dense-targets"], ["--dense-targets", "add --update pcg, or use --method alps"]),
     "mix without a policy": (["--pattern", "2:4", "--sparsity", "0.3"], ["--policy"]),
     "one component alone": (
         ["--sparsity", "0.9", "--policy", "vision-only"],

@@ -22,6 +22,7 @@ ORDER = [  # from the ground up; a room imports only from rooms below it
     ("errors", "version", "progress", "memory", "files", "signals", "cost"),
     ("checks",),
     ("options",),
+    ("shared_spec",),
     ("specs",),
     ("distributed", "kernels"),
     ("masks",),

@@ -34,6 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "wanda + swaps + pcg": {"refine": "swaps", "update": "pcg"},
     "wanda + pcg": {"update": "pcg"},
+    "wanda + pcg, dense targets": {"update": "pcg", "dense_targets": True},
+    "wanda + reconstruct 4": {"reconstruct": 4},
     "alps": {"method": "alps"},
     "alps, sensitivity": {"method": "alps", "policy": "sensitivity"},
     "alps + reconstruct 4": {"method": "alps", "reconstruct": 4},

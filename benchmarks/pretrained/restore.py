@@ -4,7 +4,7 @@ Wanda prunes vision and language at 2:4 and at 70 % as in `oneshot.py`; SparseLo
 (questions, captions and passages of text) with the dense model as teacher. A row is measured as in `oneshot.py`. `regained`
 is the share of the exact match that pruning lost, `text_regained` that of the log of the perplexity.
 
-    python benchmarks/pretrained/restore.py MODEL [--settings 2:4 "70 %"] [--rows "lr 1e-3" "defaults"] [--work FOLDER]
+    python benchmarks/pretrained/restore.py MODEL [--settings 2:4 "70 %"] [--rows "kl 0.5" "defaults"] [--work FOLDER]
 
 Results: restore.csv beside this file. A row that is there already is not measured again; remove it to measure it again.
 """
@@ -25,19 +25,19 @@ from oneshot import SETTINGS
 
 import sparsight
 
-SAMPLES, STEPS, SIZE = 64, 40, 8
+STEPS, SIZE = 40, 8
 GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is not named is the default of `restore`
     "defaults": {},
+    "preset paper": {"preset": "paper"},
     "lr 5e-4": {"lr": 5e-4},
-    "lr 1e-3": {"lr": 1e-3},
     "lr 2e-3": {"lr": 2e-3},
-    "lr 1e-3, kl 0.5": {"lr": 1e-3, "kl": 0.5},
-    "lr 1e-3, kl 0.9": {"lr": 1e-3, "kl": 0.9},
-    "lr 1e-3, kl 0": {"lr": 1e-3, "kl": 0.0},
-    "lr 1e-3, kl 0.5, 120 steps": {"lr": 1e-3, "kl": 0.5, "steps": 120},
+    "kl 0": {"kl": 0.0},
+    "kl 0.5": {"kl": 0.5},
+    "kl 0.9": {"kl": 0.9},
+    "120 steps": {"steps": 120},
 }
 COLUMNS = (
-    *("date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "questions", "passages"),
+    *("date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "samples", "questions", "passages"),
     *("exact", "low", "high", "perplexity", "regained", "text_regained", "restore_s"),
 )
 FILE = Path(__file__).with_name("restore.csv")
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["2:4", "70 %"])
     parser.add_argument("--rows", nargs="+", choices=tuple(GRID), default=list(GRID))
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--work", type=Path, help="folder for the sparse models and the teacher's outputs")
@@ -55,6 +56,7 @@ def main() -> None:
     fixed = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "samples": given.samples,
         "questions": given.questions,
         "passages": given.passages,
     }
@@ -69,6 +71,7 @@ def main() -> None:
                     sparse,
                     data=given.model / "data" / "calibration.jsonl",
                     dtype="float32",
+                    samples=given.samples,
                     **SETTINGS[setting],
                 )
             base(given.model, setting, "wanda", sparse, fixed)
@@ -99,7 +102,7 @@ def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixe
     """Restore a sparse folder by one row of the grid, and keep what it scores."""
     how = {"steps": STEPS, "batch_size": SIZE, **GRID[row]}
     began = time.perf_counter()
-    sparsight.restore(
+    done = sparsight.restore(
         sparse, work / "restored", data=folder / "data" / "restore.jsonl", teacher=folder, dtype="float32",
         overwrite=True, **how,
     )  # fmt: skip
@@ -108,8 +111,8 @@ def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixe
     dense, pruned = find("-", "dense", fixed["questions"]), find(setting, "wanda", fixed["questions"])
     assert dense is not None
     assert pruned is not None
-    spec = sparsight.RestoreSpec(**how)
-    cells = {"steps": spec.steps, "batch_size": spec.batch_size, "lr": spec.lr, "kl": spec.kl, "restore_s": f"{seconds:.0f}"}
+    spec, lr = sparsight.RestoreSpec(**how), done.metrics["restore"]["lr"]
+    cells = {"steps": spec.steps, "batch_size": spec.batch_size, "lr": lr, "kl": spec.kl, "restore_s": f"{seconds:.0f}"}
     shares = {
         "regained": share(float(dense["exact"]), float(pruned["exact"]), float(scores["exact"])),
         "text_regained": share(*(math.log(float(r["perplexity"])) for r in (dense, pruned, scores))),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError
-from sparsight.specs import FamilySpec
+from sparsight.shared_spec import FamilySpec
 
 
 def is_folder(model: Any) -> bool:

@@ -29,7 +29,8 @@ from sparsight.checks import nearest
 from sparsight.errors import SparsightError, quote
 from sparsight.files import read_json
 from sparsight.options import Spec, options
-from sparsight.specs import SPECS, SharedSpec
+from sparsight.shared_spec import SharedSpec
+from sparsight.specs import SPECS
 
 SHARED = tuple(options(SharedSpec))
 PATHS = ("model", "data", "held_out")

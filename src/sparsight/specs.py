@@ -8,72 +8,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from sparsight.checks import SEEDS, check_paths
 from sparsight.errors import SparsightError
 from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
+from sparsight.shared_spec import (
+    BatchSize,
+    FamilySpec,
+    HeldOutSplit,
+    NewTokens,
+    Samples,
+    ScoredSplit,
+    Seed,
+    SharedSpec,
+    Split,
+)
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
 PARK = "sparsight.calibration.park:PARK"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
-
-Seed = Annotated[
-    int,
-    Option(
-        "Same seed, same command: the same bytes.",
-        fits=lambda value: isinstance(value, int) and 0 <= value < SEEDS,
-        says=f"a whole number from 0 to {SEEDS - 1}",
-    ),
-]
-BatchSize = Annotated[int, count("Samples per batch.", cost=True)]
-Samples = Annotated[int | None, count("How many samples to draw from the data. [default: all]", cost=True)]
-Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
-_SCORED = "[default: test, else validation; never train]"
-ScoredSplit = Annotated[str | None, Option(f"Split to read, of data that has several. {_SCORED}", cost=True, work=None)]
-HeldOutSplit = Annotated[str | None, Option(f"Split of the held-out data to read. {_SCORED}", work=None)]
-NewTokens = Annotated[int, count("Longest answer, in tokens.", cost=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FamilySpec(Spec):
-    """Where the blocks of an unknown model are."""
-
-    verb: ClassVar[str] = "inspect"
-
-    family: Annotated[
-        str | None, Option("Where an unknown model type keeps its blocks: vision=PATH,language=PATH.", cost=True)
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedSpec(FamilySpec):
-    """The settings that a recipe shares between its verbs."""
-
-    lowered: ClassVar[tuple[str, ...]] = ("batch_size",)  # what needs memory
-
-    dtype: Annotated[
-        str, Option("One of {names}; auto is the dtype that is stored.", ("sparsight.model.load:DTYPES",), cost=True)
-    ] = "auto"
-    device: Annotated[str, Option("cpu, cuda or cuda:N.", work=False)] = "cpu"
-    skip_bad: Annotated[bool, Option("Leave broken samples out, and count them.", cost=True, work=False)] = False
-    images: Annotated[
-        Any, Option("Folder that images may lie in, too; absolute paths must lie below it.", cost=True, work=False)
-    ] = None
-    max_length: Annotated[
-        int | None, count("Most tokens of a sample, images included. [default: those that the model takes]", work=None)
-    ] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_paths(images=self.images)
-
-    @property
-    def less_memory(self) -> tuple[str, bool]:
-        """What to do where memory runs out, and whether interrupted work can go on with it."""
-        lower = [f"`{name}` (it is {n})" for name in self.lowered if (n := getattr(self, name)) is not None and n > 1]
-        parts = [f"lower {' or '.join(lower)}"] if lower else []
-        parts += ["use `dtype=bfloat16`"] if self.dtype not in ("bfloat16", "float16") else []
-        return ", ".join([*parts, "or leave long samples out by `max_length` with `skip_bad`"]), False
+SCHEDULE: dict[str, Any] = {"kl": 0.1, "scheduler": "cosine", "warmup": 0.03, "clip": 1.0}  # of `restore`
+PUBLISHED: dict[str, dict[str, Any]] = {  # arXiv 2404.02424, as its code has them
+    "paper": {"kl": 0.1, "lr": 1e-4, "scheduler": "constant", "warmup": 0.0, "clip": 0.0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +105,9 @@ class PruneSpec(MethodSpec, PlanSpec):
 
     permute: Annotated[bool, Option("Regroup channels first, for n:m.", cost=False)] = False
     park: Annotated[str, Option("Put waiting batches into files: {names}.", (PARK,), cost=True, work=False)] = "auto"
+    dense_targets: Annotated[
+        bool, Option("Solvers fit layers to their outputs in the dense model, not to those on their own inputs.", cost=False)
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +145,9 @@ class RestoreSpec(SharedSpec):
 
     verb: ClassVar[str] = "restore"
 
+    preset: Annotated[
+        str | None, Option("Settings of a publication, where they are not named: {names}.", (tuple(PUBLISHED),), work=None)
+    ] = None
     adapter: Annotated[
         str, Option("What is trained: {names}; the merge of lora is dense.", (ADAPTERS,), cost=True)
     ] = "sparselora"  # fmt: skip
@@ -211,8 +173,14 @@ class RestoreSpec(SharedSpec):
         Option("Folder to keep a cached teacher in for the next run. [default: beside OUT, deleted at the end]", work=False),
     ] = None
     kl: Annotated[
-        float, Option("Weight of distillation, 0 to 1.", fits=lambda x: 0 <= x <= 1, says="a weight from 0 to 1", cost=True)
-    ] = 0.1  # fmt: skip
+        float | None,
+        Option(
+            "Weight of distillation, 0 to 1. [default: 0.1]",
+            fits=lambda x: 0 <= x <= 1,
+            says="a weight from 0 to 1",
+            cost=True,
+        ),
+    ] = None
     temperature: Annotated[float, above_zero("Temperature of distillation.")] = 1.0
     divergence: Annotated[
         str,
@@ -224,12 +192,23 @@ class RestoreSpec(SharedSpec):
     reduction: Annotated[
         str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
     ] = "token"
-    lr: Annotated[float, above_zero("Peak learning rate.")] = 1e-4
-    clip: Annotated[float, at_least_zero("Norm that a larger gradient of a step is scaled down to; 0: never.", "norm")] = 1.0
-    scheduler: Annotated[str, Option("One of {names}.", (("cosine", "linear", "constant"),))] = "cosine"
+    lr: Annotated[
+        float | None,
+        above_zero("Peak learning rate. [default: by adapter and size: 4e-3 for 3 million weights, 2e-4 for 7B]"),
+    ] = None
+    clip: Annotated[
+        float | None,
+        at_least_zero("Norm that a larger gradient of a step is scaled down to; 0: never. [default: 1]", "norm"),
+    ] = None
+    scheduler: Annotated[
+        str | None, Option("One of {names}. [default: cosine]", (("cosine", "linear", "constant"),))
+    ] = None  # fmt: skip
     warmup: Annotated[
-        float, below_one("Part of the steps in which the learning rate rises.", "a part of the steps, from 0 to below 1")
-    ] = 0.03  # fmt: skip
+        float | None,
+        below_one(
+            "Part of the steps in which the learning rate rises. [default: 0.03]", "a part of the steps, from 0 to below 1"
+        ),
+    ] = None
     epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
     steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
     batch_size: BatchSize = 32
@@ -265,6 +244,9 @@ class RestoreSpec(SharedSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in {**SCHEDULE, **PUBLISHED.get(self.preset or "", {})}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if not self.tune:
             raise SparsightError("`tune`: names no component; give some of vision, connector, language")
         if self.mixed_precision == "fp16" and self.device == "cpu":
@@ -302,7 +284,7 @@ class RestoreSpec(SharedSpec):
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss uses the teacher."""
-        return self.kl > 0 or self.hidden > 0
+        return bool(self.kl) or self.hidden > 0
 
 
 @dataclass(frozen=True, kw_only=True)

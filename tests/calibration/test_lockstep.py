@@ -200,7 +200,10 @@ def test_a_second_walk_ahead_sees_every_block_as_it_was():
         now.clear()
         block.weight.data.mul_(2)
 
-    lockstep(model, model.named(), inputs(), visit, ahead=lambda i, y: now.append((i, y)), as_it_was=as_it_was)
+    def ahead(name, i, run):
+        now.append((i, run()))
+
+    lockstep(model, model.named(), inputs(), visit, ahead=ahead, as_it_was=as_it_was)
     assert visited == [("0", [0, 2]), ("1", [0, 1, 2])]
     assert got.keys() == dense.keys()
     assert all(torch.equal(got[key], y) for key, y in dense.items())

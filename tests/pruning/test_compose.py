@@ -32,6 +32,9 @@ from walks import calibration
         ({"method": "dsnot", "refine": "swaps"}, r"swaps contradicts `method=dsnot`.*give `method=wanda` `refine=swaps`"),
         ({"propagate": "layer", "reconstruct": 2}, r"`reconstruct`: needs whole blocks"),
         ({"propagate": "layer", "permute": True}, r"`permute`: needs whole blocks"),
+        ({"method": "alps", "propagate": "layer", "dense_targets": True}, r"`dense_targets`: needs whole blocks"),
+        ({"method": "alps", "propagate": "dense", "dense_targets": True}, r"`dense_targets`: with `propagate=dense` every"),
+        ({"refine": "swaps", "dense_targets": True}, r"`dense_targets`: are for solvers.*add `update=pcg`"),
         ({"propagate": "layer", "tokens": "atv"}, r"`tokens`: this rule looks at a block's output"),
         ({"permute": True, "pattern": Pattern.row(0.5)}, r"`permute`: regroups channels for n:m; `pattern=row`"),
         ({"method": "magnitude", "tokens": "text"}, r"`tokens`: this method does not look at inputs"),
@@ -163,3 +166,4 @@ def test_functions_work_wherever_names_do():
     assert torch.equal(choice.prune(W, moments, Pattern.row(0.5), torch.Generator()), expected)
     spec = PruneSpec(method=mine, refine=back_to_front, update=halved, reconstruct=3)
     assert describe(spec) == "mine + back_to_front + halved + reconstruct 3"
+    assert describe(PruneSpec(method="alps", dense_targets=True)) == "alps + dense targets"

@@ -44,6 +44,7 @@ WAYS = [
     {"method": "sparsegpt"},
     {"method": "sparsegpt", "propagate": "layer"},
     {"method": "alps"},
+    {"method": "alps", "dense_targets": True, "reconstruct": 1},
     {"refine": "dsnot"},
     {"refine": "swaps", "update": "pcg", "reconstruct": 1},
     {"permute": True, "pattern": "2:4", "reconstruct": 1},
@@ -218,6 +219,58 @@ def test_blocks_are_fitted_to_the_outputs_of_the_dense_model(propagate):
                 p.data.copy_(q)
     errors = list(record.reconstructed.values())
     assert errors[-1][1] == pytest.approx(apart(model, dense, calibration(dense, processor)), rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["all", "balanced"])
+def test_dense_targets_look_at_the_inputs_of_the_dense_model(tokens):
+    """(Z - X)^T X of a layer in the last block: Z from the dense model, X with every block before it pruned."""
+    drifts = {}
+
+    def keep_drift(W, keep, moments):
+        drifts[len(drifts)] = moments.drift.clone()
+        return W * keep
+
+    model, body, plan, _ = pruned(sparsity=0.6, update=keep_drift, dense_targets=True, tokens=tokens)
+    dense, processor = zoo.build("llava")
+    last = body.component("language")[-1]
+    own, twin = dict(model.named_parameters()), dict(dense.named_parameters())
+    for name in own:
+        if name.startswith(last.block):
+            own[name].data.copy_(twin[name])
+    inputs: dict = {model: [], dense: []}
+    ready = calibration(dense, processor)
+    for which, kept in inputs.items():
+        hook = which.get_submodule(last.name).register_forward_pre_hook(lambda m, a, k=kept: k.append(a[0]))
+        for batch in ready:
+            with torch.no_grad():
+                which(**batch.inputs, use_cache=False)
+            kept[-1], image = real_tokens(kept[-1], batch.padding, "language")
+            kept[-1] = kept[-1], image
+        hook.remove()
+    X, Z = (torch.cat([x for x, _ in kept]).double() for kept in inputs.values())
+    image = torch.cat([image for _, image in inputs[model]])
+    weights = find_tokens(tokens).weigh({"image": int(image.sum()), "text": int((~image).sum())})
+    each = torch.where(image, weights["image"], weights["text"]).double().unsqueeze(1)
+    expected = ((Z - X) * each).T @ X
+    got = drifts[[layer.name for layer in body.layers if layer.name in plan].index(last.name)].double()
+    assert float((Z - X).norm() / X.norm()) > 0.1
+    assert float((got - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_dense_targets_leave_the_first_block_as_it_is():
+    """Nothing is pruned before it; every later block gets other weights."""
+    _, body, plan, _ = pruned(sparsity=0.7, method="alps")
+    _, other, _, _ = pruned(sparsity=0.7, method="alps", dense_targets=True)
+    same = {block.name: True for block in body.blocks_with(set(plan))}
+    for layer in body.layers:
+        if layer.block in same:
+            same[layer.block] &= torch.equal(layer.weight, other[layer.name].weight)
+    assert list(same.values()) == [True] + [False] * (len(same) - 1)
+
+
+def test_dense_targets_are_refused_for_experts():
+    with pytest.raises(SparsightError, match=r"`dense_targets`: experts, as .*experts.* may see other tokens"):
+        pruned("qwen3-vl-moe", method="alps", dense_targets=True)
 
 
 @pytest.mark.parametrize(("name", "layers"), [("llava", 5), ("blip2-opt", 5), ("instructblip-t5", 6), ("gemma3", 5)])

@@ -14,7 +14,7 @@ from sparsight.data.encoding import select_answers
 from sparsight.errors import Interrupted, NotWritten
 from sparsight.restoring.checkpoints import last_checkpoint, seal
 from sparsight.restoring.student import make_student
-from sparsight.restoring.trainer import Shuffled, checkpointed_blocks, train
+from sparsight.restoring.trainer import Shuffled, checkpointed_blocks, peak_rate, train
 from sparsight.specs import RestoreSpec
 
 
@@ -31,6 +31,29 @@ def test_the_loss_is_a_mean_over_all_answer_tokens_of_a_step(name, accumulate, z
     assert len(curve) == 4
     for row in curve:
         assert row["loss"] == pytest.approx(0.6 * row["ce"] + 0.4 * 4.0 * row["kl"], rel=1e-4)
+
+
+def test_the_default_rate_is_the_adapter_s_and_falls_with_the_size_of_the_model():
+    """By hand: 1e-3 (1.5e8 / n)^0.4, at most 4e-3, in two digits; a rate that is named is taken as it is."""
+    rates = [peak_rate(RestoreSpec(), weights) for weights in (1_000, 3_000_000, 150_000_000, 7_000_000_000)]
+    assert rates == [4e-3, 4e-3, 1e-3, 2.1e-4]
+    assert [peak_rate(RestoreSpec(adapter=name), 150_000_000) for name in ("lora", "masked-full")] == [5e-4, 1.5e-4]
+    assert peak_rate(RestoreSpec(lr=1.234e-5), 3_000_000) == 1.234e-5
+
+
+def test_the_preset_of_the_paper_fills_in_what_is_not_named(sparse, scenes):
+    """No warm-up, no decay: every logged rate is 1e-4. What is written beside the weights is the same record again."""
+    spec = RestoreSpec(preset="paper", kl=0.5)
+    assert (spec.lr, spec.kl, spec.scheduler, spec.warmup, spec.clip) == (1e-4, 0.5, "constant", 0.0, 0.0)
+    assert RestoreSpec.of(spec.facts()).facts() == spec.facts()
+    plain = RestoreSpec()
+    assert (plain.lr, plain.kl, plain.scheduler, plain.warmup, plain.clip) == (None, 0.1, "cosine", 0.03, 1.0)
+    found = restored(sparse, "out", scenes, preset="paper", lr=None)
+    assert found["lr"] == 1e-4
+    assert {row["learning_rate"] for row in found["curve"]} == {1e-4}
+    assert restored(sparse, "out", scenes, lr=None)["lr"] == 4e-3
+    with pytest.raises(SparsightError, match=r"`preset`: unknown preset 'papr'; did you mean paper"):
+        RestoreSpec(preset="papr")
 
 
 def test_ranks_are_per_component(zoo_folder, scenes, tmp_path):

@@ -42,7 +42,7 @@ def _fresh(value: Any) -> Any:
 
 
 Visit = Callable[[str, nn.Module, Mapping[int, Call]], None]
-Ahead = Callable[[int, Any], None]  # (batch, output of the block as it was)
+Ahead = Callable[[str, int, Callable[[], Any]], None]  # (block, batch, run the block as it was)
 
 
 def lockstep(
@@ -71,9 +71,10 @@ def lockstep(
     this engine's first waiting batch (`len(blocks)` if there is none) and returns the smallest place of all engines. An
     engine without batches there calls `visit` with empty `calls`.
 
-    With `ahead` every batch walks twice, and the second walk goes through each block before its visit: `ahead(i, output)`
-    receives what the block gave for batch `i`, before `visit` gets the block. The second walk runs inside `as_it_was()`,
-    which may put back what was changed outside the blocks. Cost: one forward per batch more, and its paused activations.
+    With `ahead` every batch walks twice, and the second walk goes through each block before its visit: `ahead(name, i, run)`
+    must call `run()` once, which lets batch `i` go through the block and returns the block's output. The second walk runs
+    inside `as_it_was()`, which may put back what was changed outside the blocks. Cost: one forward per batch more, and its
+    paused activations.
 
     The walk ends once the blocks named in `until` were visited, by default all. `park` takes what paused batches hold.
 
@@ -154,17 +155,16 @@ class _Walk:
                 self._switch_to(i)
 
     def go_ahead(self, place: int, ahead: Ahead) -> None:
-        """Let the batches that wait at a block go on through it; `ahead` receives the block's outputs."""
+        """Let the batches that wait at a block go on through it, each by a call of `ahead`."""
         for i, call in self.calls(place).items():
-            if len(self.entered[i]) == len(self.blocks):  # nothing follows
-                output = call()
-                self.go_on([i])
-            else:
-                output = self._through(i, place)
-            ahead(i, output)
+            ahead(self.blocks[place][0], i, partial(self._through, i, place, call))
 
-    def _through(self, i: int, place: int) -> Any:
+    def _through(self, i: int, place: int, call: Call) -> Any:
         """Let one batch go on through the block it waits at; return the block's output."""
+        if len(self.entered[i]) == len(self.blocks):  # nothing follows
+            output = call()
+            self.go_on([i])
+            return output
         outputs: list[Any] = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:

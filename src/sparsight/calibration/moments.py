@@ -100,6 +100,13 @@ class Moments:
         return self._weighted(lambda kind: kind.spread + kind.count * (kind.sums / kind.count - mean).square()) / self.count
 
     @property
+    def drift(self) -> torch.Tensor | None:  # (in, in)
+        """(Z - X)^T X over all tokens, Z the inputs of the dense model; None where these were not looked at."""
+        if any(kind.drift is None for kind in self.kinds.values()):
+            return None
+        return self._weighted(lambda kind: kind.drift)
+
+    @property
     def gram(self) -> torch.Tensor:  # (in, in)
         """X^T X over all tokens. **Raises** `ValueError` if it was not gathered."""
         if self._gram is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Watch:
         self._rows_each = max(1, -(-ERROR_ROWS // max(1, batches)))
         self._padding: Mapping[str, torch.Tensor] = {}
         self._drop: torch.Tensor | None = None
+        self._dense: Mapping[str, torch.Tensor] = {}
         self._component = layers[0].component if layers else ""
         self._seen: list[tuple[torch.Tensor, str]] = []
         self._homes = 0
@@ -67,13 +69,19 @@ class Watch:
                 hook.remove()
 
     @contextlib.contextmanager
-    def during(self, padding: Mapping[str, torch.Tensor], drop: torch.Tensor | None = None) -> Iterator[None]:
-        """Run one batch with these masks of real tokens; `drop` marks language tokens (B, T) that a rule leaves out."""
-        self._padding, self._drop, self._seen = padding, drop, []
+    def during(
+        self, padding: Mapping[str, torch.Tensor], drop: torch.Tensor | None = None,
+        dense: Mapping[str, torch.Tensor] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
+        """Run one batch with these masks of real tokens.
+
+        `drop` marks language tokens (B, T) that a rule leaves out; `dense` are the layers' inputs in the dense model.
+        """
+        self._padding, self._drop, self._dense, self._seen = padding, drop, dense or {}, []
         try:
             yield
         finally:
-            self._padding, self._drop, self._seen = {}, None, []
+            self._padding, self._drop, self._dense, self._seen = {}, None, {}, []
 
     def see(self, layer: Layer, X: torch.Tensor) -> None:
         """Add the inputs X (..., in) of one layer; layers of one batch with the same tensor share its sums."""
@@ -82,7 +90,9 @@ class Watch:
                 return self._bring(layer.name, name)
         self._seen.append((X, layer.name))
         flat, image = real_tokens(X, self._padding, self._component, self._drop)
-        return self._bring(layer.name, self._contribution(flat, image, self._sequences(X)))
+        Z = self._dense.get(layer.name)
+        dense = None if Z is None or Z.shape != X.shape else real_tokens(Z, self._padding, self._component, self._drop)[0]
+        return self._bring(layer.name, self._contribution(flat, image, self._sequences(X), dense))
 
     def exchange(self) -> None:
         """Add the contributions of this turn from all processes; does nothing unless `shared`."""
@@ -111,8 +121,10 @@ class Watch:
             self.moments[name] = Moments(brought.rows.shape[1], brought.rows.device, gram, self.weigh, home)
         self.moments[name].take(brought)
 
-    def _contribution(self, X: torch.Tensor, image: torch.Tensor | None, sequences: int) -> Contribution:
-        return Contribution.of(X, gram=self.gram, rows=self._rows_each, image=image, sequences=sequences)
+    def _contribution(
+        self, X: torch.Tensor, image: torch.Tensor | None, sequences: int, dense: torch.Tensor | None = None
+    ) -> Contribution:
+        return Contribution.of(X, gram=self.gram, rows=self._rows_each, image=image, sequences=sequences, dense=dense)
 
     def _sequences(self, X: torch.Tensor) -> int:
         """How many samples X holds: its rows, or the batch's where they are packed into one row of tokens."""
@@ -158,6 +170,25 @@ class Watch:
             text = self._padding.get("text")
             sequences = X.shape[0] if text is None else text.shape[0]
             self._bring(layer.name, self._contribution(X[real[here, 0]], there, sequences))
+
+
+@contextlib.contextmanager
+def inputs_of_layers(layers: Sequence[Layer]) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies of the inputs (..., in) that layers get inside the block, by name; those with the same input share one."""
+    inputs: dict[str, torch.Tensor] = {}
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(name: str, module: Any, args: tuple) -> None:
+        copies = [copy for X, copy in seen if X is args[0]] or [args[0].clone()]
+        seen.append((args[0], copies[0]))
+        inputs[name] = copies[0]
+
+    hooks = [layer.module.register_forward_pre_hook(partial(keep, layer.name)) for layer in layers]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Products(TorchFunctionMode):

@@ -26,13 +26,16 @@ class Part:
     spread: torch.Tensor  # (in,) float32, sum of (x_j - mean)^2
     squares: torch.Tensor | None  # (in,) float32, sum of x_j^2; None where there is X
     X: torch.Tensor | None  # (tokens, in)
+    dense: torch.Tensor | None = None  # (tokens, in), the dense model's X
 
     @classmethod
-    def of(cls, kind: str, X: torch.Tensor, gram: bool) -> Part:
-        """Sum inputs X (tokens, in) of one kind; with `gram` keep X, not a copy where it is contiguous."""
+    def of(cls, kind: str, X: torch.Tensor, gram: bool, dense: torch.Tensor | None = None) -> Part:
+        """Sum inputs X (tokens, in) of one kind; with `gram` keep X and `dense`, not copies where they are contiguous."""
         sums, wide = X.sum(0, dtype=torch.float32), X.float()
         spread = wide.var(0, correction=0) * X.shape[0]
-        return cls(kind, X.shape[0], sums, spread, None if gram else wide.square().sum(0), X.contiguous() if gram else None)
+        if not gram:
+            return cls(kind, X.shape[0], sums, spread, wide.square().sum(0), None)
+        return cls(kind, X.shape[0], sums, spread, None, X.contiguous(), dense)
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,15 @@ class Contribution:
 
     @classmethod
     def of(
-        cls, X: torch.Tensor, *, gram: bool, rows: int = 0, image: torch.Tensor | None = None, sequences: int = 1
-    ) -> Contribution:
-        """Make the contribution of inputs X (tokens, in), `image` (tokens,) True at image tokens; `rows` of X are kept."""
+        cls, X: torch.Tensor, *, gram: bool, rows: int = 0, image: torch.Tensor | None = None, sequences: int = 1,
+        dense: torch.Tensor | None = None,
+    ) -> Contribution:  # fmt: skip
+        """Make the contribution of inputs X (tokens, in), `image` (tokens,) True at image tokens; `rows` of X are kept.
+
+        `dense` (tokens, in) are the inputs of the same tokens in the dense model.
+        """
         every = max(1, -(-X.shape[0] // rows)) if rows else 1
-        return cls(_parts(X, image, gram), X[::every].clone() if rows else X[:0], sequences)
+        return cls(_parts(X, image, gram, dense), X[::every].clone() if rows else X[:0], sequences)
 
     def copied(self) -> Contribution:
         """Return the same with its own tensors, so that it stays valid after the model's forward goes on."""
@@ -57,15 +64,18 @@ class Contribution:
         return replace(self, parts=parts)
 
 
-def _parts(X: torch.Tensor, image: torch.Tensor | None, gram: bool) -> Iterator[Part]:
+def _parts(X: torch.Tensor, image: torch.Tensor | None, gram: bool, dense: torch.Tensor | None) -> Iterator[Part]:
     text = torch.ones(len(X), dtype=torch.bool, device=X.device) if image is None else ~image
     for kind, mask in (("text", text), ("image", ~text)):
         if bool(mask.any()):
-            yield Part.of(kind, X if bool(mask.all()) else X[mask], gram)
+            X_dense = dense if dense is None or bool(mask.all()) else dense[mask]
+            yield Part.of(kind, X if bool(mask.all()) else X[mask], gram, X_dense)
 
 
 class Sums:
     """Float32 sums over the tokens of one kind: x_j, (x_j - mean)^2, and x_j^2 or X^T X, its upper triangle alone.
+
+    `drift` is (Z - X)^T X, Z the inputs of the dense model; None where these are not looked at.
 
     `spread`, the sum of squared distances from the mean, is kept apart: the difference of x_j^2 and the squared mean is
     rounding where the mean is large (Chan, Golub & LeVeque 1979).
@@ -76,6 +86,7 @@ class Sums:
         self.sums = torch.zeros(columns, dtype=torch.float32, device=device)  # (in,) sum of x_j
         self.spread = torch.zeros_like(self.sums)  # (in,) sum of (x_j - mean)^2
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
+        self.drift: torch.Tensor | None = None  # (in, in)
         self._squares = torch.zeros_like(self.sums)  # (in,) sum of x_j^2, where there is no `upper`
 
     @property
@@ -88,6 +99,9 @@ class Sums:
         self._add(part.count, part.sums, part.spread)
         if self.upper is not None and part.X is not None:
             self._add_gram(part.X, self.upper)
+            if part.dense is not None:
+                self.drift = torch.zeros_like(self.upper) if self.drift is None else self.drift
+                self.drift.addmm_((part.dense.float() - part.X.float()).T, part.X.float())
         elif part.squares is not None:
             self._squares += part.squares
 
@@ -116,6 +130,7 @@ class Sums:
         if self.upper is not None:
             whole = self.upper.triu() + self.upper.triu(1).T
             other.upper = whole[order][:, order]
+        other.drift = None if self.drift is None else self.drift[order][:, order]
         return other
 
     def state(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

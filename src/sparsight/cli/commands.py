@@ -20,7 +20,8 @@ from sparsight.cli.output import check_files, show, writing
 from sparsight.cli.progress import progress_display
 from sparsight.errors import SparsightError
 from sparsight.options import Argument, Option, options, types_of
-from sparsight.specs import SPECS, PruneSpec, RestoreSpec, SharedSpec
+from sparsight.shared_spec import SharedSpec
+from sparsight.specs import SPECS, PruneSpec, RestoreSpec
 
 Values = dict[str, Any]
 Shown = tuple[Any, Sequence[Any], bool]  # facts for --json, what is printed else, whether all is well

@@ -16,6 +16,7 @@ from sparsight.checks import check_name, current_name, name_of
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods import PRESETS, Method, Refine, Update, find_method, find_refine, find_update
+from sparsight.pruning.methods.dense_target import dense_target
 
 if TYPE_CHECKING:
     from sparsight.model.anatomy import Layer
@@ -26,7 +27,10 @@ PROPAGATE = ("dense", "block", "layer")
 
 @dataclass(frozen=True)
 class Composition:
-    """One way of pruning. `reconstruct` counts epochs; `permute` reorders channels first, for n:m."""
+    """One way of pruning. `reconstruct` counts epochs; `permute` reorders channels first, for n:m.
+
+    With `dense_targets` solvers fit a layer to its outputs in the dense model, in place of those on its own inputs.
+    """
 
     method: Method
     refine: Refine | None
@@ -35,6 +39,7 @@ class Composition:
     reconstruct: int = 0
     permute: bool = False
     propagate: str = "block"
+    dense_targets: bool = False
 
     @property
     def steps(self) -> list[Method | Refine | Update]:
@@ -52,6 +57,11 @@ class Composition:
         """Whether the kept weights stay as they were, in their places."""
         return self.method.mask_only and not (self.update or self.reconstruct or self.permute)
 
+    @property
+    def walks_twice(self) -> bool:
+        """Whether a dense walk goes beside the one through the pruned model."""
+        return bool(self.reconstruct or self.dense_targets) and self.propagate != "dense"
+
     def of(self, layer: Layer) -> Composition:
         """The steps for one layer: without a refinement that is for attention, elsewhere."""
         skip = self.refine is not None and self.refine.attention_only and not layer.attention
@@ -62,7 +72,8 @@ class Composition:
 
         **Raises** `ValueError` for a refinement that changes counts, and an update that fills zeros.
         """
-        pruned = self.method.prune(W.clone(), moments, pattern, generator=generator)
+        goal = dense_target(W, moments) if self.dense_targets and moments is not None else W
+        pruned = self.method.prune((goal if self.method.solves else W).clone(), moments, pattern, generator=generator)
         if (self.refine is None and self.update is None) or moments is None:
             return pruned
         keep = pruned != 0
@@ -75,7 +86,7 @@ class Composition:
                 raise ValueError(f"the refinement keeps {int(keep.sum())} weights, not {int(start.sum())} in {pattern}")
         if self.update is None:
             return W.masked_fill(~keep, 0)
-        updated = self.update.update(W.clone(), keep.clone(), moments)
+        updated = self.update.update(goal.clone(), keep.clone(), moments)
         if not isinstance(updated, torch.Tensor) or updated.shape != W.shape or bool(updated[~keep].any()):
             raise ValueError(f"the update gave no {tuple(W.shape)} matrix that is zero outside the mask")
         return updated
@@ -90,6 +101,7 @@ def compose(
     permute: bool = False,
     tokens: str | TokenRule | Callable = "all",
     propagate: str = "block",
+    dense_targets: bool = False,
     pattern: Pattern | Mapping[str, Pattern] | None = None,
 ) -> Composition:
     """Compose a way of pruning.
@@ -106,8 +118,9 @@ def compose(
     if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
         raise SparsightError(f"`reconstruct`: {reconstruct!r} is not a number of epochs, 0 or more")
     composition = Composition(
-        find_method(method), find_refine(refine), find_update(update), find_tokens(tokens), reconstruct, permute, propagate
-    )
+        find_method(method), find_refine(refine), find_update(update), find_tokens(tokens), reconstruct, permute, propagate,
+        dense_targets,
+    )  # fmt: skip
     patterns = () if pattern is None else (pattern,) if isinstance(pattern, Pattern) else tuple(pattern.values())
     _refuse(composition, patterns)
     return composition
@@ -117,7 +130,7 @@ def compose_spec(spec: PruneSpec) -> Composition:
     """The way of pruning in settings; errors as in `compose`."""
     return compose(
         spec.method, refine=spec.refine, update=spec.update, reconstruct=spec.reconstruct, permute=spec.permute,
-        tokens=spec.tokens, propagate=spec.propagate, pattern=parse_pattern(spec.pattern),
+        tokens=spec.tokens, propagate=spec.propagate, dense_targets=spec.dense_targets, pattern=parse_pattern(spec.pattern),
     )  # fmt: skip
 
 
@@ -158,7 +171,7 @@ def _refuse(composition: Composition, patterns: Sequence[Pattern]) -> None:
             "that leaves them: Method(function))"
         )
     if composition.propagate == "layer":
-        for field in ("reconstruct", "permute"):
+        for field in ("reconstruct", "permute", "dense_targets"):
             if getattr(composition, field):
                 raise SparsightError(
                     f"`{field}`: needs whole blocks, and `propagate=layer` goes layer by layer; use block"
@@ -168,6 +181,13 @@ def _refuse(composition: Composition, patterns: Sequence[Pattern]) -> None:
                 "`tokens`: this rule looks at a block's output, and `propagate=layer` goes layer by layer; use block, or "
                 "a rule that needs no output, as balanced"
             )
+    if composition.dense_targets and composition.propagate == "dense":
+        raise SparsightError("`dense_targets`: with `propagate=dense` every layer sees the dense model's inputs; use block")
+    if composition.dense_targets and not (composition.method.solves or composition.update):
+        raise SparsightError(
+            "`dense_targets`: are for solvers, and this method leaves the kept weights as they are; add `update=pcg`, or "
+            "use `method=alps`"
+        )
     if composition.permute and patterns and not any(pattern.kind == "n:m" for pattern in patterns):
         kinds = ",".join(sorted({pattern.kind for pattern in patterns}))
         raise SparsightError(f"`permute`: regroups channels for n:m; `pattern={kinds}` has no groups, leave it out")
@@ -180,4 +200,5 @@ def describe(spec: PruneSpec) -> str:
     """A way of pruning in words, as it is recorded: `permute + wanda + swaps + pcg + reconstruct 2`."""
     steps = [name_of(step) for step in (spec.method, spec.refine, spec.update) if step is not None]
     fitting = [f"reconstruct {spec.reconstruct}"] if spec.reconstruct else []
-    return " + ".join([*(["permute"] if spec.permute else []), *steps, *fitting])
+    targets = ["dense targets"] if spec.dense_targets else []
+    return " + ".join([*(["permute"] if spec.permute else []), *steps, *targets, *fitting])

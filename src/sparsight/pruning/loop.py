@@ -88,6 +88,11 @@ def prune(
     began = time.perf_counter()
     work = Work(anatomy, plan, batches, composition, seed, journal, progress)
     _warn_of_hours(work)
+    if composition.dense_targets and (experts := [layer for layer in work.layers if layer.expert is not None]):
+        raise SparsightError(
+            f"`dense_targets`: experts, as {experts[0].name}, may see other tokens in the dense model; leave this out, "
+            "or the experts with `ignore`"
+        )
     for layer in work.layers:
         if not torch.isfinite(layer.weight).all():
             raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")

@@ -7,7 +7,7 @@ which checks the method's result and measures its error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparsight import distributed
 from sparsight.calibration.lockstep import Call
 from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.moments import Moments, pool, real_tokens
+from sparsight.calibration.observe import inputs_of_layers
 from sparsight.calibration.tokens import dropped_tokens
 from sparsight.model.anatomy import Layer
 from sparsight.pruning.across_processes import everywhere, prune_all, turns
@@ -35,7 +36,8 @@ class BlockWalk:
     """Stops in front of every block: one run to gather moments, one to walk on.
 
     With `propagate="dense"` the pruned weights are put in place after the last block. To reconstruct blocks, `ahead` takes
-    their outputs in the dense model from a second walk, except with `dense`, where the first one is that of the dense model.
+    their outputs in the dense model from a second walk, except with `dense`, where the first one is that of the dense model;
+    for dense targets, the inputs of their layers, of all batches.
     """
 
     def __init__(self, work: Work) -> None:
@@ -44,10 +46,14 @@ class BlockWalk:
         self.until = [block.name for block in work.anatomy.blocks_with(set(work.plan))]
         self.pending: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.targets: dict[int, torch.Tensor] = {}  # the dense model's outputs of the block that is visited next
-        self.ahead = self._keep if work.composition.reconstruct and not self.dense else None
+        self.inputs: dict[int, dict[str, torch.Tensor]] = {}  # and its inputs of the block's layers
+        self.ahead = self._keep if work.composition.walks_twice else None
 
-    def _keep(self, i: int, output: Any) -> None:
-        self.targets[i] = first(output)
+    def _keep(self, name: str, i: int, run: Callable[[], Any]) -> None:
+        with inputs_of_layers(self.work.of_block(name) if self.work.composition.dense_targets else []) as self.inputs[i]:
+            output = run()
+        if self.work.composition.reconstruct:
+            self.targets[i] = first(output)
 
     def visit(self, name: str, block: nn.Module, calls: Mapping[int, Call]) -> None:
         """Prune the layers of one block in place."""
@@ -55,6 +61,7 @@ class BlockWalk:
         layers = work.of_block(name)
         if not layers:
             self.targets = {}
+            self.inputs.clear()
             return
         if work.stream is not None:
             work.stream.bring(name)
@@ -76,6 +83,7 @@ class BlockWalk:
                 facts["reconstructed"] = {name: errors}
             facts["block_errors"] = {name: self._block_error(component, calls, outputs)}
             work.finish_stop(name, work.of_block(name), facts)
+        self.inputs.clear()
         for p, value in before:
             if work.stream is None:
                 self.pending.append((p, p.data.clone()))
@@ -109,7 +117,7 @@ class BlockWalk:
         with watch.open():
             for i in turns(standing):
                 if i in calls:
-                    with watch.during(work.batches[i].padding, dropped.get(i)):
+                    with watch.during(work.batches[i].padding, dropped.get(i), self.inputs.pop(i, None)):
                         output = first(calls[i]())
                     if i in needed:
                         outputs[i] = output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Student:
 
     `samples` are those that the model can take, the last `held_out` of them kept out of training. `weight_bytes` counts
     student and teacher together, adapters left out; `dense_bytes` one dense copy; `modes` the bytes of memory and, for a
-    cache, of disk of each teacher mode.
+    cache, of disk of each teacher mode. `weights` counts those of one dense copy.
     """
 
     wrapped: Any  # the PeftModel
@@ -115,6 +116,7 @@ class Student:
     modes: dict[str, dict[str, int]] = field(default_factory=dict)
     refit_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     family: Family | None = None
+    weights: int = 0
 
 
 def make_student(
@@ -298,7 +300,7 @@ def _build(
     return Student(
         wrapped, facts.processor, body, facts.masks, facts.plan, facts.encoder, facts.samples, facts.held_out, head,
         mode=mode, modes=modes or {}, weight_bytes=facts.dense_bytes + facts.mask_bytes, dense_bytes=facts.dense_bytes,
-        family=facts.family,
+        family=facts.family, weights=sum(map(math.prod, facts.shapes.values())),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from sparsight.data.encoding import select_answers
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
+from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.callbacks import PatienceCallback, ProgressCallback
 from sparsight.restoring.checkpoints import (
     factor_tensors,
@@ -34,6 +35,8 @@ from sparsight.restoring.checkpoints import (
 from sparsight.restoring.losses import Loss, distillation
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
+
+RATE, WEIGHTS, POWER, MOST = 1e-3, 1.5e8, 0.4, 4e-3  # of the default learning rate
 
 
 class Shuffled(Sequence):
@@ -95,7 +98,7 @@ class RestoreTrainer(Trainer):
         hidden, targets = select_answers(student.head.hidden(model, inputs), labels, shifted, all_positions=every)
         spec = self.spec
         return distillation(
-            hidden, taught, targets, student.head, student.teacher_head, kl=spec.kl, temperature=spec.temperature,
+            hidden, taught, targets, student.head, student.teacher_head, kl=spec.kl or 0.0, temperature=spec.temperature,
             divergence=spec.divergence, hidden=spec.hidden, tokens_per_sample=tokens_per_sample,
         )  # fmt: skip
 
@@ -211,6 +214,14 @@ def step_size(spec: RestoreSpec) -> int:
     return spec.batch_size * spec.accumulate * distributed.world_size()
 
 
+def peak_rate(spec: RestoreSpec, weights: int) -> float:
+    """The learning rate of the settings, else one for the adapter and so many weights: 4e-3 for 3 million, 2e-4 for 7B."""
+    if spec.lr is not None:
+        return spec.lr
+    rate = min(RATE * (WEIGHTS / max(1, weights)) ** POWER, MOST)
+    return float(f"{rate * ADAPTERS[spec.adapter].rate:.2g}")
+
+
 def total_steps(spec: RestoreSpec, samples: int) -> int:
     """The number of optimizer steps on so many training samples."""
     return spec.steps or max(1, math.ceil(spec.epochs * samples / step_size(spec)))
@@ -223,12 +234,12 @@ def train(
 
     With `resume` it continues from the last good checkpoint there. With held-out samples their loss is measured before the
     first step and at every checkpoint, and the adapters end with the best values, those of the start among them. Returns
-    `curve`, a row per logged step with `step`, `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row
-    per evaluation, and `best_step`, 0 for the start.
+    `lr`, the peak learning rate; `curve`, a row per logged step with `step`, `loss`, `ce`, `kl`, `learning_rate`; with
+    held-out samples `held_out`, a row per evaluation, and `best_step`, 0 for the start.
     """
     numbered = list(enumerate(student.samples))
     learned, held = numbered[: len(numbered) - student.held_out], numbered[len(numbered) - student.held_out :]
-    total = total_steps(spec, len(learned))
+    total, rate = total_steps(spec, len(learned)), peak_rate(spec, student.weights)
     order = Shuffled(learned, total * step_size(spec), spec.seed)
     checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
     arguments = TrainingArguments(
@@ -236,11 +247,11 @@ def train(
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.accumulate,
         max_steps=total,
-        learning_rate=spec.lr,
-        lr_scheduler_type="constant_with_warmup" if spec.scheduler == "constant" else spec.scheduler,
-        warmup_steps=round(spec.warmup * total),
+        learning_rate=rate,
+        lr_scheduler_type="constant_with_warmup" if spec.scheduler == "constant" else str(spec.scheduler),
+        warmup_steps=round((spec.warmup or 0.0) * total),
         weight_decay=0.0,
-        max_grad_norm=spec.clip,
+        max_grad_norm=spec.clip or 0.0,
         seed=spec.seed,
         logging_steps=max(1, total // 100),
         save_steps=spec.save_every,
@@ -282,7 +293,7 @@ def train(
         if held and not trainer.state.best_global_step:
             load_factor_tensors(trainer.model, start)
     history = trainer.state.log_history
-    facts: dict[str, Any] = {"curve": [row for row in history if "ce" in row]}
+    facts: dict[str, Any] = {"lr": rate, "curve": [row for row in history if "ce" in row]}
     if held:
         facts["held_out"] = [row for row in history if "eval_loss" in row]
         facts["best_step"] = trainer.state.best_global_step or 0

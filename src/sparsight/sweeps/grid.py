@@ -29,7 +29,8 @@ from sparsight.options import options
 from sparsight.pruning.compose import Composition, compose_spec, describe, policy_of
 from sparsight.recipe import check_section, spec_of
 from sparsight.restoring.verb import check_restore
-from sparsight.specs import PruneSpec, SharedSpec
+from sparsight.shared_spec import SharedSpec
+from sparsight.specs import PruneSpec
 
 DENSE = "dense"
 AXES = (*(name for name in options(PruneSpec) if name not in (*options(SharedSpec), "seed")), "restore")

@@ -50,6 +50,11 @@ class Method:
             raise SparsightError(f"a method cannot need {unknown[0]!r}; {nearest(unknown[0], NEEDS)}")
         object.__setattr__(self, "needs", frozenset(needs))
 
+    @property
+    def solves(self) -> bool:
+        """Whether it fits the kept weights to the layer's outputs."""
+        return "gram" in self.needs and not self.mask_only
+
 
 @dataclass(frozen=True)
 class Refine:

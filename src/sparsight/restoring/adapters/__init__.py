@@ -20,11 +20,11 @@ from sparsight.restoring.adapters.adapter import Adapter, Factors
 ADAPTERS: dict[str, Adapter] = {
     "sparselora": Adapter(("A", "B"), low_rank.start, low_rank.add, low_rank.project, shapes=low_rank.shapes),
     "hira": Adapter(("A", "B"), low_rank.start, hira.multiply, hira.project, shapes=low_rank.shapes),
-    "masked-full": Adapter(("values",), kept.start, kept.scatter, kept.gather, shapes=kept.shapes),
+    "masked-full": Adapter(("values",), kept.start, kept.scatter, kept.gather, shapes=kept.shapes, rate=0.15),
     "sparselora-fast": Adapter(
         ("A", "B"), low_rank.start, low_rank.add, low_rank.project, low_rank.two_products, shapes=low_rank.shapes
     ),
-    "lora": Adapter(("A", "B"), stock=True),
+    "lora": Adapter(("A", "B"), stock=True, rate=0.5),
     "frozen": Adapter(),
 }
 

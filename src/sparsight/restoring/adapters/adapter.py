@@ -21,7 +21,7 @@ class Adapter:
     is 0. `project(dE, W, factors, scaling, packed)` gives a gradient per factor; `shortcut(g, x, factors, scaling)` does the
     same from g (tokens, out) and x (tokens, in), without dE. `stock`: the layer is PEFT's own LoRA, without a mask, so that
     its merge is dense. `shapes(out, in, rank, density)` gives the factors' shapes for a layer that keeps the fraction
-    `density` of its weights; None: the adapter's cost is not known.
+    `density` of its weights; None: the adapter's cost is not known. `rate`: its learning rate, in SparseLoRA's.
     """
 
     names: tuple[str, ...] = ()
@@ -31,6 +31,7 @@ class Adapter:
     shortcut: Callable[[torch.Tensor, torch.Tensor, Factors, float], Factors] | None = None
     stock: bool = False
     shapes: Callable[[int, int, int, float], tuple[tuple[int, ...], ...]] | None = None
+    rate: float = 1.0
 
     @property
     def masked(self) -> bool:
