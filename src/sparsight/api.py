@@ -179,12 +179,15 @@ def evaluate(
     the model card; for a dense model it may name another folder. Batches of your own have no questions to answer: their
     answer tokens are scored, by accuracy and perplexity.
 
+    `task` names a benchmark, whose release, parquet files or `.tsv` file `data` is; without `data` it is read from the Hub.
+
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
     spec = EvaluateSpec.make(spec, settings)
-    need(data, "data", "held-out samples")
+    if spec.task is None:
+        need(data, "data", "held-out samples")
     if not is_folder(model):
         spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)

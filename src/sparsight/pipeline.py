@@ -94,9 +94,10 @@ class _Pipeline:
         """A data source as settings read it, opened once; `held_out` for one to score on."""
         if data is None:
             return None
+        task = {"task": spec.task, "prompt": spec.prompt} if held_out else {}
         key = (str(data), spec.split, str(spec.images), held_out)
         if key not in self.sources:
-            self.sources[key] = Source(data, spec.split, images=spec.images, held_out=held_out)
+            self.sources[key] = Source(data, spec.split, images=spec.images, held_out=held_out, **task)
         return self.sources[key]
 
     def model(self, name: str, path: str | Path) -> tuple[Any, Any]:

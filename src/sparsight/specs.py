@@ -8,29 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from sparsight.checks import SEEDS, check_paths
+from sparsight import fields
+from sparsight.checks import check_paths
 from sparsight.errors import SparsightError
 from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
-
-Seed = Annotated[
-    int,
-    Option(
-        "Same seed, same command: the same bytes.",
-        fits=lambda value: isinstance(value, int) and 0 <= value < SEEDS,
-        says=f"a whole number from 0 to {SEEDS - 1}",
-    ),
-]
-BatchSize = Annotated[int, count("Samples per batch.", cost=True)]
-Samples = Annotated[int | None, count("How many samples to draw from the data. [default: all]", cost=True)]
-Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
-_SCORED = "[default: test, else validation; never train]"
-ScoredSplit = Annotated[str | None, Option(f"Split to read, of data that has several. {_SCORED}", cost=True, work=None)]
-HeldOutSplit = Annotated[str | None, Option(f"Split of the held-out data to read. {_SCORED}", work=None)]
-NewTokens = Annotated[int, count("Longest answer, in tokens.", cost=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +80,9 @@ class SparsitySpec(SharedSpec):
     ] = "row"
     ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
     samples: Annotated[int, count("Calibration samples.", cost=True)] = 128
-    split: Split = None
-    batch_size: BatchSize = 8
-    seed: Seed = 0
+    split: fields.Split = None
+    batch_size: fields.BatchSize = 8
+    seed: fields.Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +107,8 @@ class MethodSpec(Spec):
     """How zeros are made."""
 
     method: Annotated[
-        Name, Option("Which weights become zero: {names}.", (f"{METHODS}:METHODS", f"{METHODS}:PRESETS"), cost=True)
+        Name,
+        Option("Which weights become zero: {names}.", (f"{METHODS}:METHODS", f"{METHODS}:PRESETS"), cost=True),
     ] = "wanda"
     refine: Annotated[Name | None, Option("Move the zeros: {names}.", (f"{METHODS}:REFINES",), cost=True)] = None
     update: Annotated[Name | None, Option("Solve for the kept weights: {names}.", (f"{METHODS}:UPDATES",), cost=True)] = None
@@ -166,10 +152,18 @@ class SearchSpec(MethodSpec, SparsitySpec):
     propagate: Annotated[
         str, Option("dense: measured once for all plans; block or layer: as in prune, for every plan.", (PROPAGATE,))
     ] = "dense"
-    metric: Annotated[str, Option("Score held-out answers by: {names}.", (METRICS,))] = "exact_match"
-    max_new_tokens: NewTokens = 32
+    metric: Annotated[
+        str | None, Option("Score held-out answers by: {names}. [default: exact_match, or the task's]", (METRICS,))
+    ] = None
+    max_new_tokens: fields.NewTokens = None
     held_out_samples: Annotated[int | None, count("How many held-out samples to draw. [default: all]")] = None
-    held_out_split: HeldOutSplit = None
+    held_out_split: fields.HeldOutSplit = None
+    held_out_task: fields.HeldOutTask = None
+    held_out_prompt: fields.HeldOutPrompt = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields.check_task(self, "held_out_", self.metric and "metric")
 
     def prune(self, **changes: Any) -> PruneSpec:
         """The settings of pruning, with `changes`."""
@@ -230,10 +224,10 @@ class RestoreSpec(SharedSpec):
     ] = 0.03  # fmt: skip
     epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
     steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
-    batch_size: BatchSize = 32
+    batch_size: fields.BatchSize = 32
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
-    samples: Samples = None
-    split: Split = None
+    samples: fields.Samples = None
+    split: fields.Split = None
     held_out: Annotated[
         Any,
         Option(
@@ -241,7 +235,9 @@ class RestoreSpec(SharedSpec):
             cost=False,
         ),
     ] = None  # fmt: skip
-    held_out_split: HeldOutSplit = None
+    held_out_split: fields.HeldOutSplit = None
+    held_out_task: fields.HeldOutTask = None
+    held_out_prompt: fields.HeldOutPrompt = None
     patience: Annotated[int | None, count("Stop after so many checkpoints without a better one, or than the start.")] = None
     save_every: Annotated[int, count("Steps between checkpoints for `resume`.")] = 100
     report_to: Annotated[
@@ -259,7 +255,7 @@ class RestoreSpec(SharedSpec):
         False
     )
     save_adapter: Annotated[bool, Option("Keep the adapter too, in OUT/adapter.", work=False)] = False
-    seed: Seed = 0
+    seed: fields.Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,8 +270,7 @@ class RestoreSpec(SharedSpec):
                 "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
                 "leave it or `reconstruct` out"
             )
-        if self.held_out_split and (self.held_out is None or str(self.held_out).isdigit()):
-            raise SparsightError("`held_out_split`: needs data of its own to read from; name it with `held_out`")
+        fields.check_held_out(self)
         if self.patience and self.held_out is None:
             raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
 
@@ -318,12 +313,19 @@ class EvaluateSpec(SharedSpec):
             (METRICS,),
         ),
     ] = ()
-    beams: Annotated[int, count("Beams; 1 is greedy.", cost=True)] = 1
-    max_new_tokens: NewTokens = 32
-    batch_size: BatchSize = 32
-    samples: Samples = None
-    split: ScoredSplit = None
-    seed: Seed = 0
+    task: fields.Task = None
+    prompt: fields.Prompt = None
+    beams: Annotated[int | None, count("Beams; 1 is greedy. [default: 1, or those of the task]", cost=True)] = None
+    length_penalty: fields.LengthPenalty = None
+    max_new_tokens: fields.NewTokens = None
+    batch_size: fields.BatchSize = 32
+    samples: fields.Samples = None
+    split: fields.ScoredSplit = None
+    seed: fields.Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields.check_task(self, "", self.metrics and "metrics")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,7 @@ def keep_evaluation(
         "model": whole_name(name),
         "data": samples.source,
         "fingerprint": samples.fingerprint,
-        **({"read": samples.facts} if samples.facts else {}),
+        **({"read": dict(result.data)} if result.data else {}),
         "settings": {**spec.facts(), "device": spec.device},
         "seconds": seconds,
         "memory": peak_memory(spec.device),
