@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 N = 500
-LETTERS = "A B C D E a b c F".split()
-YES_NO = "yes no Yes No YES NO not yes. no. No, yes, nope yesx y n maybe There is is no, cat not. None Not".split(" ")
-WORDS = "red blue left right the a answer is Answer: option best . , ! I think it's (B) A) C. D: so therefore".split(" ")
-NUMBERS = "12 12.5 12,5 12% 0.12 1,000 1000 1e3 -3 3.0 .5 5 4.75 4.7 0 00 $5 5% 105 95 94.9 nan inf yes Yes".split(" ")
+LETTERS = "A B C D E a b c F"
+YES_NO = "yes no Yes No YES NO not yes. no. No, yes, nope yesx y n maybe There is is no, cat not. None Not"
+WORDS = "red blue left right the a answer is Answer: option best . , ! I think it's (B) A) C. D: so therefore"
+NUMBERS = "12 12.5 12,5 12% 0.12 1,000 1000 1e3 -3 3.0 .5 5 4.75 4.7 0 00 $5 5% 105 95 94.9 nan inf yes Yes"
+OPEN = "the answer is x = so thus result could be 2.5. A red therefore final"
 TEXTS = "red|Red.|the red|dogs'|dog's|1,000|a red car|two|2|don't|dont|t-shirt|tshirt|red, blue|red/blue||it's|its|ten"
 
 
@@ -39,7 +40,9 @@ def main(lmms: str, llava: str, mmmu: str, internvl: str) -> None:
     sys.path.insert(0, lmms)
     random.seed(0)
     golden: dict[str, Any] = {"source": __doc__}
-    golden["yes_no"] = yes_no(Path(llava) / "llava/eval/eval_pope.py", Path(internvl) / "internvl_chat/eval/mme/calculation.py")
+    golden["yes_no"] = yes_no(
+        Path(llava) / "llava/eval/eval_pope.py", Path(internvl) / "internvl_chat/eval/mme/calculation.py"
+    )
     golden["letters"] = letters(Path(lmms), Path(llava) / "llava/eval/eval_science_qa.py", Path(mmmu))
     golden["open"] = open_answers(Path(mmmu))
     golden["numbers"] = numbers()
@@ -76,13 +79,14 @@ def function(path: Path, name: str, **names: Any) -> Any:
     """One function of a file whose other imports are not there."""
     tree = ast.parse(path.read_text())
     node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    node.decorator_list = []
     scope = dict(names)
     exec(compile(ast.Module([node], []), str(path), "exec"), scope)
     return scope[name]
 
 
 def yes_no(pope: Path, mme: Path) -> dict[str, Any]:
-    predictions = phrases(YES_NO, 4)
+    predictions = phrases(YES_NO.split(), 4)
     labels = [random.choice(["yes", "no"]) for _ in predictions]
     module, parse = load(pope), load(mme).calculate_metrics().parse_pred_ans
     answers = [{"text": text} for text in predictions]
@@ -122,7 +126,9 @@ def mme_scores(scorer: Any, predictions: list[str]) -> dict[str, Any]:
 
 
 def letters(lmms: Path, science: Path, mmmu: Path) -> dict[str, Any]:
-    predictions = phrases(LETTERS + WORDS + ["The answer is B.", "The answer is A", "B. red", "(A)", "C)"], 7)
+    predictions = phrases(
+        LETTERS.split() + WORDS.split() + ["The answer is B.", "The answer is A", "B. red", "(A)", "C)"], 7
+    )
     options = ["red", "blue", "the left one", "none"]
     rights = [random.choice("ABCD") for _ in predictions]
     from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
@@ -133,9 +139,10 @@ def letters(lmms: Path, science: Path, mmmu: Path) -> dict[str, Any]:
         **{"lmms_eval.filters.extraction": types.SimpleNamespace(ExtendedRegexFilter=object)},
     )
     filters = ai2d.MultiChoiceRegexFilter.apply
-    import numpy
     import re
     import string
+
+    import numpy
 
     exact = function(lmms / "lmms_eval/api/metrics.py", "exact_match_hf_evaluate", np=numpy, re=re, string=string)
     bench, parse = MMBench_Evaluator(), load(mmmu / "mmmu/utils/eval_utils.py")
@@ -182,7 +189,7 @@ def science_answers(path: Path, predictions: list[str], options: list[str]) -> l
 
 def open_answers(mmmu: Path) -> dict[str, Any]:
     module = load(mmmu / "mmmu/utils/eval_utils.py")
-    predictions = phrases([*NUMBERS, *"the answer is x = so thus result could be 2.5. A red therefore final".split(), "\n"], 8)
+    predictions = phrases([*NUMBERS.split(), *OPEN.split(), "\n"], 8)
     answers = [random.sample(["12.5", "1,000", "red", "x", "5", "-3", "A"], k=random.choice([1, 1, 2])) for _ in predictions]
     scores = []
     for text, right in zip(predictions, answers, strict=True):
@@ -194,7 +201,7 @@ def open_answers(mmmu: Path) -> dict[str, Any]:
 def numbers() -> dict[str, Any]:
     from lmms_eval.tasks.chartqa.utils import relaxed_correctness
 
-    predictions = phrases(NUMBERS, 2)
+    predictions = phrases(NUMBERS.split(), 2)
     answers = [random.choice(["12.5", "12%", "0", "5", "yes", "1000", "-3", "4.7"]) for _ in predictions]
     pairs = zip(predictions, answers, strict=True)
     return {"predictions": predictions, "answers": answers, "chartqa": [float(relaxed_correctness(*pair)) for pair in pairs]}
@@ -202,12 +209,12 @@ def numbers() -> dict[str, Any]:
 
 def texts(lmms: Path) -> dict[str, Any]:
     """Open questions with ten answers: TextVQA's score, which OK-VQA and VizWiz share in lmms-eval, VQAv2's and GQA's."""
-    from lmms_eval.tasks.textvqa.utils import textvqa_process_results
-    from lmms_eval.tasks.vqav2.utils import vqav2_process_results
     import re
     import string
 
     import numpy
+    from lmms_eval.tasks.textvqa.utils import textvqa_process_results
+    from lmms_eval.tasks.vqav2.utils import vqav2_process_results
 
     exact = function(lmms / "lmms_eval/api/metrics.py", "exact_match_hf_evaluate", np=numpy, re=re, string=string)
     pool = TEXTS.split("|")

@@ -54,9 +54,9 @@ def letter(prediction: str, options: Sequence[str]) -> str:
         text = text.strip(mark)
     text = f" {text} "
     letters = LETTERS[: len(options)]
-    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+    for form in ("({})", " {} "):
         if there := [choice for choice in letters if form.format(choice) in text]:
-            return max(there, key=lambda choice: text.rfind(place.format(choice)))
+            return max(there, key=lambda choice: text.rfind(form.format(choice)))
     if len(text.split()) > 5:
         low = text.lower()
         if named := [choice for choice, option in zip(letters, options, strict=True) if option.lower() in low]:
