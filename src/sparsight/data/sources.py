@@ -72,8 +72,8 @@ class Source:
     """A data source that is opened once: a record that was read is not read again.
 
     Works wherever a source does. `images` is a further folder that images may lie in; `split` and `held_out` choose a part
-    of a dataset as in `read`, and `task` and `prompt` a benchmark and how it is asked. **Raises** `SparsightError` for
-    what is no source.
+    of a dataset as in `read`, and `task` and `prompt` a benchmark and how it is asked. `few`: only some samples will be
+    asked for, so of parquet files nothing else is fetched. **Raises** `SparsightError` for what is no source.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Source:
         held_out: bool = False,
         task: str | None = None,
         prompt: str | None = None,
+        few: bool = False,
     ) -> None:
         self.task, self.prompt = task or "", prompt
         tasks = read_table(TASKS) if task else {}
@@ -101,9 +102,11 @@ class Source:
         self._parse: Callable[[Any, int, Find], Parsed] = parse
         try:
             if task:
-                self.name, self.rows, self._find, self.split, self._parse = tasks[task].open(source, split, place, prompt)
+                self.name, self.rows, self._find, self.split, self._parse = tasks[task].open(
+                    source, split, place, prompt, few
+                )
             else:
-                self.name, self.rows, self._find, self.split = _open(self.source, split, held_out, place)
+                self.name, self.rows, self._find, self.split = _open(self.source, split, held_out, place, few)
         except OSError as error:  # no permission, a name too long, a device that fails
             shown = str(error.filename or source)[:LINE]
             raise SparsightError(
@@ -157,7 +160,8 @@ def read(
     dataset on the Hub, and the split that the benchmark is scored on is read. Its samples have a `wording`, by which a
     model is asked in the words of its type, or in those of `prompt`, a text with `{question}` and `{options}`.
 
-    `limit` takes the first good samples; with `seed` it takes random ones, the same for a seed, in the source's order.
+    `limit` takes the first good samples; with `seed` it takes random ones, the same for a seed, in the source's order. Of
+    parquet files, on the Hub too, only the groups of rows that hold them are read.
 
     **Raises** `SparsightError` with FILE:LINE and the reason at the first bad record; with `skip_bad` bad records are left
     out and listed in `.skipped`. A source without any good sample is an error either way.
@@ -165,7 +169,7 @@ def read(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SparsightError(f"limit must be a whole number of at least 1, got {quote(limit)}")
     opened = source if isinstance(source, Source) else Source(
-        source, split, images=images, held_out=held_out, task=task, prompt=prompt
+        source, split, images=images, held_out=held_out, task=task, prompt=prompt, few=limit is not None
     )  # fmt: skip
     name, rows = opened.name, opened.rows
     if task is not None and (opened.task, opened.prompt) != (task, prompt):
@@ -180,16 +184,18 @@ def read(
         )
     good: dict[int, Parsed] = {}
     skipped: list[tuple[str, int, str]] = []
-    for position in _order(len(rows), seed):
-        if limit is not None and len(good) == limit:
-            break
-        number = rows[position][0]
-        try:
-            good[position] = opened.record(position)
-        except BadRecord as bad:
-            if not skip_bad:
-                raise SparsightError(f"{name}:{number}: {bad}") from bad
-            skipped.append((name, number, str(bad)))
+    order, at = _order(len(rows), seed), 0
+    while at < len(order) and (limit is None or len(good) < limit):
+        part = order[at:] if limit is None else order[at : at + limit - len(good)]
+        at += len(part)
+        for position in sorted(part):  # rows that lie side by side are read together
+            number = rows[position][0]
+            try:
+                good[position] = opened.record(position)
+            except BadRecord as bad:
+                if not skip_bad:
+                    raise SparsightError(f"{name}:{number}: {bad}") from bad
+                skipped.append((name, number, str(bad)))
     skipped.sort(key=lambda entry: entry[1])
     if not good:
         why = f"; all {len(skipped)} records are bad: {reasons(reason for _, _, reason in skipped)}" if skipped else ""
@@ -239,7 +245,9 @@ def _fingerprint(samples: Sequence[Parsed]) -> str:
     return digest.hexdigest()
 
 
-def _open(source: str, split: str | None, held_out: bool, images: Path | None) -> tuple[str, Rows, Find, str]:
+def _open(
+    source: str, split: str | None, held_out: bool, images: Path | None, few: bool = False
+) -> tuple[str, Rows, Find, str]:
     """The name of a source, its rows, how its images are found, and the split that is read."""
     if not str(source).strip():
         raise SparsightError("`data`: is an empty name; give a file, a folder or the name of a dataset")
@@ -250,12 +258,12 @@ def _open(source: str, split: str | None, held_out: bool, images: Path | None) -
         marks = [path / "dataset_dict.json", path / "state.json"]
         saved = any(mark.is_file() for mark in marks)
         if saved or next(path.rglob("*.parquet"), None):
-            rows, part = dataset_rows(str(path), split, held_out, saved=saved)
+            rows, part = dataset_rows(str(path), split, held_out, saved=saved, few=few)
             return _named(source, part), rows, finder(path, images), part
         raise SparsightError(f"{source}: a data folder needs metadata.jsonl, parquet files or a saved dataset")
     if path.is_file():
         if path.suffix == ".parquet":
-            rows, part = dataset_rows(str(path), split, held_out)
+            rows, part = dataset_rows(str(path), split, held_out, few=few)
             return str(source), rows, finder(path.parent, images), part
         if path.suffix not in (".jsonl", ".json"):
             raise SparsightError(
@@ -276,7 +284,7 @@ def _open(source: str, split: str | None, held_out: bool, images: Path | None) -
     ):
         raise SparsightError(f"{source}: no such file or folder")
     name, _, configuration = str(source).partition(":")
-    rows, part = dataset_rows(name, split, held_out, configuration=configuration)
+    rows, part = dataset_rows(name, split, held_out, configuration=configuration, few=few)
     return _named(source, part), rows, finder(None, images), part
 
 

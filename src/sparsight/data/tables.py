@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.data.images import BadRecord, StoredImage
+from sparsight.data.row_groups import RowGroups
 from sparsight.errors import SparsightError, first_line, quote
 
 HELD_OUT = ("test", "validation", "val", "valid", "dev", "eval")  # splits to score on, the best first
@@ -67,20 +68,38 @@ class Table(Sequence[Mapping[str, Any]]):
         return {name for name, kind in kinds.items() if isinstance(kind, datasets.Image)}
 
 
-def parquet_table(source: str, files: Sequence[str]) -> Table:
-    """The rows of parquet files, one after another. **Raises** `SparsightError` for what `datasets` cannot read."""
+def parquet_table(source: str, files: Sequence[str], few: bool = False) -> Table | RowGroups:
+    """The rows of parquet files, one after another; with `few` only the groups with rows that are asked for are read.
+
+    **Raises** `SparsightError` for what `datasets` cannot read.
+    """
     datasets = _datasets(source)
     with _loading(datasets, source):
+        if few:
+            return RowGroups(files)
         return Table(datasets.load_dataset("parquet", data_files=list(files), split="train"))
 
 
-def hub_table(name: str, configuration: str, pick: Callable[[Sequence[str]], str]) -> tuple[Table, str]:
-    """A dataset on the Hub, and its split, which `pick` chooses by name. **Raises** `SparsightError` as `parquet_table`."""
+def hub_table(
+    name: str, configuration: str, pick: Callable[[Sequence[str]], str], few: bool = False
+) -> tuple[Table | RowGroups, str]:
+    """A dataset on the Hub, and its split, which `pick` chooses by name; `few` as in `parquet_table`.
+
+    **Raises** `SparsightError` for what `datasets` cannot load.
+    """
     datasets = _datasets(name)
     with _loading(datasets, name):
         builder = datasets.load_dataset_builder(name, configuration or None)
         split = pick([str(each) for each in builder.info.splits or builder.config.data_files or ("train",)])
+        if few and (files := _parquet_files(builder, split)):
+            return RowGroups(files), split
         return Table(datasets.load_dataset(name, configuration or None, split=split)), split
+
+
+def _parquet_files(builder: Any, split: str) -> list[str]:
+    """The parquet files of a split, with which a dataset is read without `datasets`; empty where it has other files."""
+    files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    return files if files and all(file.endswith(".parquet") for file in files) else []
 
 
 def choose_split(source: Any, names: Sequence[str], split: str | None, held_out: bool) -> str:
@@ -106,15 +125,17 @@ def choose_split(source: Any, names: Sequence[str], split: str | None, held_out:
 
 
 def dataset_rows(
-    source: str, split: str | None, held_out: bool, *, saved: bool = False, configuration: str = ""
+    source: str, split: str | None, held_out: bool, *, saved: bool = False, configuration: str = "", few: bool = False
 ) -> tuple[Rows, str]:
     """The rows of a dataset and the name of the split that they are of, "" where it has no splits.
+
+    With `few`, of parquet files only the groups with rows that are asked for are read or fetched.
 
     **Raises** `SparsightError` for what `datasets` cannot load, and for a split that is not there.
     """
     datasets = _datasets(source)
     with _loading(datasets, source):
-        return _load(datasets, source, split, held_out, saved, configuration)
+        return _load(datasets, source, split, held_out, saved, configuration, few)
 
 
 def _datasets(source: str) -> Any:
@@ -139,12 +160,12 @@ def _loading(datasets: Any, source: str) -> Iterator[None]:
 
 
 def _load(
-    datasets: Any, source: str, split: str | None, held_out: bool, saved: bool, configuration: str
+    datasets: Any, source: str, split: str | None, held_out: bool, saved: bool, configuration: str, few: bool
 ) -> tuple[Rows, str]:
     if saved:
         table = datasets.load_from_disk(source)
     elif Path(source).is_file():
-        table = _read_parquet(datasets, source)
+        table = RowGroups([source]) if few else _read_parquet(datasets, source)
     else:
         builder = datasets.load_dataset_builder(source, configuration or None)
         names = [str(name) for name in builder.info.splits or builder.config.data_files or ("train",)]
@@ -153,6 +174,8 @@ def _load(
             split = choose_split(source, names, split, held_out)
         elif split is not None:
             raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
+        if few and (files := _parquet_files(builder, split or "train")):
+            return _rows(RowGroups(files)), split or ""
         table = datasets.load_dataset(source, configuration or None, split=split or "train")
         return _rows(table), split or ""
     if isinstance(table, datasets.DatasetDict):
@@ -195,11 +218,11 @@ def _names_a_split(folder: Path) -> bool:
 
 
 def _rows(dataset: Any) -> Rows:
-    table = Table(dataset)
+    table = dataset if isinstance(dataset, RowGroups) else Table(dataset)
     return [(i, partial(_record, table, i)) for i in range(len(table))]
 
 
-def _record(table: Table, i: int) -> dict[str, Any]:
+def _record(table: Table | RowGroups, i: int) -> dict[str, Any]:
     """A row as a record: its columns that hold something. Of two that would contradict each other one is ignored."""
     try:
         row = table[i]

@@ -7,6 +7,7 @@ balanced questions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from sparsight.errors import SparsightError
@@ -44,13 +45,14 @@ def join(release: Release, split: str | None) -> tuple[str, Iterable[Row]]:
     where = {name: i for i, name in enumerate(pictures.column("id"))}
     if not where:
         raise SparsightError(f"{release.source}: has no pictures for the questions; a folder {stem}_images holds them")
-    rows = []
-    for i in range(len(table)):
-        row = table[i]
+
+    def load(number: int) -> Row:
+        row = table[number]
         place = where.get(row["imageId"])
-        images = [] if place is None else [pictures[place]["image"]]
-        rows.append({**columns(row), "images": images or [(f"{row['imageId']}.jpg",)]})
-    return part, rows
+        images = [(f"{row['imageId']}.jpg",)] if place is None else [pictures[place]["image"]]
+        return {**columns(row), "images": images}
+
+    return part, [partial(load, i) for i in range(len(table))]
 
 
 GQA = Task("GQA", "lmms-lab/GQA", columns, official, metrics=("plain_match",), splits=SPLITS, join=join)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsight.data.tables import Table, hub_table, parquet_table
+from sparsight.data.tables import hub_table, parquet_table
 from sparsight.errors import SparsightError, first_line, quote
 
 DEPTH = 3  # folders below the one that is given
@@ -29,11 +29,12 @@ def canonical(split: str) -> str:
 class Release:
     """What `data` names for a task: the folder of a release, a table, or a name on the Hub.
 
-    `images` is a further folder with pictures. **Raises** `SparsightError` for a folder that is not there.
+    `images` is a further folder with pictures. `few`: only some rows of tables will be asked for. **Raises**
+    `SparsightError` for a folder that is not there.
     """
 
-    def __init__(self, source: str | Path, title: str, images: Path | None = None) -> None:
-        self.source, self.title = str(source), title
+    def __init__(self, source: str | Path, title: str, images: Path | None = None, few: bool = False) -> None:
+        self.source, self.title, self.few = str(source), title, few
         path = Path(source)
         self.folder = path if path.is_dir() else path.parent if path.is_file() else None
         local = self.source.startswith((".", "/", "~")) or self.source.count("/") > 1 or path.suffix in (".parquet", ".tsv")
@@ -129,7 +130,7 @@ class Release:
         for file in files:
             by_split.setdefault(_split_of(file, self.folder), []).append(str(file))
         name = choose(self.source, list(by_split), splits, split)
-        return parquet_table(self.source, by_split[name]), "" if list(by_split) == [""] else name
+        return parquet_table(self.source, by_split[name], self.few), "" if list(by_split) == [""] else name
 
     def _of_configuration(self, names: Sequence[str]) -> list[Path]:
         """The parquet files of the first configuration that is there: a folder below the one that is given."""
@@ -139,13 +140,13 @@ class Release:
                 return files
         return self.parquet
 
-    def _from_hub(self, splits: Sequence[str], split: str | None, configurations: Sequence[str]) -> tuple[Table, str]:
+    def _from_hub(self, splits: Sequence[str], split: str | None, configurations: Sequence[str]) -> tuple[Any, str]:
         name, _, own = self.source.partition(":")
 
         def pick(names: Sequence[str]) -> str:
             return choose(self.source, names, splits, split)
 
-        return hub_table(name, own or next(iter(configurations), ""), pick)
+        return hub_table(name, own or next(iter(configurations), ""), pick, self.few)
 
 
 def choose(source: str, names: Sequence[str], splits: Sequence[str], split: str | None) -> str:

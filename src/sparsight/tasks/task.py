@@ -68,16 +68,18 @@ class Task:
     complete: bool = False
 
     def open(
-        self, source: str | Path | None, split: str | None, images: Path | None, prompt: str | None
+        self, source: str | Path | None, split: str | None, images: Path | None, prompt: str | None, few: bool = False
     ) -> tuple[str, Rows, Find, str, Callable[[Any, int, Find], Parsed]]:
         """The name of a source, its rows, how pictures are found, the split, and the function that makes samples.
+
+        `few`: only some rows of tables will be asked for.
 
         **Raises** `SparsightError` for files that are not those of the task, for a split that is not there, and for a
         prompt that would lose the question.
         """
         if prompt is not None:
             check_prompt(prompt, self.asks)
-        release = Release(source or self.hub, self.title, images)
+        release = Release(source or self.hub, self.title, images, few)
         if not release.is_table:
             if self.official is None:
                 raise SparsightError(f"{source}: {self.title} is published as parquet files, and there are none here")
