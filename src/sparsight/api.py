@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import inspect as _inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, model_of, need
+from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, model_of, need, places
 from sparsight.checks import check_paths
 from sparsight.options import Argument, options
 from sparsight.progress import Progress
@@ -54,7 +55,7 @@ def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> An
     """Show components, blocks and layers, what is never pruned and why, and the sparsity now."""
     from sparsight.model.anatomy import anatomy
 
-    spec = FamilySpec.make(spec, settings)
+    (model,), spec = places(model=model), FamilySpec.make(spec, settings)
     return anatomy(model_of(model), family_for(model, spec))
 
 
@@ -76,7 +77,7 @@ def plan(
     """
     from sparsight.pruning.verb import plan_model
 
-    spec = PlanSpec.make(spec, settings)
+    (model, data), spec = places(model=model, data=data), PlanSpec.make(spec, settings)
     if is_folder(model):
         check_folder_data(None, processor)
     else:
@@ -112,7 +113,7 @@ def prune(
     """
     from sparsight.pruning.verb import prune_folder, prune_model
 
-    spec = PruneSpec.make(spec, settings)
+    (model, data), spec = places(model=model, data=data), PruneSpec.make(spec, settings)
     if not is_folder(model):
         data, out = (out, None) if data is None else (data, out)
         spec = in_memory_spec(model, spec, out=out, overwrite=overwrite, resume=resume)
@@ -149,6 +150,8 @@ def restore(
     if spec is None and hasattr(sparse, "device"):
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = RestoreSpec.make(spec, settings)
+    sparse, data, teacher, held_out = places(sparse=sparse, data=data, teacher=teacher, held_out=spec.held_out)
+    spec = spec if held_out is spec.held_out else replace(spec, held_out=held_out)
     if not is_folder(sparse):
         data, out = (out, None) if data is None else (data, out)
         adapter = spec.save_adapter
@@ -185,7 +188,7 @@ def evaluate(
     """
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
-    spec = EvaluateSpec.make(spec, settings)
+    (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
     if spec.task is None:
         need(data, "data", "held-out samples")
     if not is_folder(model):
@@ -210,6 +213,7 @@ def verify(
     """
     from sparsight.checkpoint.verify import verify
 
+    model, against = places(model=model, against=against)
     return verify(model, against, family=family)
 
 
@@ -297,6 +301,7 @@ def estimate(
     """
     from sparsight.estimation.estimate import estimate
 
+    model, data = places(model=model, data=data)
     return estimate(
         model, PruneSpec.make(prune, {}), RestoreSpec.make(restore, {}), EvaluateSpec.make(evaluate, {}),
         data=data, timed=timed,
@@ -368,6 +373,7 @@ def search(
     from sparsight.sweeps.search import search
 
     check_paths(model=model, out=out, data=data, held_out=held_out)
+    model, data, held_out = places(model=model, data=data, held_out=held_out)
     return search(
         model, out, SearchSpec.make(spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
     )  # fmt: skip

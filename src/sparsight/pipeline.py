@@ -21,6 +21,7 @@ from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checkpoint.verify import Zeros, verify
+from sparsight.checks import need_packages
 from sparsight.data import Source, read, read_with
 from sparsight.errors import Interrupted, NotWritten, SparsightError, quote
 from sparsight.evaluation.record import SCORES
@@ -49,6 +50,8 @@ def run(
     searched = settings.get("search") is not None
     if scored or searched:
         recipes.held_out_of(settings, recipe)
+    if scored:
+        need_packages("the report of a run", "report", matplotlib="matplotlib")
     if searched:
         from sparsight.sweeps.search import check_search
 

@@ -91,8 +91,8 @@ def make(name: str, command: Command) -> Callable[..., None]:
 
 def _end(shown: Shown, as_json: bool, after: Callable[[], None] = lambda: None) -> None:
     facts, parts, fine = shown
+    after()  # files first: what is printed may go to a pipe that is closed
     show(facts, as_json, *parts)
-    after()
     if not fine:
         raise typer.Exit(1)
 
