@@ -24,7 +24,7 @@ ORDER = [  # from the ground up; a room imports only from rooms below it
     ("options",),
     ("fields",),
     ("specs",),
-    ("distributed", "kernels"),
+    ("distributed", "kernels", "trackers"),
     ("masks",),
     ("packing",),
     ("model",),

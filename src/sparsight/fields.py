@@ -27,6 +27,14 @@ NEW_TOKENS = 32
 NewTokens = Annotated[
     int | None, count(f"Longest answer, in tokens. [default: {NEW_TOKENS}, or that of the task]", cost=True)
 ]
+ReportTo = Annotated[
+    tuple[str, ...],
+    Option(
+        "Trackers: tensorboard, wandb or any other that transformers supports.",
+        ("transformers.integrations:get_available_reporting_integrations",),
+        work=False,
+    ),
+]
 TASKS = "sparsight.tasks:TASKS"
 Task = Annotated[str | None, Option("Benchmark, read, asked and scored as it was published: {names}.", (TASKS,), work=None)]
 Prompt = Annotated[

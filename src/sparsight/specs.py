@@ -133,6 +133,7 @@ class PruneSpec(MethodSpec, PlanSpec):
     verb: ClassVar[str] = "prune"
 
     permute: Annotated[bool, Option("Regroup channels first, for n:m.", cost=False)] = False
+    report_to: fields.ReportTo = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,14 +241,7 @@ class RestoreSpec(SharedSpec):
     held_out_prompt: fields.HeldOutPrompt = None
     patience: Annotated[int | None, count("Stop after so many checkpoints without a better one, or than the start.")] = None
     save_every: Annotated[int, count("Steps between checkpoints for `resume`.")] = 100
-    report_to: Annotated[
-        tuple[str, ...],
-        Option(
-            "Trackers: tensorboard, wandb or any other that transformers supports.",
-            ("transformers.integrations:get_available_reporting_integrations",),
-            work=False,
-        ),
-    ] = ()
+    report_to: fields.ReportTo = ()
     mixed_precision: Annotated[
         str, Option("One of {names}: autocast around a float32 model.", (("no", "bf16", "fp16"),), cost=False)
     ] = "no"
