@@ -33,7 +33,9 @@ test-slow: $(READY) $(TV) ## the minutes-long ones
 # The oldest versions that pyproject.toml allows, and other versions of Python; needs uv. Warnings are no errors there.
 LOWEST := .venv-lowest
 TORCH  ?= torch
-OTHER  := tests/tasks tests/evaluation tests/data tests/test_package.py tests/checkpoint/test_folder.py
+OTHER  := tests/tasks tests/data/test_records.py tests/data/test_sources.py tests/data/test_row_groups.py \
+	tests/evaluation/test_metrics.py tests/checkpoint/test_folder.py tests/test_cli.py tests/test_package.py \
+	tests/test_looks.py tests/test_trackers.py -k "not qwen and not smolvlm"
 
 test-lowest:              ## the same code with the oldest versions: make test-lowest [TORCH=torch==2.13.0]
 	uv venv --quiet --clear --python 3.11 $(LOWEST)

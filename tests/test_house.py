@@ -43,6 +43,7 @@ ORDER = [  # from the ground up; a room imports only from rooms below it
     ("pipeline",),
     ("estimation",),
     ("arguments",),
+    ("looks",),
     ("api",),
     ("__init__",),
     ("cli",),

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, model_of, need, places
 from sparsight.checks import check_paths
+from sparsight.looks import ask as ask
+from sparsight.looks import diff as diff
 from sparsight.options import Argument, options
 from sparsight.progress import Progress
 from sparsight.specs import (
