@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TV     := $(VENV)/torchvision/.ready
 
-.PHONY: setup demo test test-slow check lint types bench docs clean
+.PHONY: setup demo test test-slow test-lowest check lint types bench docs clean
 
 setup: $(READY)
 
@@ -30,6 +30,24 @@ test: $(READY) $(TV)      ## the quick tests
 test-slow: $(READY) $(TV) ## the minutes-long ones
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# The oldest versions that pyproject.toml allows, and other versions of Python; needs uv. Warnings are no errors there.
+LOWEST := .venv-lowest
+TORCH  ?= torch
+OTHER  := tests/tasks tests/data/test_records.py tests/data/test_sources.py tests/data/test_row_groups.py \
+	tests/evaluation/test_metrics.py tests/checkpoint/test_folder.py tests/test_cli.py tests/test_package.py \
+	tests/test_looks.py tests/test_trackers.py -k "not qwen and not smolvlm"
+
+test-lowest:              ## the same code with the oldest versions: make test-lowest [TORCH=torch==2.13.0]
+	uv venv --quiet --clear --python 3.11 $(LOWEST)
+	uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable ".[report,demo,data]" "$(TORCH)"
+	uv pip install --quiet --python $(LOWEST) pytest hypothesis tensorboardX num2words
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -o filterwarnings=default -m "not slow and not gpu" $(OTHER)
+
+test-python-%:            ## the newest versions with another Python: make test-python-3.13
+	uv venv --quiet --clear --python $* .venv-$*
+	uv pip install --quiet --python .venv-$* --editable ".[report,demo,data]" pytest hypothesis tensorboardX num2words
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o filterwarnings=default -m "not slow and not gpu" $(OTHER)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +64,4 @@ docs: $(READY)            ## guides and reference as pages with search, in docs/
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
 clean:
-	rm -rf $(VENV) docs/_build demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* docs/_build demo-out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ import yaml
 from sparsight.cli import app as cli
 
 import zoo
+from shapes import OFFICIAL
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
@@ -44,6 +45,8 @@ def desk(zoo_folder, tmp_path, monkeypatch):
         (tmp_path / name).write_text(lines)
     shutil.copytree(zoo_folder("instructblip-t5"), tmp_path / HUB)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for task in ("vqav2", "gqa"):
+        OFFICIAL[task](tmp_path / task)
     return tmp_path
 
 

@@ -14,7 +14,9 @@ from sparsight.version import VERSION
 
 if TYPE_CHECKING:
     from sparsight.api import (
+        ask,
         bench,
+        diff,
         estimate,
         evaluate,
         inspect,
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _API = (
-    "bench", "estimate", "evaluate", "inspect", "pack", "plan", "prune", "report", "restore", "run", "search", "sweep",
-    "unpack", "verify",
+    "ask", "bench", "diff", "estimate", "evaluate", "inspect", "pack", "plan", "prune", "report", "restore", "run",
+    "search", "sweep", "unpack", "verify",
 )  # fmt: skip
 _SPECS = ("BenchSpec", "EvaluateSpec", "PackSpec", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec")
 _HOMES = {
@@ -64,9 +66,9 @@ _HOMES = {
 
 __all__ = [
     "BenchSpec", "EvaluateSpec", "Family", "PackSpec", "Pattern", "PlanSpec", "PruneSpec", "RestoreSpec", "SearchSpec",
-    "SparseLinear", "SparsightError", "anatomy", "bench", "estimate", "evaluate", "inspect", "load", "load_adapter",
-    "lockstep", "merge", "pack", "plan", "prune", "report", "restore", "run", "save", "search", "sparse_lora", "sweep",
-    "unpack", "verify",
+    "SparseLinear", "SparsightError", "anatomy", "ask", "bench", "diff", "estimate", "evaluate", "inspect", "load",
+    "load_adapter", "lockstep", "merge", "pack", "plan", "prune", "report", "restore", "run", "save",
+    "search", "sparse_lora", "sweep", "unpack", "verify",
 ]  # fmt: skip
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import inspect as _inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, need
+from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, need, places
 from sparsight.checks import check_paths
+from sparsight.looks import ask as ask
+from sparsight.looks import diff as diff
 from sparsight.options import Argument, options
 from sparsight.progress import Progress
 from sparsight.specs import (
@@ -59,7 +62,7 @@ def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> An
     from sparsight.model.source import check_model
     from sparsight.model.stream import open_anatomy
 
-    spec = FamilySpec.make(spec, settings)
+    (model,), spec = places(model=model), FamilySpec.make(spec, settings)
     if is_folder(model):
         return open_anatomy(model, family_for(model, spec))
     check_model(model)
@@ -84,7 +87,7 @@ def plan(
     """
     from sparsight.pruning.verb import plan_model
 
-    spec = PlanSpec.make(spec, settings)
+    (model, data), spec = places(model=model, data=data), PlanSpec.make(spec, settings)
     if is_folder(model):
         check_folder_data(None, processor)
     else:
@@ -120,7 +123,7 @@ def prune(
     """
     from sparsight.pruning.verb import prune_folder, prune_model
 
-    spec = PruneSpec.make(spec, settings)
+    (model, data), spec = places(model=model, data=data), PruneSpec.make(spec, settings)
     if not is_folder(model):
         data, out = (out, None) if data is None else (data, out)
         spec = in_memory_spec(model, spec, out=out, overwrite=overwrite, resume=resume)
@@ -157,6 +160,8 @@ def restore(
     if spec is None and hasattr(sparse, "device"):
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = RestoreSpec.make(spec, settings)
+    sparse, data, teacher, held_out = places(sparse=sparse, data=data, teacher=teacher, held_out=spec.held_out)
+    spec = spec if held_out is spec.held_out else replace(spec, held_out=held_out)
     if not is_folder(sparse):
         data, out = (out, None) if data is None else (data, out)
         adapter = spec.save_adapter
@@ -187,12 +192,15 @@ def evaluate(
     the model card; for a dense model it may name another folder. Batches of your own have no questions to answer: their
     answer tokens are scored, by accuracy and perplexity.
 
+    `task` names a benchmark, whose release, parquet files or `.tsv` file `data` is; without `data` it is read from the Hub.
+
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
-    spec = EvaluateSpec.make(spec, settings)
-    need(data, "data", "held-out samples")
+    (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
+    if spec.task is None:
+        need(data, "data", "held-out samples")
     if not is_folder(model):
         spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
@@ -215,6 +223,7 @@ def verify(
     """
     from sparsight.checkpoint.verify import verify
 
+    model, against = places(model=model, against=against)
     return verify(model, against, family=family)
 
 
@@ -302,6 +311,7 @@ def estimate(
     """
     from sparsight.estimation.estimate import estimate
 
+    model, data = places(model=model, data=data)
     return estimate(
         model, PruneSpec.make(prune, {}), RestoreSpec.make(restore, {}), EvaluateSpec.make(evaluate, {}),
         data=data, timed=timed,
@@ -373,6 +383,7 @@ def search(
     from sparsight.sweeps.search import search
 
     check_paths(model=model, out=out, data=data, held_out=held_out)
+    model, data, held_out = places(model=model, data=data, held_out=held_out)
     return search(
         model, out, SearchSpec.make(spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
     )  # fmt: skip

@@ -9,6 +9,15 @@ from sparsight.errors import SparsightError
 from sparsight.shared_spec import FamilySpec
 
 
+def places(**values: Any) -> tuple[Any, ...]:
+    """The values, with folders for `demo:` names. **Raises** `SparsightError` for a `demo:` name that there is not."""
+    if not any(isinstance(value, str) and value.startswith("demo:") for value in values.values()):
+        return tuple(values.values())
+    from sparsight.recipe import embedded
+
+    return tuple(embedded(field, value) for field, value in values.items())
+
+
 def is_folder(model: Any) -> bool:
     """Whether a model is named, and not in memory."""
     return isinstance(model, str | Path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,15 @@ def current_name(field: str, value: Any) -> Any:
         return value
     warnings.warn(f"`{field}={value}` is the old name of `{field}={name}`", FutureWarning, stacklevel=2)
     return name
+
+
+def need_packages(what: str, extra: str, **packages: str) -> None:
+    """Refuse work for which packages are missing, named `module="name on the index"`; nothing is imported.
+
+    **Raises** `SparsightError` with the command that installs them.
+    """
+    if missing := [name for module, name in packages.items() if importlib.util.find_spec(module) is None]:
+        raise SparsightError(f"{what} needs {' and '.join(missing)}: pip install 'sparsight[{extra}]'")
 
 
 def check_paths(**paths: Any) -> None:

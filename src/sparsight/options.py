@@ -99,9 +99,14 @@ def epochs(help: str) -> Option:
 
 
 def _read_table(where: str) -> tuple[str, ...]:
-    module, _, name = where.partition(":")
-    table = getattr(import_module(module), name)
+    table = read_table(where)
     return tuple(table() if callable(table) else table)
+
+
+def read_table(where: str) -> Any:
+    """The table that "module:TABLE" names."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True, kw_only=True)

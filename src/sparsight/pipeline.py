@@ -21,6 +21,7 @@ from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checkpoint.verify import Zeros, verify
+from sparsight.checks import need_packages
 from sparsight.data import Source, read, read_with
 from sparsight.errors import Interrupted, NotWritten, SparsightError, quote
 from sparsight.evaluation.record import SCORES
@@ -49,6 +50,8 @@ def run(
     searched = settings.get("search") is not None
     if scored or searched:
         recipes.held_out_of(settings, recipe)
+    if scored:
+        need_packages("the report of a run", "report", matplotlib="matplotlib")
     if searched:
         from sparsight.sweeps.search import check_search
 
@@ -94,9 +97,10 @@ class _Pipeline:
         """A data source as settings read it, opened once; `held_out` for one to score on."""
         if data is None:
             return None
+        task = {"task": spec.task, "prompt": spec.prompt} if held_out else {}
         key = (str(data), spec.split, str(spec.images), held_out)
         if key not in self.sources:
-            self.sources[key] = Source(data, spec.split, images=spec.images, held_out=held_out)
+            self.sources[key] = Source(data, spec.split, images=spec.images, held_out=held_out, **task)
         return self.sources[key]
 
     def model(self, name: str, path: str | Path) -> tuple[Any, Any]:

@@ -9,8 +9,9 @@
 
 A section holds fields of the record of its verb; shared values (`model`, `data`, `dtype`, ...) are at the top, once.
 Relative paths are relative to the file; `demo:llava` is an embedded model, `demo:train` and `demo:test` are scenes
-for it. Numbers are those of YAML 1.2: `1e-3` is one, and `2:4` is none. The `recipe.yaml` beside the weights of a model is
-a recipe, too; its sections may also have `data`, a `teacher` and the `fingerprint` of the samples.
+for it. A recipe of the package goes by its name: `llava-1.5-7b`, `paper/instructblip-vicuna-7b`. Numbers are those of YAML
+1.2: `1e-3` is one, and `2:4` is none. The `recipe.yaml` beside the weights of a model is a recipe, too; its sections may
+also have `data`, a `teacher` and the `fingerprint` of the samples.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sparsight.shared_spec import SharedSpec
 from sparsight.specs import SPECS
 
 SHARED = tuple(options(SharedSpec))
+SHIPPED = Path(__file__).parent / "recipes"
 PATHS = ("model", "data", "held_out")
 SECTIONS = ("prune", "restore", "evaluate")
 LISTS = ("prune", "restore")  # these may be lists of sections, one after another
@@ -70,7 +72,7 @@ def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] 
     for change in changes:
         _change(recipe, change)
     for key in PATHS:
-        recipe[key] = _embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
+        recipe[key] = embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
     recipe = {key: value for key, value in recipe.items() if key not in PATHS or value is not None}
     recipe.pop("sparsight", None)  # the version that wrote it
     top = (*PATHS, *SHARED, *SECTIONS, *extra)
@@ -154,20 +156,34 @@ def in_recipe(verb: str) -> Iterator[None]:
         raise
 
 
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe: the one that is named, or a recipe of the package by its name.
+
+    **Raises** `SparsightError` for a name of neither.
+    """
+    if Path(path).exists() or Path(path).suffix in (".yaml", ".yml"):
+        return Path(path)
+    names = {str(file.relative_to(SHIPPED).with_suffix("")): file for file in sorted(SHIPPED.rglob("*.yaml"))}
+    if str(path) not in names:
+        raise SparsightError(f"{path}: is no file and no recipe of the package; {nearest(str(path), tuple(names))}")
+    return names[str(path)]
+
+
 def _load(path: str | Path) -> dict[str, Any]:
+    path = find_recipe(path)
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise SparsightError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from error
     except (ValueError, yaml.YAMLError) as error:
         raise SparsightError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
-        raise SparsightError(f"{path}: holds no `key: value` lines; give a recipe, such as those in recipes/")
-    _resolve(recipe, Path(path).parent, (*PATHS, "images"))
+        raise SparsightError(f"{path}: holds no `key: value` lines; give a recipe, or the name of one, as demo")
+    _resolve(recipe, path.parent, (*PATHS, "images"))
     for verb in SECTIONS:
         for section in stages_of(recipe, verb):
             if isinstance(section, dict):
-                _resolve(section, Path(path).parent, ("data", "held_out", "images", "teacher", "teacher_cache"))
+                _resolve(section, path.parent, ("data", "held_out", "images", "teacher", "teacher_cache"))
     return recipe
 
 
@@ -178,18 +194,21 @@ def _resolve(settings: dict[str, Any], folder: Path, keys: Sequence[str]) -> Non
             settings[key] = str(there)
 
 
-def _embedded(key: str, value: Any) -> Any:
-    """Resolve `demo:NAME`: an embedded model, or its training or test scenes."""
+def embedded(key: str, value: Any) -> Any:
+    """The folder of `demo:NAME`, an embedded model or its training or test scenes; any other value as it is.
+
+    `key` is the name of the setting. **Raises** `SparsightError` for another name, and for scenes without scikit-learn.
+    """
     if not isinstance(value, str) or not value.startswith("demo:"):
         return value
     from sparsight.demo import MODELS
     from sparsight.demo.scenes import SETS, scene_folder
 
-    name = value.removeprefix("demo:")
-    names = tuple(MODELS if key == "model" else SETS)
+    name, is_model = value.removeprefix("demo:"), key not in ("data", "held_out")
+    names = tuple(MODELS if is_model else SETS)
     if name not in names:
         raise SparsightError(f"{key}: there is no {quote(value)}; {nearest(name, names)}")
-    return str(MODELS[name] if key == "model" else scene_folder(name))
+    return str(MODELS[name] if is_model else scene_folder(name))
 
 
 def _change(recipe: dict[str, Any], change: str) -> None:

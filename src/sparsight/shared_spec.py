@@ -1,26 +1,10 @@
-"""What the settings of several verbs have in common: fields and the records that hold them."""
+"""The records that the settings of the verbs have in common."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from sparsight.checks import SEEDS, check_paths
+from sparsight.checks import check_paths
 from sparsight.options import Option, Spec, count
-
-Seed = Annotated[
-    int,
-    Option(
-        "Same seed, same command: the same bytes.",
-        fits=lambda value: isinstance(value, int) and 0 <= value < SEEDS,
-        says=f"a whole number from 0 to {SEEDS - 1}",
-    ),
-]
-BatchSize = Annotated[int, count("Samples per batch.", cost=True)]
-Samples = Annotated[int | None, count("How many samples to draw from the data. [default: all]", cost=True)]
-Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
-_SCORED = "[default: test, else validation; never train]"
-ScoredSplit = Annotated[str | None, Option(f"Split to read, of data that has several. {_SCORED}", cost=True, work=None)]
-HeldOutSplit = Annotated[str | None, Option(f"Split of the held-out data to read. {_SCORED}", work=None)]
-NewTokens = Annotated[int, count("Longest answer, in tokens.", cost=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from sparsight import fields
 from sparsight.errors import SparsightError
 from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
-from sparsight.shared_spec import (
-    BatchSize,
-    FamilySpec,
-    HeldOutSplit,
-    NewTokens,
-    Samples,
-    ScoredSplit,
-    Seed,
-    SharedSpec,
-    Split,
-)
+from sparsight.shared_spec import FamilySpec, SharedSpec
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
@@ -52,9 +43,9 @@ class SparsitySpec(SharedSpec):
     ] = "row"
     ignore: Annotated[tuple[str, ...], Option("Leave these layers dense (name, part, glob); repeatable.", cost=True)] = ()
     samples: Annotated[int, count("Calibration samples.", cost=True)] = 128
-    split: Split = None
-    batch_size: BatchSize = 8
-    seed: Seed = 0
+    split: fields.Split = None
+    batch_size: fields.BatchSize = 8
+    seed: fields.Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +70,8 @@ class MethodSpec(Spec):
     """How zeros are made."""
 
     method: Annotated[
-        Name, Option("Which weights become zero: {names}.", (f"{METHODS}:METHODS", f"{METHODS}:PRESETS"), cost=True)
+        Name,
+        Option("Which weights become zero: {names}.", (f"{METHODS}:METHODS", f"{METHODS}:PRESETS"), cost=True),
     ] = "wanda"
     refine: Annotated[Name | None, Option("Move the zeros: {names}.", (f"{METHODS}:REFINES",), cost=True)] = None
     update: Annotated[Name | None, Option("Solve for the kept weights: {names}.", (f"{METHODS}:UPDATES",), cost=True)] = None
@@ -108,6 +100,7 @@ class PruneSpec(MethodSpec, PlanSpec):
     dense_targets: Annotated[
         bool, Option("Solvers fit layers to their outputs in the dense model, not to those on their own inputs.", cost=False)
     ] = False
+    report_to: fields.ReportTo = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +120,18 @@ class SearchSpec(MethodSpec, SparsitySpec):
     propagate: Annotated[
         str, Option("dense: measured once for all plans; block or layer: as in prune, for every plan.", (PROPAGATE,))
     ] = "dense"
-    metric: Annotated[str, Option("Score held-out answers by: {names}.", (METRICS,))] = "exact_match"
-    max_new_tokens: NewTokens = 32
+    metric: Annotated[
+        str | None, Option("Score held-out answers by: {names}. [default: exact_match, or the task's]", (METRICS,))
+    ] = None
+    max_new_tokens: fields.NewTokens = None
     held_out_samples: Annotated[int | None, count("How many held-out samples to draw. [default: all]")] = None
-    held_out_split: HeldOutSplit = None
+    held_out_split: fields.HeldOutSplit = None
+    held_out_task: fields.HeldOutTask = None
+    held_out_prompt: fields.HeldOutPrompt = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields.check_task(self, "held_out_", self.metric and "metric")
 
     def prune(self, **changes: Any) -> PruneSpec:
         """The settings of pruning, with `changes`."""
@@ -211,10 +212,10 @@ class RestoreSpec(SharedSpec):
     ] = None
     epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
     steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
-    batch_size: BatchSize = 32
+    batch_size: fields.BatchSize = 32
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
-    samples: Samples = None
-    split: Split = None
+    samples: fields.Samples = None
+    split: fields.Split = None
     held_out: Annotated[
         Any,
         Option(
@@ -222,17 +223,12 @@ class RestoreSpec(SharedSpec):
             cost=False,
         ),
     ] = None  # fmt: skip
-    held_out_split: HeldOutSplit = None
+    held_out_split: fields.HeldOutSplit = None
+    held_out_task: fields.HeldOutTask = None
+    held_out_prompt: fields.HeldOutPrompt = None
     patience: Annotated[int | None, count("Stop after so many checkpoints without a better one, or than the start.")] = None
     save_every: Annotated[int, count("Steps between checkpoints for `resume`.")] = 100
-    report_to: Annotated[
-        tuple[str, ...],
-        Option(
-            "Trackers: tensorboard, wandb or any other that transformers supports.",
-            ("transformers.integrations:get_available_reporting_integrations",),
-            work=False,
-        ),
-    ] = ()
+    report_to: fields.ReportTo = ()
     mixed_precision: Annotated[
         str, Option("One of {names}: autocast around a float32 model.", (("no", "bf16", "fp16"),), cost=False)
     ] = "no"
@@ -240,7 +236,7 @@ class RestoreSpec(SharedSpec):
         False
     )
     save_adapter: Annotated[bool, Option("Keep the adapter too, in OUT/adapter.", work=False)] = False
-    seed: Seed = 0
+    seed: fields.Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,8 +254,7 @@ class RestoreSpec(SharedSpec):
                 "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
                 "leave it or `reconstruct` out"
             )
-        if self.held_out_split and (self.held_out is None or str(self.held_out).isdigit()):
-            raise SparsightError("`held_out_split`: needs data of its own to read from; name it with `held_out`")
+        fields.check_held_out(self)
         if self.patience and self.held_out is None:
             raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
 
@@ -302,12 +297,19 @@ class EvaluateSpec(SharedSpec):
             (METRICS,),
         ),
     ] = ()
-    beams: Annotated[int, count("Beams; 1 is greedy.", cost=True)] = 1
-    max_new_tokens: NewTokens = 32
-    batch_size: BatchSize = 32
-    samples: Samples = None
-    split: ScoredSplit = None
-    seed: Seed = 0
+    task: fields.Task = None
+    prompt: fields.Prompt = None
+    beams: Annotated[int | None, count("Beams; 1 is greedy. [default: 1, or those of the task]", cost=True)] = None
+    length_penalty: fields.LengthPenalty = None
+    max_new_tokens: fields.NewTokens = None
+    batch_size: fields.BatchSize = 32
+    samples: fields.Samples = None
+    split: fields.ScoredSplit = None
+    seed: fields.Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields.check_task(self, "", self.metrics and "metrics")
 
 
 @dataclass(frozen=True, kw_only=True)

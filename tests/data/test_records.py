@@ -211,7 +211,7 @@ def test_empty_answers_among_others_are_left_out(folder):
     people = [{"answer": "4", "answer_id": 1}, {"answer": " ", "answer_id": 2}, {"answer": "four", "answer_id": 3}]
     got = read(write(folder, {"prompt": "?!", "answers": ["4", "4", "", "four"]}, {"prompt": "?!", "answers": people}))
     assert [sample.answers for sample in got] == [("4", "4", "four"), ("4", "four")]
-    assert got.facts == {"empty_answers": 2}
+    assert got.facts == {"empty_answers": 2, "without_images": 2}
     for answers, reason in ((["", " "], "all 2 answers are empty"), ([""], "empty answer")):
         with pytest.raises(SparsightError, match=reason):
             read(write(folder, {"prompt": "?!", "answers": answers}))

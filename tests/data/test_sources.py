@@ -307,7 +307,7 @@ def test_saved_dataset(folder, table, tmp_path):
 
 def test_saved_dataset_with_a_broken_image(folder, table, tmp_path):
     table.save_to_disk(tmp_path / "one")
-    with pytest.raises(SparsightError, match=r"one:2: cannot be read: "):
+    with pytest.raises(SparsightError, match=r"one:2: the image of 200 bytes cannot be read: "):
         read(tmp_path / "one")
     got = read(tmp_path / "one", skip_bad=True)
     assert len(got) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -326,10 +327,47 @@ def test_the_card_keeps_what_a_person_wrote(models, tmp_path):
     assert path.read_text() == "my own card\n"
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git reads the file")
+def test_what_is_of_the_held_out_data_is_kept_out_of_uploads(models, tmp_path):
+    """`upload_folder` sends the file to the Hub, which reads it as git does."""
+    folder = tmp_path / "repository"
+    shutil.copytree(models / "restored", folder)
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    kept = subprocess.run(
+        ["git", "-C", folder, "ls-files", "--others", "--exclude-standard"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    left = {name for name in names if not name.startswith(".git/")} - set(kept)
+    assert "predictions.jsonl" in left
+    assert any(name.startswith("evaluation/") for name in left)
+    assert all(name == "predictions.jsonl" or name.startswith("evaluation/") for name in left)
+    assert {"evaluation.json", "model.safetensors", "README.md"} <= set(kept)
+
+
+def test_the_card_has_the_licence_of_the_base_model(tmp_path):
+    layer = {"component": "vision", "pattern": "2:4", "shape": [4, 4], "zeros": 8}
+    base = tmp_path / "base"
+    base.mkdir()
+    sparsity = {"base_model": str(base), "method": "wanda", "layers": {"a": layer}, "parameters": 100}
+    recipe = {"prune": {"data": "../private/mine.jsonl", "images": "/home/someone/images"}, "data": "lmms-lab/VQAv2:x"}
+    card = model_card(sparsity, recipe)
+    assert "**Licence**: not known. That of `base` applies" in card
+    assert "private" not in card
+    assert "someone" not in card
+    header = ModelCard(card).data
+    assert (header.license, header.base_model, header.datasets) == (None, None, ["lmms-lab/VQAv2"])
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE\n---\n# A model\n")
+    header = ModelCard(model_card(sparsity, recipe)).data
+    assert (header.license, header.license_name, header.license_link) == ("other", "llama2", "LICENSE")
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "not known" in model_card(sparsity, recipe)
+
+
 def test_a_card_names_a_base_model_on_the_hub():
     layer = {"component": "vision", "pattern": "2:4", "shape": [4, 4], "zeros": 8}
     sparsity = {"base_model": "someone/model", "method": "wanda", "layers": {"a": layer}, "parameters": 100}
     card = model_card(sparsity, {"prune": {"method": "wanda"}})
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "someone/model"
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert (header["base_model"], header["base_model_relation"]) == ("someone/model", "finetune")
     assert "model-index" not in card
     assert "8 of the model's 100 parameters are zeros" in card

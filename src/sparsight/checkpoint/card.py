@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from sparsight.checkpoint.stages import stages_of
 from sparsight.model.families import COMPONENTS
@@ -22,6 +24,9 @@ PLAIN_LINE = "It loads with `from_pretrained` like any other model; a pruned wei
 PACKED_LINE = (
     "It is packed: the files hold the weights that were kept and a bit per weight. With Sparsight imported it loads like "
     "any other model; `sparsight unpack` writes ordinary files."
+)
+NO_LICENCE = (
+    "**Licence**: not known. That of `{base}` applies; write it into `license` above before the folder is published."
 )
 IMPORT = "import sparsight  # reads packed weights\n"
 
@@ -51,11 +56,12 @@ def model_card(sparsity: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Return the card as Markdown with YAML front matter."""
     base = str(sparsity["base_model"])
     name = base.rstrip("/").split("/")[-1]
-    hub = not base.startswith((".", "/")) and base.count("/") == 1
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    header["tags"] = ["sparse", "pruned", "sparsight"]
-    if hub:
-        header["base_model"] = base
+    hub = is_hub_name(base)
+    licence = licence_of(base)
+    facts: dict[str, Any] = {**licence, **({"base_model": base, "base_model_relation": "finetune"} if hub else {})}
+    facts |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    facts |= {"tags": ["sparse", "pruned", "sparsight"], "datasets": _datasets(recipe) or None}
+    header = ModelCardData(**facts)
     patterns = sorted({entry["pattern"] for entry in sparsity["layers"].values()})
     totals = component_totals(sparsity)
     lines = [
@@ -64,6 +70,7 @@ def model_card(sparsity: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         f"Pruned with Sparsight from `{base if hub else name}` by `{sparsity['method']}`, pattern {', '.join(patterns)}"
         + (f", then restored with {stages_of(recipe, 'restore')[-1]['adapter']}." if "restore" in recipe else "."),
         PLAIN_LINE,
+        *([] if licence else ["", NO_LICENCE.format(base=base if hub else name)]),
         "",
         "| component | layers pruned | zeros | sparsity |",
         "|---|---:|---:|---:|",
@@ -87,8 +94,7 @@ def model_card(sparsity: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         yaml.safe_dump(_portable(recipe), sort_keys=False).strip(),
         "```",
     ]
-    front = yaml.safe_dump(header, sort_keys=False).strip()
-    return f"---\n{front}\n---\n\n" + "\n".join(lines) + "\n"
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
 
 
 def _of_all(sparsity: Mapping[str, Any], zeros: int) -> list[str]:
@@ -96,10 +102,39 @@ def _of_all(sparsity: Mapping[str, Any], zeros: int) -> list[str]:
     return ["", f"{zeros:,} of the model's {total:,} parameters are zeros of pruned layers."] if total else []
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name is one on the Hub, and no file or folder on this machine."""
+    path = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet", ".tsv")
+    return not path and name.count("/") == 1 and not Path(name).exists()
+
+
+def licence_of(base: str) -> dict[str, str]:
+    """What the card of the base model says of its licence: that in its folder, or of the Hub in the cache; else nothing."""
+    path: Any = Path(base) / "README.md" if Path(base).is_dir() else None
+    if path is None and is_hub_name(base):
+        path = try_to_load_from_cache(base, "README.md")
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    try:
+        facts = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {key: facts[key] for key in ("license", "license_name", "license_link") if isinstance(facts.get(key), str)}
+
+
+def _datasets(recipe: Mapping[str, Any]) -> list[str]:
+    """The datasets of the Hub that a recipe names."""
+    sections = [recipe, *(section for verb in ("prune", "restore") for section in stages_of(recipe, verb))]
+    names = [str(section[key]) for section in sections for key in ("data", "held_out") if section.get(key)]
+    return list(dict.fromkeys(name.partition(":")[0] for name in names if is_hub_name(name)))
+
+
 def _portable(value: Any) -> Any:
-    """Return the recipe without the paths of the machine."""
+    """Return the recipe without the folders of the machine: of a path only its last part stays."""
     if isinstance(value, Mapping):
         return {key: _portable(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_portable(inner) for inner in value]
-    return value.rstrip("/").split("/")[-1] if isinstance(value, str) and value.startswith("/") else value
+    if isinstance(value, str) and "/" in value and not is_hub_name(value):
+        return value.rstrip("/").split("/")[-1]
+    return value

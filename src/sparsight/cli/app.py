@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsight.checks import need_packages
 from sparsight.cli.commands import COMMANDS, LazyHelp, make
 from sparsight.cli.flags import with_flags
 from sparsight.cli.output import launched_rank, show
@@ -31,7 +32,6 @@ app = typer.Typer(
     name="sparsight",
     help="Sparse vision-language models that still work: plan, prune, restore, evaluate, verify, compare.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -59,6 +59,7 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Prune the embedded model at 2:4, restore it, verify it and write a report; no network."""
+    need_packages("the demo", "demo", sklearn="scikit-learn", matplotlib="matplotlib")
     from sparsight.cli.demo import demo_tables
     from sparsight.demo.tour import tour
 

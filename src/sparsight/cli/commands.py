@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional, get_args, get_origin
 
@@ -92,8 +93,8 @@ def make(name: str, command: Command) -> Callable[..., None]:
 
 def _end(shown: Shown, as_json: bool, after: Callable[[], None] = lambda: None) -> None:
     facts, parts, fine = shown
+    after()  # files first: what is printed may go to a pipe that is closed
     show(facts, as_json, *parts)
-    after()
     if not fine:
         raise typer.Exit(1)
 
@@ -108,8 +109,9 @@ def verb_parameters(verb: str) -> list[inspect.Parameter]:
     """The arguments and options of a verb's own parameters: those with a help text beside their type."""
     fields = options(SPECS[verb]) if verb in SPECS else {}
     parameters = []
-    for p in inspect.signature(getattr(api, verb)).parameters.values():
-        hint = eval(p.annotation, vars(api)) if p.name not in fields else None
+    function = getattr(api, verb)
+    for p in inspect.signature(function).parameters.values():
+        hint = eval(p.annotation, function.__globals__) if p.name not in fields else None
         if not hasattr(hint, "__metadata__"):
             continue
         kind, text = get_args(hint)[:2]
@@ -239,14 +241,13 @@ def _verified(facts: Any, values: Values) -> Shown:
     return facts, tables.verify_lines(facts), not facts["differences"]
 
 
-def _print(part: str) -> Callable[[Any, Values], Shown]:
-    """What a verb of packed folders prints, by the name of its function in `cli/packed.py`."""
+def _print(where: str) -> Callable[[Any, Values], Shown]:
+    """What a function in a file beside this one prints, "file.function"; it may take the options `out` and `layers`."""
+    module, _, part = where.partition(".")
 
     def shown(facts: Any, values: Values) -> Shown:
-        from sparsight.cli import packed
-
-        out = {"out": values["out"]} if "out" in values else {}
-        return {**out, **facts}, getattr(packed, part)(facts, **out), True
+        chosen = {key: values[key] for key in ("out", "layers") if key in values}
+        return {**chosen, **facts}, getattr(import_module(f"sparsight.cli.{module}"), part)(facts, **chosen), True
 
     return shown
 
@@ -264,9 +265,7 @@ def _swept(records: Any, values: Values) -> Shown:
 
 
 def _searched(result: Any, values: Values) -> Shown:
-    from sparsight.cli import tables
-
-    return result.facts, tables.search_tables(result.facts, values["out"]), True
+    return _print("tables.search_tables")(result.facts, values)
 
 
 def _reported(page: Any, values: Values) -> Shown:
@@ -351,9 +350,11 @@ COMMANDS: dict[str, Command] = {
     "restore": Command("restore", _restored),
     "eval": Command("evaluate", _evaluated, EVAL_FILES, _check_eval, after=_write_eval),
     "verify": Command("verify", _verified, quiet=False),
-    "pack": Command("pack", _print("pack_tables")),
-    "unpack": Command("unpack", _print("unpack_lines")),
-    "bench": Command("bench", _print("bench_tables")),
+    "ask": Command("ask", _print("looks.answers_table"), quiet=False),
+    "diff": Command("diff", _print("looks.diff_tables"), (LAYERS,), quiet=False),
+    "pack": Command("pack", _print("packed.pack_tables")),
+    "unpack": Command("unpack", _print("packed.unpack_lines")),
+    "bench": Command("bench", _print("packed.bench_tables")),
     "run": Command("run", _ran, (RECIPE_COST,), _recipe_cost("run")),
     "sweep": Command("sweep", _swept, (RECIPE_COST,), _recipe_cost("sweep")),
     "search": Command("search", _searched),

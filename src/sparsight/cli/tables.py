@@ -177,6 +177,12 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
 def data_lines(facts: Mapping[str, Any], noun: str = "data") -> list[str]:
     """What was read of the data, where that is not all."""
     lines = [f"Read the split {facts['split']!r} of the {noun}"] if "split" in facts else []
+    lines += [f"Asked: {prompt!r}" for prompt in facts.get("prompts", ())]
+    if "decoding" in facts:
+        ways = [f"{name.replace('_', ' ')} {value:g}" for name, value in facts["decoding"].items()]
+        lines.append(f"Answers: {', '.join(ways)}")
+    if "without_images" in facts:
+        lines.append(f"None of the {facts['without_images']} samples has an image")
     if ignored := facts.get("ignored_keys"):
         lines.append("Ignored keys: " + ", ".join(f"{quote(key)} ({count} samples)" for key, count in ignored.items()))
     return lines + ([f"Left out {facts['empty_answers']} empty answers"] if "empty_answers" in facts else [])

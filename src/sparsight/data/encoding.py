@@ -162,7 +162,7 @@ class Encoder:
 
     def attempt(self, samples: Sequence[Sample]) -> Batch | None:
         """Encode like `encode`, but return None where every sample is skipped."""
-        rows = list(samples)
+        rows = self._asked(samples)
         if not self.style.turns:
             rows = [row for sample in rows for row in self._rows_of(sample)]
         rows = self._without(rows, [self.refusal(sample) for sample in rows])
@@ -181,6 +181,7 @@ class Encoder:
 
         **Raises** `SparsightError` for the first sample that the model cannot take.
         """
+        samples = self._asked(samples)
         for sample in samples:
             if reason := self.refusal(sample):
                 raise SparsightError(f"sample {quote(sample.id)}: {reason}")
@@ -197,13 +198,15 @@ class Encoder:
     def usable(self, samples: Sequence[Sample]) -> list[Sample]:
         """Return the samples that the model can take. Each is encoded once, with its answers, and the result is dropped.
 
+        Samples of a benchmark come with the prompts of this type of model.
+
         **Raises** `SparsightError` for the first that it cannot take, or that is longer than the model was made for; with
         `skip_bad` those are left out and listed in `skipped`, and it is an error only if none is left.
         """
         kept: list[Sample] = []
         refused: list[str] = []
         for start in range(0, len(samples), CHECKED):
-            part = samples[start : start + CHECKED]
+            part = self._asked(samples[start : start + CHECKED])
             reasons = self._reasons(part)
             kept += self._without(part, reasons)
             refused += [_plain(sample, reason) for sample, reason in zip(part, reasons, strict=True) if reason]
@@ -250,6 +253,9 @@ class Encoder:
                             "embeddings; give the tokenizer that was saved with the model, or resize the embeddings"
                         )
         return reasons
+
+    def _asked(self, samples: Sequence[Sample]) -> list[Sample]:
+        return [sample.in_words_of(self.config.model_type) for sample in samples]
 
     def _rows_of(self, sample: Sample) -> list[Sample]:
         return [sample] if self.style.turns else [replace(sample, turns=(turn,)) for turn in sample.turns]

@@ -18,7 +18,15 @@ from sparsight.data.pixels import opened, upright
 from sparsight.data.sample import Sample
 from sparsight.errors import SparsightError, first_line, quote
 
-Picture = Path | bytes | Image.Image  # a file, the content of one, or an image in memory
+
+class StoredImage:
+    """An image in a table, encoded: its content is read when it is used, and not kept."""
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self.read_bytes = read
+
+
+Picture = Path | bytes | Image.Image | StoredImage  # a file, the content of one, an image in memory, one in a table
 Find = Callable[[Any], tuple[Picture, str]]  # an image entry -> the image and the hash of its content
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{24,}={0,2}\s*")
@@ -45,13 +53,11 @@ def finder(folder: Path | None, images: Path | None = None) -> Find:
     def find(entry: Any) -> tuple[Picture, str]:
         if isinstance(entry, Image.Image):
             return in_memory(entry)
+        if isinstance(entry, StoredImage):
+            return entry, _check_once(entry.read_bytes())
         entry, content = _embedded(entry)
         if content is not None:
-            digest = hashlib.sha256(content).hexdigest()
-            if digest not in decoded:
-                _check_whole(content, f"the image of {len(content):,} bytes")
-            decoded.add(digest)
-            return content, digest
+            return content, _check_once(content)
         path = _locate(entry)
         try:
             content = path.read_bytes()
@@ -62,6 +68,13 @@ def finder(folder: Path | None, images: Path | None = None) -> Find:
             _check_whole(content, f"image {quote(entry)}")
         decoded.add(digest)
         return path, digest
+
+    def _check_once(content: bytes) -> str:
+        digest = hashlib.sha256(content).hexdigest()
+        if digest not in decoded:
+            _check_whole(content, f"the image of {len(content):,} bytes")
+        decoded.add(digest)
+        return digest
 
     def _locate(entry: Any) -> Path:
         if not isinstance(entry, str) or not entry or "\0" in entry:

@@ -47,7 +47,7 @@ def as_samples(data: Any, spec: Any, *, held_out: bool = False) -> Samples | Non
 
     `held_out` samples are to be scored.
     """
-    if isinstance(data, str | Path | Source):
+    if isinstance(data, str | Path | Source) or (data is None and getattr(spec, "task", None)):
         seed = spec.seed if spec.samples else None
         return read_with(data, spec, held_out=held_out, limit=spec.samples, seed=seed)
     if isinstance(data, list | tuple) and data and all(isinstance(sample, Sample) for sample in data):

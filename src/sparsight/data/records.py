@@ -33,9 +33,12 @@ _KEYS = (*_FLAT, *_FORMS, *_IMAGES, "id", "kind", "system")
 _MEDIA = ("video", "videos", "audio", "audios")  # what no sample holds
 # other people's names of an image; a record without one would become a question about nothing
 _OTHER_IMAGES = (
-    "image_id", "image_file", "image_name", "image_path", "image_paths", "image_url", "image_urls", "img", "imgs",
+    "image_id", "imageId", "image_1", "imgname", "image_file",
+    "image_name", "image_path", "image_paths", "image_url", "image_urls", "img", "imgs",
     "img_path", "img_paths", "picture",
 )  # fmt: skip
+# options of a question, without which its answer means nothing
+_OPTIONS = ("options", "choices", "choice_a", "choice_A", "A")
 _PARTS = (
     "type",
     "text",
@@ -82,7 +85,13 @@ def parse(record: Any, number: int, find: Find) -> Parsed:
         answers, empty = _answers(record)
         turns = [Turn(_text(record, "question" if "prompt" not in record else "prompt"), answers)]
     if not entries and (other := next((key for key in ignored if key in _OTHER_IMAGES), None)):
-        raise BadRecord(f"{other!r} without 'image'; say which file it is, under 'image' or 'images'")
+        raise BadRecord(
+            f"{other!r} without 'image'; say which file it is, under 'image' or 'images', or name the benchmark with `task`"
+        )
+    if not form and (other := next((key for key in ignored if key in _OPTIONS), None)):
+        raise BadRecord(
+            f"{other!r} beside the question would be lost; write them into the prompt, or name the benchmark with `task`"
+        )
     if PLACEHOLDER in system:
         raise BadRecord(f"a system text cannot hold {PLACEHOLDER}")
     turns = _place(turns, len(entries))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,19 +32,51 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Wording:
+    """How a question is put to a model: a text by model type, "" for every other type.
+
+    `{question}` and `{options}` in it stand for those of a sample, the options a line each: "A. red".
+    """
+
+    texts: Mapping[str, str]
+
+    def text(self, model_type: str) -> str:
+        """The text for a type of model."""
+        return self.texts.get(model_type, self.texts.get("", "{question}"))
+
+
+@dataclass(frozen=True)
 class Sample:
     """Images with one or more turns about them.
 
-    An image is a file, the bytes of one, or an image in memory. The images stand before the first prompt, unless prompts
-    hold `<image>` placeholders, one per image and in the order of `images`, which say where each belongs. `kind` groups
-    samples in an evaluation ("caption", "vqa", ...). `system` is an instruction that stands before the dialogue.
+    An image is a file, the bytes of one, an image in memory, or one in a table that is read when it is used. The images
+    stand before the first prompt, unless prompts hold `<image>` placeholders, one per image and in the order of `images`,
+    which say where each belongs. `kind` groups samples in an evaluation ("caption", "vqa", ...). `system` is an instruction
+    that stands before the dialogue.
+    `options` are those of a question with a letter for an answer. A sample of a benchmark has its plain question for a
+    prompt, and a `wording`, by which `in_words_of` writes the prompt for a type of model.
     """
 
     id: str
-    images: tuple[Path | bytes | Image.Image, ...]
+    images: tuple[Any, ...]
     turns: tuple[Turn, ...]
     kind: str = ""
     system: str = ""
+    options: tuple[str, ...] = ()
+    wording: Wording | None = None
+
+    def in_words_of(self, model_type: str) -> Sample:
+        """The sample as a model of this type is asked it; the same one where it has no wording."""
+        if self.wording is None:
+            return self
+        fields = {"{question}": self.prompt, "{options}": "\n".join(self.lettered_options)}
+        text = re.sub(r"\{(question|options)\}", lambda match: fields[match[0]], self.wording.text(model_type))
+        return replace(self, turns=(*self.turns[:-1], Turn(text.strip(), self.answers)), wording=None)
+
+    @property
+    def lettered_options(self) -> list[str]:
+        """The options, each behind its letter."""
+        return [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(self.options)]
 
     @property
     def prompt(self) -> str:
@@ -67,10 +102,12 @@ class Sample:
         """
         return [self._load(image, alpha) for image in self.images]
 
-    def _load(self, image: Path | bytes | Image.Image, alpha: bool) -> Image.Image:
+    def _load(self, image: Any, alpha: bool) -> Image.Image:
         try:
             if isinstance(image, Image.Image):
                 return upright(image, alpha=alpha)
+            if not isinstance(image, Path | bytes):
+                image = image.read_bytes()
             with opened(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
                 return upright(picture, alpha=alpha)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

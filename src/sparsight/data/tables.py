@@ -1,21 +1,105 @@
-"""Rows of `datasets`: names on the Hub, saved datasets, parquet files, and which of their splits is read."""
+"""Rows of `datasets`: names on the Hub, saved datasets, parquet files, and which of their splits is read.
+
+Images stay as they are stored, encoded and on disk, until they are used.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from sparsight.data.images import BadRecord
+from sparsight.data.images import BadRecord, StoredImage
+from sparsight.data.row_groups import RowGroups
 from sparsight.errors import SparsightError, first_line, quote
 
 HELD_OUT = ("test", "validation", "val", "valid", "dev", "eval")  # splits to score on, the best first
 
 Rows = Sequence[tuple[int, Callable[[], Any]]]  # a line, or a row of a table, and the function that reads its record
+
+
+class Table(Sequence[Mapping[str, Any]]):
+    """A dataset whose rows are dicts, with images as `StoredImage`, which are read when they are used."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._plain = dataset.with_format("arrow") if hasattr(dataset, "with_format") else dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._row(index)
+        return {key: self._stored(value, index, (key,)) for key, value in row.items()}
+
+    def content(self, index: int, place: Sequence[Any]) -> bytes:
+        """The encoded image at a place of a row. **Raises** `OSError` for a file that is not there."""
+        value: Any = self._row(index)
+        for key in place:
+            value = value[key]
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column, in order; empty where there is none of this name."""
+        return list(self.dataset[name]) if name in self.dataset.column_names else []
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return self._plain[index].to_pylist()[0]
+
+    def _stored(self, value: Any, index: int, place: tuple[Any, ...]) -> Any:
+        if isinstance(value, list) and place[-1] in self._images:
+            return [self._stored(item, index, (*place, i)) for i, item in enumerate(value)]
+        if place[0] not in self._images or not isinstance(value, dict) or set(value) != {"bytes", "path"}:
+            return value
+        if value["bytes"] is not None or Path(value["path"] or "").is_file():
+            return StoredImage(partial(self.content, index, place))
+        return value
+
+    @cached_property
+    def _images(self) -> set[str]:
+        """The columns of images, or of lists of them."""
+        import datasets
+
+        kinds = {name: getattr(kind, "feature", kind) for name, kind in self.dataset.features.items()}
+        return {name for name, kind in kinds.items() if isinstance(kind, datasets.Image)}
+
+
+def parquet_table(source: str, files: Sequence[str], few: bool = False) -> Table | RowGroups:
+    """The rows of parquet files, one after another; with `few` only the groups with rows that are asked for are read.
+
+    **Raises** `SparsightError` for what `datasets` cannot read.
+    """
+    datasets = _datasets(source)
+    with _loading(datasets, source):
+        if few:
+            return RowGroups(files)
+        return Table(datasets.load_dataset("parquet", data_files=list(files), split="train"))
+
+
+def hub_table(
+    name: str, configuration: str, pick: Callable[[Sequence[str]], str], few: bool = False
+) -> tuple[Table | RowGroups, str]:
+    """A dataset on the Hub, and its split, which `pick` chooses by name; `few` as in `parquet_table`.
+
+    **Raises** `SparsightError` for what `datasets` cannot load.
+    """
+    datasets = _datasets(name)
+    with _loading(datasets, name):
+        builder = datasets.load_dataset_builder(name, configuration or None)
+        split = pick([str(each) for each in builder.info.splits or builder.config.data_files or ("train",)])
+        if few and (files := _parquet_files(builder, split)):
+            return RowGroups(files), split
+        return Table(datasets.load_dataset(name, configuration or None, split=split)), split
+
+
+def _parquet_files(builder: Any, split: str) -> list[str]:
+    """The parquet files of a split, with which a dataset is read without `datasets`; empty where it has other files."""
+    files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    return files if files and all(file.endswith(".parquet") for file in files) else []
 
 
 def choose_split(source: Any, names: Sequence[str], split: str | None, held_out: bool) -> str:
@@ -41,19 +125,33 @@ def choose_split(source: Any, names: Sequence[str], split: str | None, held_out:
 
 
 def dataset_rows(
-    source: str, split: str | None, held_out: bool, *, saved: bool = False, configuration: str = ""
+    source: str, split: str | None, held_out: bool, *, saved: bool = False, configuration: str = "", few: bool = False
 ) -> tuple[Rows, str]:
     """The rows of a dataset and the name of the split that they are of, "" where it has no splits.
 
+    With `few`, of parquet files only the groups with rows that are asked for are read or fetched.
+
     **Raises** `SparsightError` for what `datasets` cannot load, and for a split that is not there.
     """
+    datasets = _datasets(source)
+    with _loading(datasets, source):
+        return _load(datasets, source, split, held_out, saved, configuration, few)
+
+
+def _datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise SparsightError(f"{source}: reading it needs datasets: pip install 'sparsight[data]'") from error
+    return datasets
+
+
+@contextlib.contextmanager
+def _loading(datasets: Any, source: str) -> Iterator[None]:
+    """Turn what `datasets` raises inside the block into one line, and silence what it says."""
     try:
         with _quiet(datasets, source):
-            return _load(datasets, source, split, held_out, saved, configuration)
+            yield
     except SparsightError:
         raise
     except Exception as error:  # a network, a file system or a script may fail in any way
@@ -62,12 +160,12 @@ def dataset_rows(
 
 
 def _load(
-    datasets: Any, source: str, split: str | None, held_out: bool, saved: bool, configuration: str
+    datasets: Any, source: str, split: str | None, held_out: bool, saved: bool, configuration: str, few: bool
 ) -> tuple[Rows, str]:
     if saved:
         table = datasets.load_from_disk(source)
     elif Path(source).is_file():
-        table = _read_parquet(datasets, source)
+        table = RowGroups([source]) if few else _read_parquet(datasets, source)
     else:
         builder = datasets.load_dataset_builder(source, configuration or None)
         names = [str(name) for name in builder.info.splits or builder.config.data_files or ("train",)]
@@ -76,6 +174,8 @@ def _load(
             split = choose_split(source, names, split, held_out)
         elif split is not None:
             raise SparsightError(f"{source}: has no splits, so there is no {quote(split)}; leave `split` out")
+        if few and (files := _parquet_files(builder, split or "train")):
+            return _rows(RowGroups(files)), split or ""
         table = datasets.load_dataset(source, configuration or None, split=split or "train")
         return _rows(table), split or ""
     if isinstance(table, datasets.DatasetDict):
@@ -117,11 +217,12 @@ def _names_a_split(folder: Path) -> bool:
     return any("train" in str(path.relative_to(folder)).lower() for path in folder.rglob("*.parquet"))
 
 
-def _rows(table: Any) -> Rows:
+def _rows(dataset: Any) -> Rows:
+    table = dataset if isinstance(dataset, RowGroups) else Table(dataset)
     return [(i, partial(_record, table, i)) for i in range(len(table))]
 
 
-def _record(table: Any, i: int) -> dict[str, Any]:
+def _record(table: Table | RowGroups, i: int) -> dict[str, Any]:
     """A row as a record: its columns that hold something. Of two that would contradict each other one is ignored."""
     try:
         row = table[i]

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from sparsight.checks import need_packages
 from sparsight.errors import SparsightError
 
 Split = Literal["train", "test"]
@@ -89,11 +90,13 @@ class Drawing(NamedTuple):
 
 @cache
 def scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return ink in [0, 1] (n, 8, 8) and values (n,) of the scans of a split. Needs scikit-learn."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("Digit scenes need scikit-learn: pip install 'sparsight[demo]'") from error
+    """Return ink in [0, 1] (n, 8, 8) and values (n,) of the scans of a split.
+
+    **Raises** `SparsightError` without scikit-learn.
+    """
+    need_packages("the digit scenes", "demo", sklearn="scikit-learn")
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     part = {"train": order[HELD_OUT:], "test": order[:HELD_OUT]}[split]
@@ -282,13 +285,14 @@ def write(folder: Path, split: Split, n: int, seed: int, questions_per_scene: in
 def scene_folder(name: str) -> Path:
     """Return the folder of a set of `SETS`, written at first use into the user's cache; always the same bytes.
 
-    **Raises** `SparsightError` if the cache cannot be written to.
+    **Raises** `SparsightError` without scikit-learn, and if the cache cannot be written to.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsight"
     split, count, questions = SETS[name]
     target = cache / f"scenes-{name}-{count}-{questions}"
     if target.is_dir():
         return target
+    need_packages(f"demo:{name}", "demo", sklearn="scikit-learn")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as beside:

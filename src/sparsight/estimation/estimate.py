@@ -16,6 +16,7 @@ from sparsight.errors import SparsightError
 from sparsight.estimation import machine
 from sparsight.estimation.shapes import example_samples, gather_shapes, open_hollow
 from sparsight.estimation.stages import Stage, Work, stages
+from sparsight.fields import NEW_TOKENS
 from sparsight.model.anatomy import anatomy
 from sparsight.model.load import load_processor
 from sparsight.options import options
@@ -100,8 +101,8 @@ def estimate(
         accumulate=restore.accumulate,
         asked=evaluate.samples or size,
         eval_batch=evaluate.batch_size,
-        max_new_tokens=evaluate.max_new_tokens,
-        beams=evaluate.beams,
+        max_new_tokens=evaluate.max_new_tokens or NEW_TOKENS,
+        beams=evaluate.beams or 1,
     )
     base = machine.measured_base(str(model), hollow.dtype)
     shapes, tokens = gather_shapes(hollow, processor, body, plan, samples, work, restore, base)

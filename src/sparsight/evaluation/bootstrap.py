@@ -1,8 +1,9 @@
-"""The interval of a mean over samples: the bootstrap's percentile interval (Efron, 1979)."""
+"""Intervals by the bootstrap's percentiles (Efron, 1979): of a mean over samples, and of scores of all samples together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,3 +30,28 @@ def bootstrap(values: Sequence[float], n: int = 2000, seed: int = 0, level: floa
     ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_sums(
+    parts: Sequence[Sequence[float]],
+    values: Callable[[Any], Mapping[str, Any]],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float, float]]:
+    """Return the scores by name that `values` makes of the sums of `parts` (units, numbers), each with its interval.
+
+    Units are drawn with replacement. `values` takes an array (..., numbers) and gives an array (...) per name.
+    """
+    array = np.asarray(parts, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    sums = []
+    for _ in range(n):
+        counts = np.bincount(generator.integers(0, len(array), len(array)), minlength=len(array))
+        sums.append(counts @ array)
+    exact, drawn = values(array.sum(0)), values(np.stack(sums))
+    made = {}
+    for name, value in exact.items():
+        low, high = np.quantile(drawn[name], [(1 - level) / 2, (1 + level) / 2])
+        made[name] = (float(value), float(low), float(high))
+    return made

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from sparsight.checkpoint.card import BEGIN, END
 from sparsight.errors import NotWritten
@@ -41,13 +43,15 @@ def with_scores(card: str, evaluation: Mapping[str, Any]) -> str:
 def model_index(name: str, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the scores over all samples as the Hub's `model-index`; in percent where a metric is a share."""
     data = _data_name(evaluation)
-    metrics = [
-        {"type": row["metric"], "name": axis_of(row["metric"])[0], "value": round(_value(row, "value"), 2)}
+    results = [
+        EvalResult(
+            task_type=TASK["type"], task_name=TASK["name"], dataset_type=re.sub(r"[^\w./-]+", "-", data), dataset_name=data,
+            metric_type=row["metric"], metric_name=axis_of(row["metric"])[0], metric_value=round(_value(row, "value"), 2),
+        )
         for row in evaluation["rows"]
         if row["kind"] == "all"
-    ]
-    dataset = {"type": re.sub(r"[^\w./-]+", "-", data), "name": data}
-    return [{"name": name, "results": [{"task": dict(TASK), "dataset": dataset, "metrics": metrics}]}]
+    ]  # fmt: skip
+    return eval_results_to_model_index(name, results)
 
 
 def refresh_card(folder: str | Path, evaluation: Mapping[str, Any]) -> bool:
@@ -78,6 +82,10 @@ def _scores(evaluation: Mapping[str, Any]) -> Sequence[str]:
     digest = str(evaluation.get("fingerprint", ""))[:16]
     lead = f"On `{_data_name(evaluation)}`" + (f" (fingerprint {digest}…)" if digest else "")
     head = ["## Scores", "", f"{lead}, with 95 % bootstrap intervals over samples:", ""]
+    read = evaluation.get("read") or {}
+    if read.get("task"):
+        asked = " and ".join(f"`{prompt!r}`" for prompt in read.get("prompts", ()))
+        head[2:2] = [f"The benchmark `{read['task']}`, asked in the words {asked}.", ""]
     return [*head, "| kind | metric | score | interval | n |", "|---|---|---:|---:|---:|", *rows]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from sparsight.data.encoding import Batch, Encoder
 from sparsight.data.sample import Sample
 from sparsight.errors import SparsightError
 from sparsight.evaluation.answer_tokens import answer_token_metrics
-from sparsight.evaluation.bootstrap import bootstrap
+from sparsight.evaluation.bootstrap import bootstrap, bootstrap_sums
 from sparsight.evaluation.generate import predict
-from sparsight.evaluation.metrics import CAPTION, METRICS, QUESTION, Metric
+from sparsight.evaluation.metrics import CAPTION, METRICS, QUESTION, TASK_METRICS, Metric
 from sparsight.evaluation.metrics.exact import exact_match
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
+from sparsight.tasks import Task, Whole
 
 ALL = "all"
 COLUMNS = ("kind", "metric", "value", "low", "high", "n")
@@ -73,15 +74,17 @@ def evaluate(
     batch_size: int = 32,
     beams: int = 1,
     max_new_tokens: int = 32,
+    length_penalty: float = 1.0,
     answers: bool = True,
     seed: int = 0,
+    task: Task | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Ask the model every sample's last question and score what it writes.
 
     `metrics` are names in `METRICS` or functions (prediction, answers) -> score, for all samples or by kind. By default
     samples of kind "caption" get CIDEr-D and exact match, all others exact match and VQA accuracy. With `answers` the
-    right answers are measured token by token, too. `seed` is the bootstrap's.
+    right answers are measured token by token, too. `seed` is the bootstrap's. The samples of a `task` are scored as it says.
 
     **Raises** `SparsightError` for an unknown metric, for no samples, and for a value that is NaN or infinite.
     """
@@ -90,28 +93,61 @@ def evaluate(
     kinds = list(dict.fromkeys(sample.kind for sample in samples))
     if ALL in kinds:
         raise SparsightError(f"no sample can be of kind {ALL!r}: that row is of all samples together")
-    by_kind = {kind: find_metrics(metrics, kind) for kind in kinds}
+    by_kind = {kind: find_metrics(metrics, kind) for kind in kinds} if task is None else task_metrics(task)
+    samples = [sample.in_words_of(model.config.model_type) for sample in samples]
     texts = predict(
-        model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens, progress=progress
-    )
+        model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty, progress=progress,
+    )  # fmt: skip
     scores: list[dict[str, float]] = [{} for _ in samples]
-    for kind in kinds:
-        members = [i for i, sample in enumerate(samples) if sample.kind == kind]
-        for name, metric in by_kind[kind].items():
-            values = metric.scores([texts[i] for i in members], [samples[i].answers for i in members])
+    for kind, chosen in by_kind.items():
+        members = [i for i, sample in enumerate(samples) if kind in (ALL, sample.kind)]
+        for name, metric in chosen.items():
+            values = metric.scores([texts[i] for i in members], [samples[i] for i in members])
             for i, value in zip(members, values, strict=True):
                 scores[i][name] = value
     rows = _rows([sample.kind for sample in samples], scores, seed)
+    if task is not None and task.whole is not None:
+        rows += _whole_rows(task.whole, samples, texts, seed)
     if answers:
         rows += token_rows(model, batches(samples, Encoder(processor, model), batch_size))
     predictions = [
         {
             "id": sample.id, "kind": sample.kind, "prompt": sample.prompt, "prediction": text,
-            "answers": list(sample.answers), "correct": bool(exact_match(text, sample.answers)), "scores": score,
+            "answers": list(sample.answers), "correct": _is_right(text, sample, score, task), "scores": score,
         }
         for sample, text, score in zip(samples, texts, scores, strict=True)
     ]  # fmt: skip
     return Result(tuple(rows), tuple(predictions))
+
+
+def task_metrics(task: Task) -> dict[str, dict[str, Metric]]:
+    """The metrics of a benchmark by name, for all of its samples together."""
+    own = {"accuracy": replace(TASK_METRICS["accuracy"], score=task.score, of_sample=True)} if task.score else {}
+    return {ALL: {**{name: METRICS[name] for name in task.metrics}, **own}}
+
+
+def _is_right(text: str, sample: Sample, scores: Mapping[str, float], task: Task | None) -> bool:
+    """Whether an answer counts as right in the gallery: an exact match, or half of a benchmark's score."""
+    name = next(iter(scores), "")
+    if task is None or not (METRICS.get(name) or TASK_METRICS[name]).percent:
+        return bool(exact_match(text, sample.answers))
+    return scores[name] >= 0.5
+
+
+def _whole_rows(whole: Whole, samples: Sequence[Sample], texts: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Rows of the scores that are of all samples together, and of each kind where there are several."""
+    kinds = list(dict.fromkeys(sample.kind for sample in samples))
+    rows = []
+    for group in (ALL, *(kinds if len(kinds) > 1 else ())):
+        members = [
+            {"id": sample.id, "kind": sample.kind, "prediction": text, "answers": sample.answers}
+            for sample, text in zip(samples, texts, strict=True)
+            if group in (ALL, sample.kind)
+        ]
+        for name, (value, low, high) in bootstrap_sums(whole.parts(members), whole.values, seed=seed).items():
+            rows.append(_row(group or "other", name, value, (low, high), len(members)))
+    return rows
 
 
 def token_rows(model: Any, batches: Iterable[Batch]) -> list[dict[str, Any]]:

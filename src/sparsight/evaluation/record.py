@@ -1,7 +1,8 @@
 """What an evaluation leaves beside a model's weights, where `report` finds it.
 
 `evaluation.json` has the scores and what they were measured on, `predictions.jsonl` an answer a line, and `evaluation/`
-small pictures of the first samples, `N.png` for the answer in line N, counted from 0: the data may be gone later.
+small pictures of the first samples, `N.png` for the answer in line N, counted from 0: the data may be gone later. The last
+two are parts of the held-out data, so a `.gitignore` keeps them out of what `git` and `huggingface_hub.upload_folder` take.
 """
 
 from __future__ import annotations
@@ -125,12 +126,21 @@ def record_evaluation(
     }
     try:
         (target / SCORES).unlink(missing_ok=True)
+        ignore(target, f"/{PICTURES}/", f"/{ANSWERS}")
         write_pictures(samples[:pictures], target / PICTURES)
         result.write_predictions(target / ANSWERS)
         write_json(target / SCORES, scores)
     except OSError as error:
         raise NotWritten(f"{target}: the evaluation could not be kept there ({error})") from error
     return target / SCORES
+
+
+def ignore(folder: Path, *patterns: str) -> None:
+    """Add patterns to the `.gitignore` of a folder, in place, that are not in it yet."""
+    path = folder / ".gitignore"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if missing := [pattern for pattern in patterns if pattern not in lines]:
+        path.write_text("\n".join([*lines, *missing]) + "\n", encoding="utf-8")
 
 
 def write_pictures(samples: Sequence[Sample], folder: str | Path) -> None:
@@ -203,7 +213,7 @@ def keep_evaluation(
         "model": whole_name(name),
         "data": samples.source,
         "fingerprint": samples.fingerprint,
-        **({"read": samples.facts} if samples.facts else {}),
+        **({"read": dict(result.data)} if result.data else {}),
         "settings": {**spec.facts(), "device": spec.device},
         "seconds": seconds,
         "memory": peak_memory(spec.device),

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sparsight.calibration.gradients import evaluating
 from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import read_record
-from sparsight.data import Encoder, Samples, read_with
+from sparsight.data import Encoder, Sample, Samples, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, evaluate, token_rows
 from sparsight.evaluation.record import check_recordable, keep_evaluation
+from sparsight.fields import NEW_TOKENS
 from sparsight.memory import enough_memory
 from sparsight.model.load import check_device, load
 from sparsight.model.source import NO_PROCESSOR
 from sparsight.progress import Progress
 from sparsight.specs import EvaluateSpec
+from sparsight.tasks import TASKS
+from sparsight.tasks.wording import Decoding, prompts_of
 
 
 def read_samples(data: Any, spec: EvaluateSpec) -> Samples:
@@ -34,11 +38,42 @@ def evaluate_samples(
     encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     usable = encoder.usable(samples)
     rehearse(model, encoder, usable)
-    result = evaluate(
-        model, processor, usable, metrics=spec.metrics, beams=spec.beams, max_new_tokens=spec.max_new_tokens,
-        batch_size=spec.batch_size, seed=spec.seed, progress=progress,
+    result = score_answers(model, processor, usable, spec, progress)
+    facts = {**samples.facts, **question_facts(samples, spec, model.config.model_type)}
+    return replace(result, skipped=len(samples.skipped) + len(encoder.skipped), data=facts), usable
+
+
+def score_answers(
+    model: Any, processor: Any, usable: Sequence[Sample], spec: EvaluateSpec, progress: Progress | None = None
+) -> Result:
+    """Score a model's answers to samples that it can take, as the settings and the task say."""
+    way = decoding_of(spec, model.config.model_type)
+    return evaluate(
+        model, processor, usable, metrics=spec.metrics, beams=way.beams, max_new_tokens=way.max_new_tokens,
+        length_penalty=way.length_penalty, batch_size=spec.batch_size, seed=spec.seed,
+        task=TASKS[spec.task] if spec.task else None, progress=progress,
     )  # fmt: skip
-    return replace(result, skipped=len(samples.skipped) + len(encoder.skipped), data=samples.facts), usable
+
+
+def decoding_of(spec: EvaluateSpec, model_type: str) -> Decoding:
+    """How answers are written: as the settings say, else as the task has it for this type of model, else greedily.
+
+    **Raises** `SparsightError` for a length penalty without beams.
+    """
+    usual = TASKS[spec.task].decoding(model_type) if spec.task else Decoding(max_new_tokens=NEW_TOKENS)
+    beams = spec.beams or usual.beams
+    if spec.length_penalty is not None and beams == 1:
+        raise SparsightError("`length_penalty`: changes nothing without beams; set `beams`, or leave it out")
+    penalty = usual.length_penalty if spec.length_penalty is None else spec.length_penalty
+    return Decoding(beams, penalty if beams > 1 else 1.0, spec.max_new_tokens or usual.max_new_tokens)
+
+
+def question_facts(samples: Sequence[Sample], spec: EvaluateSpec, model_type: str) -> dict[str, Any]:
+    """The prompts and the decoding of a task, to be kept with its scores; empty without a task."""
+    if spec.task is None:
+        return {}
+    way = decoding_of(spec, model_type)
+    return {"prompts": prompts_of(samples, model_type), "decoding": asdict(way)}
 
 
 def evaluate_model(
@@ -54,7 +89,7 @@ def evaluate_model(
             raise SparsightError(NO_PROCESSOR)
         with evaluating(model), enough_memory(spec):
             return evaluate_samples(model, processor, samples, spec, progress)[0]
-    check_unused(data, spec, "metrics", "beams", "max_new_tokens", "seed")
+    check_unused(data, spec, "metrics", "task", "beams", "max_new_tokens", "length_penalty", "seed")
     ready = as_batches(model, data, limit=spec.samples)
     check_labels(ready, "data", "the score of answer tokens")
     with evaluating(model), enough_memory(spec):

@@ -51,6 +51,7 @@ from sparsight.pruning.loop import check_walk, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.streamed import StreamJournal
 from sparsight.specs import PlanSpec, PruneSpec
+from sparsight.trackers import pruning_rows, report
 
 
 def check_prune(spec: PruneSpec, data: Any = True) -> tuple[Composition, Any]:
@@ -114,6 +115,7 @@ def prune_model(
         record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
     record.plan, record.method = record.pruned(plan), describe(spec)
     record.skipped_samples = skipped
+    report(spec.report_to, Path(), "prune", {"prune": spec.facts()}, pruning_rows(record, body))
     return record
 
 
@@ -188,6 +190,7 @@ def prune_folder(
             )
             with atomic_folder(target, overwrite) as new:
                 write_model(network, processor, written, new, journal.files)
+                report(spec.report_to, new, target.name, recipe, pruning_rows(record, body))
             return written
 
         written = distributed.on_main(write)

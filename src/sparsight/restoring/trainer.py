@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsight import distributed
@@ -35,6 +35,7 @@ from sparsight.restoring.checkpoints import (
 from sparsight.restoring.losses import Loss, distillation
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
+from sparsight.trackers import PROJECT, FirstLog, RunArguments, zeros_of
 
 RATE, WEIGHTS, POWER, MOST = 1e-3, 1.5e8, 0.4, 4e-3  # of the default learning rate
 
@@ -228,12 +229,14 @@ def total_steps(spec: RestoreSpec, samples: int) -> int:
 
 
 def train(
-    student: Student, spec: RestoreSpec, folder: Path, *, resume: bool = False, progress: Progress | None = None
-) -> dict[str, Any]:
+    student: Student, spec: RestoreSpec, folder: Path, *, resume: bool = False, progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train the student's adapters in place; checkpoints go into `folder`.
 
     With `resume` it continues from the last good checkpoint there. With held-out samples their loss is measured before the
-    first step and at every checkpoint, and the adapters end with the best values, those of the start among them. Returns
+    first step and at every checkpoint, and the adapters end with the best values, those of the start among them. Trackers
+    get `recipe` as their configuration, and zeros and sparsity per component. Returns
     `lr`, the peak learning rate; `curve`, a row per logged step with `step`, `loss`, `ce`, `kl`, `learning_rate`; with
     held-out samples `held_out`, a row per evaluation, and `best_step`, 0 for the start.
     """
@@ -242,7 +245,7 @@ def train(
     total, rate = total_steps(spec, len(learned)), peak_rate(spec, student.weights)
     order = Shuffled(learned, total * step_size(spec), spec.seed)
     checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
-    arguments = TrainingArguments(
+    arguments = RunArguments(
         output_dir=str(folder),
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.accumulate,
@@ -264,6 +267,7 @@ def train(
         greater_is_better=False if held else None,
         report_to=list(spec.report_to) or "none",
         run_name=folder.name.removesuffix(".unfinished"),
+        project=PROJECT,
         remove_unused_columns=False,
         label_names=["labels"],
         bf16=spec.mixed_precision == "bf16",
@@ -274,6 +278,7 @@ def train(
         ddp_broadcast_buffers=False,  # the masks are the same everywhere and never change
         ddp_find_unused_parameters=True,  # the last blocks of some vision towers do not reach the output
     )
+    arguments.recipe = recipe or {"restore": spec.facts()}
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more would silently multiply the batch
     watching = ProgressCallback(progress)
@@ -285,6 +290,8 @@ def train(
             if type(callback).__name__ == "PrinterCallback":
                 trainer.remove_callback(callback)
         trainer.add_callback(watching)
+        if spec.report_to:
+            trainer.add_callback(FirstLog(trainer, zeros_of(student.anatomy, student.plan)))
         if spec.patience and held:
             trainer.add_callback(PatienceCallback(spec.patience))
         start = factor_tensors(student.wrapped) if held else {}  # the same on every run, a resumed one too

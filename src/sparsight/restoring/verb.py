@@ -6,7 +6,7 @@ import gc
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ from sparsight.restoring.student import Student, make_student, parse_ranks, rema
 from sparsight.restoring.trainer import train
 from sparsight.restoring.wrap import remove_adapters
 from sparsight.specs import RestoreSpec
+from sparsight.trackers import keep_log
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def restore_model(
         try:
             with tempfile.TemporaryDirectory(prefix="sparsight-restore-") as folder:
                 metrics = _restore(spec, sparse, dense, learned, held, folder=Path(folder), progress=progress).metrics
+                keep_log(Path(folder), Path())
         except BaseException:
             remove_adapters(model)
             raise
@@ -213,6 +215,7 @@ def restore_folder(
             resume=resume,
             progress=progress,
             adapter_folder=folder / "adapter" if spec.save_adapter else None,
+            recipe={"base_model": original, **earlier[1], "restore": spec.facts()},
         )
         skipped = sum(len(part.skipped) for part in (samples, other) if part)
         metrics = {**done.metrics, "skipped_samples": done.metrics["skipped_samples"] + skipped}
@@ -238,6 +241,7 @@ def restore_folder(
             with atomic_folder(target, overwrite) as new:
                 if spec.save_adapter:
                     (folder / "adapter").rename(new / "adapter")
+                keep_log(folder, new)
                 written = Record(facts, {**earlier[0], "restore": metrics}, recipe)
                 write_model(done.model, done.processor, written, new)
             return written
@@ -257,6 +261,7 @@ def _restore(
     resume: bool = False,
     progress: Progress | None = None,
     adapter_folder: Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Restoration:
     """Make the student, train it, merge it; checkpoints and a cached teacher go into `folder`."""
     cache = Path(spec.teacher_cache) if spec.teacher_cache else folder / "teacher"
@@ -265,7 +270,7 @@ def _restore(
     )  # fmt: skip
     began = time.perf_counter()
     with unchanged_process(spec.device) if distributed.world_size() == 1 else nullcontext():
-        trained = train(student, spec, folder, resume=resume, progress=progress)
+        trained = train(student, spec, folder, resume=resume, progress=progress, recipe=recipe)
     gc.collect()  # the trainer and its optimizer refer to each other
     metrics = {
         **trained,

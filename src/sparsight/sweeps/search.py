@@ -83,8 +83,8 @@ def search(
     """Find the best split of a budget, and write the pruned model; errors (`SparsightError`) as in `sparsight.search`."""
     cell = check_search(spec)
     evaluate: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "samples": spec.held_out_samples, "seed": spec.seed}
-    evaluate |= {"split": spec.held_out_split}
-    if spec.metric != "exact_match":
+    evaluate |= {"split": spec.held_out_split, "task": spec.held_out_task, "prompt": spec.held_out_prompt}
+    if spec.metric not in (None, "exact_match"):
         evaluate["metrics"] = [spec.metric, "exact_match"]
     recipe = {
         "model": str(model), "data": str(data), "held_out": str(held_out), "dtype": spec.dtype, "device": spec.device,

@@ -11,6 +11,7 @@ import csv
 import importlib.util
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.unfinished import parents
 from sparsight.checks import check_count
 from sparsight.data import read_with
-from sparsight.errors import Interrupted, SparsightError
+from sparsight.errors import Interrupted, Notice, SparsightError
 from sparsight.evaluation.evaluate import ALL
 from sparsight.evaluation.metrics import METRICS
 from sparsight.evaluation.record import PICTURES, SHOWN, environment, write_pictures
@@ -70,6 +71,10 @@ def _sweep(
     settings: Mapping[str, Any], grid: Sequence[Cell], folder: Path, state: Mapping[str, Any] | None, jobs: int,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
+    drawn = importlib.util.find_spec("matplotlib") is not None  # of the extra `report`
+    if not drawn:
+        line = "the page and the figures need matplotlib, so none are written: pip install 'sparsight[report]'"
+        warnings.warn(f"{line}, then sparsight report {folder}", Notice, stacklevel=2)
     bench, facts = _open(settings, grid, folder, state)
     write_json(folder / "sweep.json", facts)
     (folder / "cells").mkdir(exist_ok=True)
@@ -90,7 +95,7 @@ def _sweep(
     shutil.rmtree(folder / WORK, ignore_errors=True)
     records = [_read(_record(folder, cell)) for cell in grid]
     write_results(records, folder / "results.csv")
-    if importlib.util.find_spec("matplotlib"):  # of the extra `report`
+    if drawn:
         report([folder], out=folder / "report.html", figures=folder / "figures", overwrite=True)
     return records
 

@@ -32,9 +32,9 @@ from sparsight.checkpoint.folder import (
 from sparsight.checkpoint.verify import verify
 from sparsight.data import Encoder, Source
 from sparsight.errors import SparsightError
-from sparsight.evaluation import Result, evaluate
+from sparsight.evaluation import Result
 from sparsight.evaluation.record import weights_of
-from sparsight.evaluation.verb import read_samples
+from sparsight.evaluation.verb import question_facts, read_samples, score_answers
 from sparsight.files import replace_file, write_json
 from sparsight.memory import enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy, anatomy
@@ -76,7 +76,7 @@ class Workbench:
         self.encoder = Encoder(self.processor, self.model, max_length=longest, skip_bad=skip_bad)
         self._sources: dict[Any, Source] = {}
         samples = read_samples(recipe["held_out"], self.spec)
-        self.held_out_facts = samples.facts
+        self.held_out_facts = {**samples.facts, **question_facts(samples, self.spec, self.model.config.model_type)}
         self.held_out = self.encoder.usable(samples)
         rehearse(self.model, self.encoder, self.held_out)
         self._calibrations: dict[str, Calibration] = {}
@@ -150,11 +150,7 @@ class Workbench:
 
     def score(self, model: Any = None) -> Result:
         """Score the answers of the model as it is, or of another, to the held-out samples."""
-        spec = self.spec
-        return evaluate(
-            self.model if model is None else model, self.processor, self.held_out, metrics=spec.metrics,
-            batch_size=spec.batch_size, max_new_tokens=spec.max_new_tokens, beams=spec.beams, seed=spec.seed,
-        )  # fmt: skip
+        return score_answers(self.model if model is None else model, self.processor, self.held_out, self.spec)
 
     def measure(self, cells: Sequence[Cell], finish: Callable[[Cell, dict[str, Any], Result], None], notify: Notify) -> None:
         """Work through cells of one pruning; `finish(cell, facts, result)` is called after each."""
