@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import check_folder_data, family_for, in_memory_spec, is_folder, need, places
+from sparsight.arguments import anatomy_of, check_folder_data, in_memory_spec, is_folder, need, places
 from sparsight.checks import check_paths
 from sparsight.looks import ask as ask
 from sparsight.looks import diff as diff
@@ -58,15 +58,8 @@ def inspect(model: Model, spec: FamilySpec | None = None, **settings: Any) -> An
 
     Of a folder only headers are read. A layer's `weight` is read where it is asked for, one block at a time.
     """
-    from sparsight.model.anatomy import anatomy
-    from sparsight.model.source import check_model
-    from sparsight.model.stream import open_anatomy
-
     (model,), spec = places(model=model), FamilySpec.make(spec, settings)
-    if is_folder(model):
-        return open_anatomy(model, family_for(model, spec))
-    check_model(model)
-    return anatomy(model, family_for(model, spec))
+    return anatomy_of(model, spec)
 
 
 def plan(

@@ -23,6 +23,18 @@ def is_folder(model: Any) -> bool:
     return isinstance(model, str | Path)
 
 
+def anatomy_of(model: Any, spec: FamilySpec) -> Any:
+    """The parts of a model in memory or in a folder. **Raises** `SparsightError` for what is no model."""
+    from sparsight.model.anatomy import anatomy
+    from sparsight.model.source import check_model
+    from sparsight.model.stream import open_anatomy
+
+    if is_folder(model):
+        return open_anatomy(model, family_for(model, spec))
+    check_model(model)
+    return anatomy(model, family_for(model, spec))
+
+
 def in_memory_spec(model: Any, spec: Any, **of_folders: Any) -> Any:
     """The settings of a verb for a model in memory. **Raises** `SparsightError` for settings of folders."""
     from sparsight.model.source import in_memory

@@ -211,7 +211,13 @@ class RestoreSpec(SharedSpec):
         ),
     ] = None
     epochs: Annotated[float, above_zero("Passes over the data.", cost=True)] = 1.0
-    steps: Annotated[int | None, count("Optimizer steps, instead of epochs.", cost=True)] = None
+    steps: Annotated[
+        int | None,
+        Option(
+            "Optimizer steps, instead of epochs; 0 reconstructs only, with one block in memory.",
+            fits=lambda steps: isinstance(steps, int) and steps >= 0, says="a whole number of at least 0", cost=True,
+        ),
+    ] = None  # fmt: skip
     batch_size: fields.BatchSize = 32
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
     samples: fields.Samples = None
@@ -255,6 +261,10 @@ class RestoreSpec(SharedSpec):
                 "leave it or `reconstruct` out"
             )
         fields.check_held_out(self)
+        if self.steps == 0 and not self.reconstruct:
+            raise SparsightError("`steps`: 0 trains nothing; say with `reconstruct` how long to fit the blocks")
+        if self.steps == 0 and (idle := [n for n in ("held_out", "save_adapter", "report_to") if getattr(self, n)]):
+            raise SparsightError(f"`{idle[0]}`: is of training, and `steps` is 0; leave one of the two out")
         if self.patience and self.held_out is None:
             raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
 

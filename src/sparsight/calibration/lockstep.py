@@ -57,6 +57,7 @@ def lockstep(
     as_it_was: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     until: Collection[str] | None = None,
     park: Park | None = None,
+    ahead_in: tuple[nn.Module, Sequence[tuple[str, nn.Module]]] | None = None,
 ) -> None:
     """Walk `batches` through `model`, stopping in front of every block.
 
@@ -73,8 +74,8 @@ def lockstep(
 
     With `ahead` every batch walks twice, and the second walk goes through each block before its visit: `ahead(name, i, run)`
     must call `run()` once, which lets batch `i` go through the block and returns the block's output. The second walk runs
-    inside `as_it_was()`, which may put back what was changed outside the blocks. Cost: one forward per batch more, and its
-    paused activations.
+    inside `as_it_was()`, which may put back what was changed outside the blocks, or through another model and its blocks of
+    the same names, `ahead_in`. Cost: one forward per batch more, and its paused activations.
 
     The walk ends once the blocks named in `until` were visited, by default all. `park` takes what paused batches hold.
 
@@ -85,9 +86,10 @@ def lockstep(
     """
     blocks = list(blocks)
     own = dict(batches) if isinstance(batches, Mapping) else dict(enumerate(batches))
-    with _cache_off(model), torch.no_grad(), _own_thread_state():
+    other, places = (model, blocks) if ahead_in is None else (ahead_in[0], [*ahead_in[1]])
+    with _cache_off(model), _cache_off(other), torch.no_grad(), _own_thread_state():
         torch.set_autocast_cache_enabled(False)  # it would keep a weight's cast from before a visit changed the weight
-        walk, first = _Walk(model, blocks, own, on_output, park), _Walk(model, blocks, own if ahead else {}, None, park)
+        walk, first = _Walk(model, blocks, own, on_output, park), _Walk(other, places, own if ahead else {}, None, park)
         try:
             with as_it_was():
                 first.start()

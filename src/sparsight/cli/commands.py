@@ -215,11 +215,8 @@ def _evaluated(result: Any, values: Values) -> Shown:
     from sparsight.cli import tables
 
     title = f"{values['model']} on {len(result.predictions)} samples"
-    return (
-        json.loads(result.to_json()),
-        [tables.scores_table(result.rows, title), *tables.data_lines(result.data), *tables.skipped_line(result.skipped)],
-        True,
-    )
+    lines = [*tables.data_lines(result.data), *tables.skipped_line(result.skipped)]
+    return json.loads(result.to_json()), [tables.scores_table(result.rows, title), *lines], True
 
 
 def _check_eval(values: Values) -> None:

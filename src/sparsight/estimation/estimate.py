@@ -85,7 +85,7 @@ def estimate(
     body = anatomy(hollow, family)
     plan = make_plan(body, sparsity=prune.sparsity, pattern=prune.pattern, policy=policy, ignore=prune.ignore)
     size = len(samples) if data is not None else prune.samples
-    count = restore.steps or (total_steps(restore, len(samples)) if data is not None else 100)
+    count = restore.steps if restore.steps is not None else (total_steps(restore, len(samples)) if data is not None else 100)
     used = count * step_size(restore)
     mode = ("shared" if composition.mask_only else "cached") if restore.teacher_mode == "auto" else restore.teacher_mode
     work = Work(

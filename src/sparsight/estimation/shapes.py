@@ -175,8 +175,8 @@ def _training(
     """A teacher's forward, and a step of the student on the same batch."""
     from sparsight.restoring.head import Head
     from sparsight.restoring.losses import distillation
+    from sparsight.restoring.side_effects import checkpointed_blocks
     from sparsight.restoring.student import parse_ranks
-    from sparsight.restoring.trainer import checkpointed_blocks
 
     head, ranks, adapter = Head(model), parse_ranks(restore.rank), ADAPTERS[restore.adapter]
     inputs, labels = batch.inputs, batch.inputs["labels"]

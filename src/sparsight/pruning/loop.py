@@ -64,6 +64,7 @@ def prune(
     original: Mapping[torch.Tensor, torch.Tensor] | None = None,
     progress: Progress | None = None,
     park: Park | None = None,
+    teacher: tuple[nn.Module, Anatomy] | None = None,
     **options: Any,
 ) -> PruneRecord:
     """Prune `model` in place as `plan` says.
@@ -72,8 +73,8 @@ def prune(
     those of `compose`. Blocks that the `journal` holds are taken from there. With a `cache`, which `collect_moments` has
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
     blocks are measured. `original` has the dense model's values of parameters that differ already and are not pruned, for
-    the targets of reconstruction. `park` takes paused activations. `progress(stop, done, all)` is
-    called per stop.
+    the targets of reconstruction. `park` takes paused activations; `teacher` is a dense model of the
+    same blocks, whose outputs are the targets. `progress(stop, done, all)` is called per stop.
 
     Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
     layers; all end with the weights of a single process, bit for bit (with as many threads).
@@ -100,12 +101,17 @@ def prune(
         prune_from_cache(work, cache)
     elif batches:
         walk: Any = LayerWalk(work) if composition.propagate == "layer" else BlockWalk(work)
-        with evaluating(model):
+        second = None
+        if teacher is not None:
+            blocks = {block.name: block.module for block in teacher[1].blocks}
+            second = teacher[0], [(name, blocks[name]) for name, _ in walk.stops]
+        with evaluating(model), evaluating(model if teacher is None else teacher[0]):
             if "gradient" in composition.needs:
                 work.sensitivity = gradients(model, work.layers, batches)
             lockstep(
                 model, walk.stops, own_inputs(batches), walk.visit, earliest=earliest_of_all,
                 ahead=getattr(walk, "ahead", None), as_it_was=partial(_values, original or {}), until=walk.until, park=park,
+                ahead_in=second,
             )  # fmt: skip
         walk.finish()
     elif composition.needs:

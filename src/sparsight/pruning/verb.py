@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +26,24 @@ from sparsight.checkpoint.folder import (
     write_model,
 )
 from sparsight.checkpoint.lock import locked
-from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.stages import add_stage
-from sparsight.checkpoint.unfinished import SPACE, unfinished
+from sparsight.checkpoint.unfinished import unfinished
 from sparsight.checks import name_of, whole_name
 from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
-from sparsight.errors import Notice, SparsightError
+from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import Anatomy, anatomy
-from sparsight.model.families import Family
-from sparsight.model.load import check_device, load, load_model, load_processor, read_config
-from sparsight.model.skeleton import Unfit, device_of
+from sparsight.model.load import check_device
+from sparsight.model.skeleton import device_of
 from sparsight.model.source import NO_PROCESSOR
-from sparsight.model.stream import Stream, open_anatomy
+from sparsight.model.stream import open_anatomy
 from sparsight.progress import Progress
 from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
-from sparsight.pruning.journal import Journal
 from sparsight.pruning.loop import check_walk, prune
 from sparsight.pruning.record import PruneRecord
-from sparsight.pruning.streamed import StreamJournal
+from sparsight.pruning.way import open_way
 from sparsight.specs import PlanSpec, PruneSpec
 from sparsight.trackers import pruning_rows, report
 
@@ -89,7 +83,7 @@ def plan_model(
             check_device(spec.device)
             samples = as_samples(data, spec)
             assert samples is not None
-            way = open_way(model, spec, family, whole=rule.whole)
+            way = open_way(model, family, dtype=spec.dtype, device=spec.device, whole=rule.whole)
             network, body = stack.enter_context(way.run()) or way.model, way.anatomy
             ready, _ = encode(samples, way.processor, network, spec)
         if rule.labels:
@@ -148,7 +142,7 @@ def prune_folder(
         stack.enter_context(enough_memory(spec))
         samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
         whole = "gradient" in composition.needs or find_policy(policy).whole
-        way = open_way(model, spec, family, whole=whole, loaded=loaded)
+        way = open_way(model, family, dtype=spec.dtype, device=spec.device, whole=whole, loaded=loaded)
         network, processor, body = way.model, way.processor, way.anatomy
         stack.enter_context(way.run())
         ready: list[Batch] = []
@@ -196,50 +190,6 @@ def prune_folder(
         written = distributed.on_main(write)
     distributed.barrier()
     return written
-
-
-@dataclass(frozen=True)
-class Way:
-    """A model to prune: whole in memory, or with one block in memory at a time, which then goes to `files`."""
-
-    model: Any
-    processor: Any
-    anatomy: Anatomy
-    files: PartFiles | None = None
-
-    def run(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which the model can run."""
-        return contextlib.nullcontext() if self.files is None else self.files.stream.run()
-
-    def journal(self, folder: Path, composition: Composition) -> Journal | StreamJournal:
-        """Where pruned blocks are kept until all are done."""
-        if self.files is None:
-            return Journal(folder, composition.mask_only)
-        self.files.folder = folder / SPACE
-        return StreamJournal(self.files, folder / "done", dense=composition.propagate == "dense")
-
-
-def open_way(
-    model: str | Path, spec: PlanSpec, family: Family | None, *, whole: bool, loaded: tuple[Any, Any] | None = None
-) -> Way:
-    """Open a model block by block, or load it as a `whole`, where method or policy need that.
-
-    `loaded` has the model and its processor in memory already. **Raises** `SparsightError` as `load` does.
-    """
-    if loaded is not None or whole:
-        network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
-        return Way(network, processor, anatomy(network, family))
-    read_config(str(model))
-    processor = load_processor(model)  # first, since it is quick
-    try:
-        stream = Stream(model, dtype=spec.dtype, device=spec.device, family=family)
-        files = PartFiles(stream)
-        stream.bring_outside()
-        return Way(stream.model, processor, stream.anatomy, files)
-    except Unfit as why:
-        network = load_model(model, dtype=spec.dtype, device=spec.device)
-        warnings.warn(f"{model}: was loaded as a whole, since it cannot be block by block: {why}", Notice, stacklevel=2)
-        return Way(network, processor, anatomy(network, family))
 
 
 def zeros_of(body: Anatomy, plan: Mapping[str, Pattern]) -> dict[str, Pattern]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsight.calibration.gradients import evaluating
 from sparsight.model.matrices import output_head
@@ -53,3 +54,37 @@ def unchanged_process(device: torch.device | str) -> Iterator[None]:
             for now, before in states:
                 now.clear()
                 now.update(before)
+
+
+@contextlib.contextmanager
+def checkpointed_blocks(wrapped: Any) -> Iterator[None]:
+    """Keep only the inputs of blocks for backward, which runs them again; afterwards the model is as it was.
+
+    transformers checkpoints blocks in training mode only. Only the blocks themselves get that mode, not the modules inside
+    them, and their own dropout rates are set to zero.
+    """
+    base = wrapped.get_base_model()  # the oldest supported transformers has the older name
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+    marks = [
+        (module, {k: v for k, v in vars(module).items() if "gradient_checkpointing" in k or "_require_grads_hook" in k})
+        for module in base.modules()
+    ]
+    enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # only the reentrant kind needs hooks on inputs, and `disable` would leave them
+    before = []
+    for block in wrapped.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            rates = {name: x for name, x in vars(block).items() if "dropout" in name and isinstance(x, float)}
+            before.append((block, {"training": block.training, **rates}))
+            block.training = True
+            vars(block).update(dict.fromkeys(rates, 0.0))
+    try:
+        yield
+    finally:
+        disable()
+        for module, own in marks:
+            vars(module).update(own)
+        for block, values in before:
+            for name, value in values.items():
+                setattr(block, name, value)

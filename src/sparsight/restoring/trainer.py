@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsight import distributed
 from sparsight.data.encoding import select_answers
@@ -33,6 +32,7 @@ from sparsight.restoring.checkpoints import (
     seal,
 )
 from sparsight.restoring.losses import Loss, distillation
+from sparsight.restoring.side_effects import checkpointed_blocks
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
 from sparsight.trackers import PROJECT, FirstLog, RunArguments, zeros_of
@@ -236,9 +236,9 @@ def train(
 
     With `resume` it continues from the last good checkpoint there. With held-out samples their loss is measured before the
     first step and at every checkpoint, and the adapters end with the best values, those of the start among them. Trackers
-    get `recipe` as their configuration, and zeros and sparsity per component. Returns
-    `lr`, the peak learning rate; `curve`, a row per logged step with `step`, `loss`, `ce`, `kl`, `learning_rate`; with
-    held-out samples `held_out`, a row per evaluation, and `best_step`, 0 for the start.
+    get `recipe` as their configuration, and zeros and sparsity per component. Returns `lr`, the peak learning rate; `curve`,
+    a row per logged step with `step`, `loss`, `ce`, `kl`, `learning_rate`; with held-out samples `held_out`, a row per
+    evaluation, and `best_step`, 0 for the start.
     """
     numbered = list(enumerate(student.samples))
     learned, held = numbered[: len(numbered) - student.held_out], numbered[len(numbered) - student.held_out :]
@@ -328,37 +328,3 @@ def _sharding(student: Student) -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[name]
-
-
-@contextlib.contextmanager
-def checkpointed_blocks(wrapped: Any) -> Iterator[None]:
-    """Keep only the inputs of blocks for backward, which runs them again; afterwards the model is as it was.
-
-    transformers checkpoints blocks in training mode only. Only the blocks themselves get that mode, not the modules inside
-    them, and their own dropout rates are set to zero.
-    """
-    base = wrapped.get_base_model()  # the oldest supported transformers has the older name
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
-    marks = [
-        (module, {k: v for k, v in vars(module).items() if "gradient_checkpointing" in k or "_require_grads_hook" in k})
-        for module in base.modules()
-    ]
-    enable({"use_reentrant": False})
-    base.disable_input_require_grads()  # only the reentrant kind needs hooks on inputs, and `disable` would leave them
-    before = []
-    for block in wrapped.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            rates = {name: x for name, x in vars(block).items() if "dropout" in name and isinstance(x, float)}
-            before.append((block, {"training": block.training, **rates}))
-            block.training = True
-            vars(block).update(dict.fromkeys(rates, 0.0))
-    try:
-        yield
-    finally:
-        disable()
-        for module, own in marks:
-            vars(module).update(own)
-        for block, values in before:
-            for name, value in values.items():
-                setattr(block, name, value)

@@ -44,6 +44,7 @@ from sparsight.restoring.adapter_files import save_adapter
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import gather
 from sparsight.restoring.division import divide_samples, held_out_count
+from sparsight.restoring.fit import fit_folder
 from sparsight.restoring.side_effects import unchanged, unchanged_process
 from sparsight.restoring.student import Student, make_student, parse_ranks, remaining_zeros
 from sparsight.restoring.trainer import train
@@ -94,6 +95,8 @@ def restore_model(
     **Raises** `SparsightError` for invalid settings, data or models, and where the loss needs a teacher and there is none.
     """
     check_restore(spec)
+    if spec.steps == 0:
+        raise SparsightError("`steps`: 0 is for a model in a folder; write this one by `sparsight.save`, or train it, too")
     dense = _teacher_source(teacher, model, spec) if spec.needs_teacher or spec.reconstruct else None
     count = held_out_count(spec.held_out)
     most = None if spec.steps is None else spec.steps * spec.accumulate * distributed.world_size() + (count or 0)
@@ -164,7 +167,7 @@ def restore_folder(
     """Restore the model of a folder and write it to another; return its record and the merged model.
 
     `source` has the sparse model in memory already. Several processes of a launcher share the training data, and the main
-    one writes. **Raises** `SparsightError` as `sparsight.restore` does.
+    one writes. Where nothing is trained no model stays in memory. **Raises** `SparsightError` as `sparsight.restore` does.
     """
     check_restore(spec)
     check_files(str(sparse))
@@ -185,6 +188,11 @@ def restore_folder(
             ) from error
     distributed.init(spec.device)
     progress = progress if distributed.is_main() else None
+    if spec.steps == 0:
+        written = fit_folder(
+            sparse, target, spec, data=data, teacher=str(original), overwrite=overwrite, resume=resume, progress=progress
+        )  # fmt: skip
+        return written, None
     if spec.teacher_cache and Path(spec.teacher_cache).resolve().is_relative_to(target.resolve()):
         raise SparsightError(f"`teacher_cache`: {spec.teacher_cache} lies in OUT, which is written at the end; give another")
     with ExitStack() as stack:

@@ -38,7 +38,7 @@ from sparsight.evaluation.verb import question_facts, read_samples, score_answer
 from sparsight.files import replace_file, write_json
 from sparsight.memory import enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy, anatomy
-from sparsight.model.load import load
+from sparsight.model.load import load, load_model
 from sparsight.model.source import ModelSource
 from sparsight.pruning.compose import describe
 from sparsight.pruning.loop import can_reuse, check_walk, collect_moments, prune
@@ -222,10 +222,11 @@ class Workbench:
         def restore(resume: bool) -> Any:
             sparse = ModelSource(home / "pruned", self.model, self.processor, spec.device, borrowed=True)
             with in_recipe("restore"):
-                return restore_folder(
+                model = restore_folder(
                     home / "pruned", home / cell.id, spec, data=self.data(spec), teacher=self.recipe["model"],
                     resume=resume, progress=progress, source=sparse,
                 )[1]  # fmt: skip
+            return model or load_model(home / cell.id, dtype=self.spec.dtype, device=self.spec.device)
 
         if unfinished.is_dir():
             try:
