@@ -92,8 +92,10 @@ def make(name: str, command: Command) -> Callable[..., None]:
 
 def _end(shown: Shown, as_json: bool, after: Callable[[], None] = lambda: None) -> None:
     facts, parts, fine = shown
-    after()  # files first: what is printed may go to a pipe that is closed
-    show(facts, as_json, *parts)
+    try:
+        after()  # files first: what is printed may go to a pipe that is closed
+    finally:
+        show(facts, as_json, *parts)
     if not fine:
         raise typer.Exit(1)
 
@@ -235,9 +237,7 @@ def _write_eval(result: Any, values: Values) -> None:
 
 
 def _verified(facts: Any, values: Values) -> Shown:
-    from sparsight.cli import tables
-
-    return facts, tables.verify_lines(facts), not facts["differences"]
+    return (*_print("tables.verify_lines")(facts, values)[:2], not facts["differences"])
 
 
 def _print(where: str) -> Callable[[Any, Values], Shown]:
