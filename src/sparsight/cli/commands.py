@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Optional, get_args, get_origin
 
 import typer
@@ -17,7 +16,7 @@ from typer.core import TyperCommand
 
 from sparsight import api
 from sparsight.cli.flags import add_fields, flag, with_flags
-from sparsight.cli.output import check_files, show, writing
+from sparsight.cli.output import check_eval, show, write_eval
 from sparsight.cli.progress import progress_display
 from sparsight.errors import SparsightError
 from sparsight.options import Argument, Option, options, types_of
@@ -223,19 +222,6 @@ def _evaluated(result: Any, values: Values) -> Shown:
     )
 
 
-def _check_eval(values: Values) -> None:
-    check_files({flag(name): values[name] for name in ("json_file", "predictions")}, values["data"])
-
-
-def _write_eval(result: Any, values: Values) -> None:
-    if path := values["predictions"]:
-        with writing("--predictions", path):
-            result.write_predictions(path)
-    if path := values["json_file"]:
-        with writing("--json-file", path):
-            Path(path).write_text(result.to_json(), encoding="utf-8")
-
-
 def _verified(facts: Any, values: Values) -> Shown:
     return (*_print("tables.verify_lines")(facts, values)[:2], not facts["differences"])
 
@@ -334,6 +320,19 @@ def _cost(estimate: Any) -> Shown:
     return facts, tables.cost_tables(facts), True
 
 
+def _dry_run(verb: str, check: Callable[[Values], None] = lambda values: None) -> Callable[[Values], Shown | None]:
+    def instead(values: Values) -> Shown | None:
+        check(values)
+        if (count := values.pop("dry_run")) is None:
+            return None
+        from sparsight.cli.dry_run import dry_run
+
+        return dry_run(verb, values, count)
+
+    return instead
+
+
+DRY_RUN = Extra("dry_run", "Show so many samples as the model gets them, sizes, steps and cost, and stop.", int, None)
 LAYERS = Extra("layers", "List every layer by name.")
 COST = Extra("cost", "FLOPs, bytes and peak memory of every stage instead; no weight is read.")
 RECIPE_COST = Extra("cost", "FLOPs, bytes and peak memory of every stage instead; OUT is left alone.")
@@ -344,9 +343,9 @@ EVAL_FILES = (
 COMMANDS: dict[str, Command] = {
     "inspect": Command("inspect", _inspected, (LAYERS,), quiet=False),
     "plan": Command("plan", _planned, (LAYERS, COST), _plan_cost, _cost_parameters),
-    "prune": Command("prune", _pruned),
-    "restore": Command("restore", _restored),
-    "eval": Command("evaluate", _evaluated, EVAL_FILES, _check_eval, after=_write_eval),
+    "prune": Command("prune", _pruned, (DRY_RUN,), _dry_run("prune")),
+    "restore": Command("restore", _restored, (DRY_RUN,), _dry_run("restore")),
+    "eval": Command("evaluate", _evaluated, (*EVAL_FILES, DRY_RUN), _dry_run("evaluate", check_eval), after=write_eval),
     "verify": Command("verify", _verified, quiet=False),
     "ask": Command("ask", _print("looks.answers_table"), quiet=False),
     "diff": Command("diff", _print("looks.diff_tables"), (LAYERS,), quiet=False),
