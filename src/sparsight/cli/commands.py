@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Optional, get_args, get_origin
 
 import typer
@@ -17,7 +16,7 @@ from typer.core import TyperCommand
 
 from sparsight import api
 from sparsight.cli.flags import add_fields, flag, with_flags
-from sparsight.cli.output import check_files, show, writing
+from sparsight.cli.output import check_eval, show, write_eval
 from sparsight.cli.progress import progress_display
 from sparsight.errors import SparsightError
 from sparsight.options import Argument, Option, options, types_of
@@ -93,8 +92,10 @@ def make(name: str, command: Command) -> Callable[..., None]:
 
 def _end(shown: Shown, as_json: bool, after: Callable[[], None] = lambda: None) -> None:
     facts, parts, fine = shown
-    after()  # files first: what is printed may go to a pipe that is closed
-    show(facts, as_json, *parts)
+    try:
+        after()  # files first: what is printed may go to a pipe that is closed
+    finally:
+        show(facts, as_json, *parts)
     if not fine:
         raise typer.Exit(1)
 
@@ -219,23 +220,8 @@ def _evaluated(result: Any, values: Values) -> Shown:
     return json.loads(result.to_json()), [tables.scores_table(result.rows, title), *lines], True
 
 
-def _check_eval(values: Values) -> None:
-    check_files({flag(name): values[name] for name in ("json_file", "predictions")}, values["data"])
-
-
-def _write_eval(result: Any, values: Values) -> None:
-    if path := values["predictions"]:
-        with writing("--predictions", path):
-            result.write_predictions(path)
-    if path := values["json_file"]:
-        with writing("--json-file", path):
-            Path(path).write_text(result.to_json(), encoding="utf-8")
-
-
 def _verified(facts: Any, values: Values) -> Shown:
-    from sparsight.cli import tables
-
-    return facts, tables.verify_lines(facts), not facts["differences"]
+    return (*_print("tables.verify_lines")(facts, values)[:2], not facts["differences"])
 
 
 def _print(where: str) -> Callable[[Any, Values], Shown]:
@@ -332,6 +318,19 @@ def _cost(estimate: Any) -> Shown:
     return facts, tables.cost_tables(facts), True
 
 
+def _dry_run(verb: str, check: Callable[[Values], None] = lambda values: None) -> Callable[[Values], Shown | None]:
+    def instead(values: Values) -> Shown | None:
+        check(values)
+        if (count := values.pop("dry_run")) is None:
+            return None
+        from sparsight.cli.dry_run import dry_run
+
+        return dry_run(verb, values, count)
+
+    return instead
+
+
+DRY_RUN = Extra("dry_run", "Show so many samples as the model gets them, sizes, steps and cost, and stop.", int, None)
 LAYERS = Extra("layers", "List every layer by name.")
 COUNT = Extra("count", "Count zeros, which reads all weights. [default: those on record, or of a small model]")
 COST = Extra("cost", "FLOPs, bytes and peak memory of every stage instead; no weight is read.")
@@ -343,9 +342,9 @@ EVAL_FILES = (
 COMMANDS: dict[str, Command] = {
     "inspect": Command("inspect", _inspected, (LAYERS, COUNT), quiet=False),
     "plan": Command("plan", _planned, (LAYERS, COST), _plan_cost, _cost_parameters),
-    "prune": Command("prune", _pruned),
-    "restore": Command("restore", _restored),
-    "eval": Command("evaluate", _evaluated, EVAL_FILES, _check_eval, after=_write_eval),
+    "prune": Command("prune", _pruned, (DRY_RUN,), _dry_run("prune")),
+    "restore": Command("restore", _restored, (DRY_RUN,), _dry_run("restore")),
+    "eval": Command("evaluate", _evaluated, (*EVAL_FILES, DRY_RUN), _dry_run("evaluate", check_eval), after=write_eval),
     "verify": Command("verify", _verified, quiet=False),
     "ask": Command("ask", _print("looks.answers_table"), quiet=False),
     "diff": Command("diff", _print("looks.diff_tables"), (LAYERS,), quiet=False),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsight.cli.flags import flag
 from sparsight.errors import SparsightError
 
 
@@ -33,6 +34,21 @@ def check_files(files: Mapping[str, str | None], data: str | None) -> None:
             if other := taken.get(target):
                 raise SparsightError(f"{option}: {path} is the file of {other}, too; give each a file of its own")
             taken[target] = option
+
+
+def check_eval(values: Mapping[str, Any]) -> None:
+    """Refuse, by a `SparsightError`, the files that `eval` could not write."""
+    check_files({flag(name): values[name] for name in ("json_file", "predictions")}, values["data"])
+
+
+def write_eval(result: Any, values: Mapping[str, Any]) -> None:
+    """Write the files of `eval`. **Raises** `SparsightError` for one that cannot be written."""
+    if path := values["predictions"]:
+        with writing("--predictions", path):
+            result.write_predictions(path)
+    if path := values["json_file"]:
+        with writing("--json-file", path):
+            Path(path).write_text(result.to_json(), encoding="utf-8")
 
 
 @contextlib.contextmanager

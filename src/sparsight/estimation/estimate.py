@@ -67,6 +67,7 @@ def estimate(
 ) -> Estimate:
     """Estimate FLOPs, bytes and peak memory of load, prune, restore and evaluate; see `sparsight.estimate`.
 
+    `data` may be a list of samples.
     `evaluate.samples` None means all of the data, or as many as prune takes; `steps` None one pass over the data, or 100.
     **Raises** `SparsightError` for a method, policy or adapter of unknown cost.
     """
@@ -79,7 +80,8 @@ def estimate(
     planned_budget(prune.pattern, prune.sparsity, policy)
     check_restore(restore)
     family = family_of(read_record(model), prune.family)
-    samples = example_samples() if data is None else list(read_with(data, prune))
+    listed = isinstance(data, list)
+    samples = example_samples() if data is None else data if listed else list(read_with(data, prune))
     hollow = open_hollow(str(model), prune.dtype)
     processor = load_processor(model)
     body = anatomy(hollow, family)
