@@ -271,7 +271,7 @@ BAD_RESTORE = {
     "rank component": (["--rank", "text=4"], ["unknown component 'text'"]),
     "kl": (["--kl", "2"], ["--kl: 2"]),
     "lr": (["--lr", "-1"], ["--lr: -1"]),
-    "steps": (["--steps", "0"], ["--steps: 0"]),
+    "steps": (["--steps", "-1"], ["--steps: -1"]),
     "scheduler": (["--scheduler", "cosin"], ["did you mean cosine?"]),
     "teacher": (["--teacher", "./nowhere"], ["nowhere", "no such folder"]),
     "teacher mode": (["--teacher-mode", "cache"], ["--teacher-mode", "did you mean cached?"]),

@@ -186,6 +186,26 @@ def _shapes(**other):
     return Shapes(**given | other)
 
 
+def test_pruning_block_by_block_by_hand():
+    """One block and what is outside in place of all weights; parked batches on the disk, but for one."""
+    shapes = _shapes(blocks={"block": 600, "other": 300}, outside=90)
+    whole = prune(shapes, Work(samples=20, batch_size=8))
+    stage = prune(shapes, Work(samples=20, batch_size=8, streamed=True))
+    kept = {name: size for name, size in whole.memory.items() if name != "weights"}
+    assert stage.memory == {"base": 20, "outside the blocks": 90, "the block": 600} | {
+        k: kept[k] for k in kept if k != "base"
+    }
+    assert stage.flops == whole.flops
+    assert stage.disk == whole.disk
+    for how in ({"park": "always"}, {"free": 1199}):
+        parked = prune(shapes, Work(samples=20, batch_size=8, streamed=True, **how))
+        assert parked.memory["paused activations"] == 100
+        assert parked.memory["batches"] == 7
+        assert parked.disk["parked"] == 300 + 21
+    for how in ({"park": "never", "free": 1}, {"free": 1200}):
+        assert prune(shapes, Work(samples=20, batch_size=8, streamed=True, **how)) == stage
+
+
 def test_pruning_by_hand():
     stage = prune(_shapes(), Work(samples=20, batch_size=8))
     assert stage.flops == {"forwards": 3 * (700 + 4000), "errors": 3 * 4000, "check": 3 * 5000}
@@ -337,7 +357,7 @@ BAD = {
     "policy": (["--policy", "owl"], ["--policy", "owl", "uniform"]),
     "propagate": (["--propagate", "blocks"], ["--propagate", "did you mean block?"]),
     "teacher mode": (["--teacher-mode", "cache"], ["--teacher-mode", "did you mean cached?"]),
-    "steps": (["--steps", "0"], ["--steps: 0", "at least 1"]),
+    "steps": (["--steps", "-1"], ["--steps: -1", "at least 0"]),
     "batch": (["--restore-batch-size", "0"], ["--restore-batch-size: 0", "at least 1"]),
     "device": (["--device", "cuda"], ["--device", "on the CPU", "leave it out"]),
     "layers": (["--layers"], ["--layers", "leave one of the two out"]),

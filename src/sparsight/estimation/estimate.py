@@ -64,8 +64,11 @@ def estimate(
     *,
     data: Any = None,
     timed: bool = True,
+    streamed: bool = True,
 ) -> Estimate:
     """Estimate FLOPs, bytes and peak memory of load, prune, restore and evaluate; see `sparsight.estimate`.
+
+    `streamed`: pruning holds one block at a time where method and policy can do with it, as between folders.
 
     `data` may be a list of samples.
     `evaluate.samples` None means all of the data, or as many as prune takes; `steps` None one pass over the data, or 100.

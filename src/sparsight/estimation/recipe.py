@@ -63,7 +63,9 @@ def estimate_recipe(
             kind = repr((facts, restore.facts()))
             if kind not in estimates:
                 prune = replace(cell.prune, policy=cell.policy)
-                made = estimate(settings["model"], prune, restore, evaluate, data=settings["data"], timed=timed)
+                made = estimate(
+                    settings["model"], prune, restore, evaluate, data=settings["data"], timed=timed, streamed=False
+                )
                 estimates[kind] = cell, made
             stage = estimates[kind][1]
             total["restore"] += stage["restore"].work if cell.restore is not None else 0

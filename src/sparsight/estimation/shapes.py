@@ -61,11 +61,15 @@ def gather_shapes(
     teacher, step = _training(model, body, plan, learned, encoder, work, restore)
     head = model.get_output_embeddings().weight
     tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    sizes = {block.name: sum(p.nbytes for p in block.module.parameters()) for block in body.blocks}
+    table = model.get_input_embeddings().weight
+    untouched = 0 if table is head else table.nbytes
     shapes = Shapes(
         weights=sum(tensors.values()), size=head.element_size(), layers=layers, base=base, walk=walked, stops=tuple(stops),
         calibration=_bytes(calibration.inputs), step=step, teacher=teacher, step_inputs=_bytes(learned.inputs),
         answers=_answers(learned, encoder), width=head.shape[1], vocabulary=head.shape[0], prompt=prompt, token=token,
         right=right, right_answers=_answers(questions, encoder), asked_inputs=_bytes(questions.inputs),
+        blocks=sizes, outside=sum(tensors.values()) - sum(sizes.values()) - untouched,
     )  # fmt: skip
     return shapes, _tokens(calibration, layers, encoder)
 

@@ -9,12 +9,14 @@ batch brings to a layer of shape (out, in), k kinds of tokens summed apart (2 wh
 
 * `base`: interpreter and libraries, measured and not computed; all terms are on top of it.
 * `weights`: every parameter and buffer once. Files are mapped into memory, so they come in as they are touched.
-* prune: the FLOPs of the walk are N (outside the blocks + 2 blocks) with `block` and `dense`, which run a block once to
-  observe, once to walk on, N (outside + blocks) with `layer`; a Gram matrix takes T in (in + 256) per batch, being half of
-  it, its factor in^3 (Cholesky 1/3, inverse by halves 2/3), SparseGPT's sweep out in^2, swaps 2 out in^2 to begin with
-  (the exchanges are no products), PCG as much in each of the 64 iterations that the demo models' layers took on average
-  (at most 100). Three forwards of one batch come first, which compare a walk with a plain forward. Paused are
-  N max_i held_i bytes.
+* prune: of a folder one block is in memory beside what lies outside the blocks, of which an embedding's table is touched
+  in a few rows only; of a model in memory, and where method or policy need it, the whole. Activations that would take more
+  than a quarter of the free memory are parked: those of one batch then stay. The FLOPs of the walk are N (outside the
+  blocks + 2 blocks) with `block` and `dense`, which run a block once to observe, once to walk on, N (outside + blocks)
+  with `layer`; a Gram matrix takes T in (in + 256) per batch, being half of it, its factor in^3 (Cholesky 1/3, inverse by
+  halves 2/3), SparseGPT's sweep out in^2, swaps 2 out in^2 to begin with (the exchanges are no products), PCG as much in
+  each of the 64 iterations that the demo models' layers took on average (at most 100). Three forwards of one batch come
+  first, which compare a walk with a plain forward. Paused are N max_i held_i bytes.
 * restore: a step is `accumulate` batches, each one forward and backward of the student (traced; adapted layers make their
   effective weight twice and project its gradient once, 8 r out in beside the three products) and, where the teacher is
   not cached, one forward. Beside the weights: P/8 bytes of masks, 16 per trained number (itself, gradient, two moments).
@@ -31,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparsight.calibration.moments import ERROR_ROWS
+from sparsight.calibration.park import SHARE
 from sparsight.calibration.sums import PANEL
 from sparsight.cost import Cost
 from sparsight.estimation.trace import Pass, Step, Stop
@@ -58,6 +61,9 @@ class Work:
     eval_batch: int = 32
     max_new_tokens: int = 32
     beams: int = 1
+    streamed: bool = False  # pruning holds one block at a time
+    park: str = "auto"
+    free: int = 2**63  # bytes of memory that are free
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ class Shapes:
     right: Pass  # the logits of right answers
     right_answers: int
     asked_inputs: int
+    blocks: Mapping[str, int] = field(default_factory=dict)  # bytes by block
+    outside: int = 0  # bytes outside the blocks that are touched
 
 
 @dataclass(frozen=True)
@@ -155,22 +163,40 @@ def prune(model: Shapes, work: Work) -> Stage:
     """The walk, stop by stop, and the writing after it."""
     batches = math.ceil(work.samples / work.batch_size)
     moments: dict[str, dict[str, int]] = {}
+    parked = 0
     for i, stop in enumerate(model.stops):
         later = model.stops[i + 1].held if i + 1 < len(model.stops) else 0
         layers = [x for x in model.layers if stop.name in (x.block, x.name)]
+        waiting = batches * max(stop.held, later)
+        if work.streamed and _parks(waiting, work):
+            parked = max(parked, waiting + batches * model.calibration)
+        kept = 1 if parked else batches
         # with `layer` the inputs of a stop are kept until the next other ones, so that q, k and v share their moments
         targets = 0 if work.propagate == "layer" else (min(ERROR_BATCHES, batches) + 1) * stop.output
         moments[stop.name] = {
-            **_held(model, "prune"),
-            "batches": batches * model.calibration,
-            "paused activations": batches * max(stop.held, later),
+            **_walked(model, layers[0].block if layers else stop.name, work),
+            "batches": kept * model.calibration,
+            "paused activations": kept * max(stop.held, later),
             "block outputs": targets,
             "moments": _moments(layers, work, model.size),
             "running": max(stop.extra, max((_pruning(x, work, model.size) for x in layers), default=0)),
         }
-    moments["writing"] = _held(model, "prune")
-    written = {"model": model.weights, "packed": packed_bytes(model)}
+    largest = max(model.blocks, key=lambda name: model.blocks[name], default="")
+    moments["writing"] = _walked(model, largest, work)
+    written = {"model": model.weights, "packed": packed_bytes(model)} | ({"parked": parked} if parked else {})
     return _worst("prune", moments, prune_flops(model, work, batches), written)
+
+
+def _walked(model: Shapes, block: str, work: Work) -> dict[str, int]:
+    """What is there of the model at a stop in a block."""
+    if not work.streamed:
+        return _held(model, "prune")
+    return {"base": model.base["prune"], "outside the blocks": model.outside, "the block": model.blocks.get(block, 0)}
+
+
+def _parks(waiting: int, work: Work) -> bool:
+    """Whether paused batches go into files."""
+    return work.park == "always" or (work.park == "auto" and waiting > SHARE * work.free)
 
 
 def _moments(layers: Sequence[LayerShape], work: Work, size: int) -> int:
