@@ -152,7 +152,7 @@ def _layers(
 def _generation(model: Any, body: Anatomy, encoder: Encoder, samples: Sequence[Sample]) -> tuple[trace.Pass, trace.Pass]:
     """The prompts of a batch, and one more token of each row; of the latter `peak` holds the FLOPs that every token in the
     cache adds to each later token."""
-    inputs: dict[str, Any] = encoder.prompts(samples)
+    inputs: dict[str, Any] = {key: tensor for key, tensor in encoder.prompts(samples).items() if key != "labels"}
     text, rows, options = model.config.get_text_config(), len(samples), {"use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1  # type: ignore[assignment]
