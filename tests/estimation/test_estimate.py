@@ -287,6 +287,7 @@ def test_every_stage_of_a_family(name, zoo_folder, scenes, no_child):
     model = hf.AutoModelForImageTextToText.from_pretrained(zoo_folder(name))
     tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     assert found["load"].memory["weights"] == sum(tensors.values())
+    assert 0 < found["prune"].memory["the block"] < sum(tensors.values()) / 2
     checkpointed = {"batch_size": 2, "gradient_checkpointing": True}
     less = estimate(zoo_folder(name), data=scenes, restore=checkpointed, **few)
     saved = "saved for backward"

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sparsight.allocation.plan import POLICIES, find_policy, make_plan, planned_budget
 from sparsight.checkpoint.folder import family_of, read_record
 from sparsight.checks import name_of
@@ -108,6 +110,9 @@ def estimate(
         eval_batch=evaluate.batch_size,
         max_new_tokens=evaluate.max_new_tokens or NEW_TOKENS,
         beams=evaluate.beams or 1,
+        streamed=streamed and "gradient" not in composition.needs and not find_policy(policy).whole,
+        park=prune.park,
+        free=psutil.virtual_memory().available,
     )
     base = machine.measured_base(str(model), hollow.dtype)
     shapes, tokens = gather_shapes(hollow, processor, body, plan, samples, work, restore, base)
