@@ -86,10 +86,11 @@ def load_model(
         raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
 
 
-def check_loaded(where: str, model: Any, info: Mapping[str, Any], dtype: Any, device: str) -> None:
+def check_loaded(where: str, model: Any, info: Mapping[str, Any], dtype: Any, device: str | None) -> None:
     """Refuse a model whose files are not those that its configuration asks for, by the loading report of transformers.
 
-    Tensors that it does not use, and dtypes that a user may not expect, are said in one line. **Raises** `SparsightError`.
+    Tensors that it does not use, and dtypes that a user may not expect, are said in one line; so is a dtype that is slow on
+    the `device` that the model will run on. **Raises** `SparsightError`.
     """
     if misfits := sorted(info["mismatched_keys"]):
         key, stored, expected = misfits[0]
@@ -111,7 +112,8 @@ def check_loaded(where: str, model: Any, info: Mapping[str, Any], dtype: Any, de
             Notice,
             stacklevel=3,
         )
-    if dtype == "auto" and torch.device(device).type == "cpu" and (note := slow_dtype(model)):
+    on_cpu = device is not None and torch.device(device).type == "cpu"
+    if dtype == "auto" and on_cpu and (note := slow_dtype(model)):
         warnings.warn(note, Notice, stacklevel=3)
 
 

@@ -34,9 +34,11 @@ class Unfit(Exception):
 
 
 def load_skeleton(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = "cpu"
 ) -> tuple[Any, Shards]:  # fmt: skip
     """The model of a folder or hub name without weights, in eval mode, and its files; buffers are on `device`.
+
+    `device` None: the model will not run.
 
     **Raises** `SparsightError` as `load_model` does, and `Unfit` where transformers gives no model without weights.
     """
@@ -65,7 +67,7 @@ def load_skeleton(
     model.config.name_or_path = model.name_or_path = where
     _tie(model, shards)
     try:
-        _compute_buffers(model, device)
+        _compute_buffers(model, device or "cpu")
         if model.can_generate():
             model.generation_config = _read_generation_config(where)
     except AttributeError as error:

@@ -43,12 +43,20 @@ class Stream:
     """
 
     def __init__(
-        self, path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", family: Family | None = None
+        self,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = "cpu",
+        family: Family | None = None,
     ) -> None:
-        """**Raises** `SparsightError` as `load_model` and `anatomy` do, and `Unfit` for a model that cannot be in parts."""
+        """`device` None: the model will not run.
+
+        **Raises** `SparsightError` as `load_model` and `anatomy` do, and `Unfit` for a model that cannot be in parts.
+        """
         if LACKS:
             raise Unfit(LACKS)
-        self.device = torch.device(device)
+        self.device = torch.device(device or "cpu")
         self.model, self.shards = load_skeleton(path, dtype=dtype, device=device)
         self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
@@ -194,6 +202,6 @@ def open_anatomy(path: str | Path, family: Family | None = None, *, dtype: str |
     **Raises** `SparsightError` as `load_model` and `anatomy` do.
     """
     try:
-        return Stream(path, dtype=dtype, family=family).anatomy
+        return Stream(path, dtype=dtype, device=None, family=family).anatomy
     except Unfit:
         return anatomy(load_model(path, dtype=dtype), family)
