@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -249,6 +250,23 @@ def test_auto_parks_where_memory_is_short(zoo_folder, scenes, tmp_path, monkeypa
     api.prune(zoo_folder("llava"), tmp_path / "short", data=scenes, **FEW)
     assert made[-1].moved > 0
     assert digest(tmp_path / "plenty") == digest(tmp_path / "short")
+
+
+def test_a_file_system_that_takes_no_space_beforehand(zoo_folder, tmp_path, monkeypatch):
+    api.prune(zoo_folder("llava"), tmp_path / "one", method="magnitude")
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    api.prune(zoo_folder("llava"), tmp_path / "other", method="magnitude")
+    assert digest(tmp_path / "one") == digest(tmp_path / "other")
+
+
+def test_a_model_in_memory_is_not_parked(zoo_folder, scenes):
+    model, processor = load(zoo_folder("llava"))
+    with pytest.raises(SparsightError, match="`park`: puts files beside the output"):
+        api.prune(model, data=scenes, processor=processor, park="always")
 
 
 def test_the_record_says_what_was_done(zoo_folder, scenes, tmp_path):

@@ -6,6 +6,7 @@ is met at the start, and every tensor its place.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -151,9 +152,13 @@ def _text(header: Header) -> bytes:
 
 def _take_space(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS, Windows
-        os.truncate(descriptor, size)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not of this file system
+                raise
+    os.truncate(descriptor, size)  # macOS and Windows, too
 
 
 def _write(descriptor: int, tensor: torch.Tensor, place: int) -> None:

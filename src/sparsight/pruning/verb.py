@@ -96,9 +96,12 @@ def prune_model(
 ) -> PruneRecord:
     """Prune a model in memory, in place; return the measurements and the plan.
 
-    `data` holds batches of the user's own, or samples for the model's `processor`.
+    `data` holds batches of the user's own, or samples for the model's `processor`. **Raises** `SparsightError` as
+    `sparsight.prune` does.
     """
     composition, policy = check_prune(spec, data)
+    if spec.park != PruneSpec().park:
+        raise SparsightError("`park`: puts files beside the output of a folder, and this model is in memory; leave it out")
     family = family_of(None, spec.family)
     with enough_memory(spec):
         _, _, ready, skipped = with_batches(model, data, spec, processor)
