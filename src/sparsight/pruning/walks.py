@@ -28,7 +28,7 @@ from sparsight.pruning.record import add_to
 from sparsight.pruning.streamed import StreamJournal
 from sparsight.pruning.work import Work, ratio
 
-BEGINS = "begins"  # the last word of a stop in front of a block
+BEGINS = " begins"  # ends the name of a stop in front of a block; no layer has a space in its name
 ERROR_BATCHES = 4  # batches a block's output error is measured on
 
 
@@ -176,7 +176,7 @@ class LayerWalk:
             return [stop for stops in of_block.values() for stop in stops]
         stops: list[tuple[str, nn.Module]] = []
         for block in self.work.blocks:
-            stops += [(f"{block.name} {BEGINS}", block.module), *of_block.get(block.name, ())]
+            stops += [(f"{block.name}{BEGINS}", block.module), *of_block.get(block.name, ())]
         return stops
 
     def visit(self, name: str, module: nn.Module, calls: Mapping[int, Call]) -> None:
