@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,13 @@ def pruning_rows(record: Any, body: Any) -> list[dict[str, float]]:
 
 
 def report(
-    trackers: Sequence[str], folder: Path, name: str, recipe: Mapping[str, Any], rows: Sequence[Mapping[str, float]]
+    trackers: Sequence[str],
+    folder: Path,
+    name: str,
+    recipe: Mapping[str, Any],
+    rows: Callable[[], Sequence[Mapping[str, float]]],
 ) -> None:
-    """Tell trackers of work that is done: the recipe, and one row of values per step.
+    """Tell trackers of work that is done: the recipe, and one row of values per step; without trackers nothing is asked for.
 
     A tracker that fails costs a notice and nothing else.
     """
@@ -100,7 +104,7 @@ def report(
         handler = CallbackHandler(callbacks, None, None, None, None)
         state, control = TrainerState(), TrainerControl()
         handler.on_train_begin(arguments, state, control)
-        for step, row in enumerate(rows):
+        for step, row in enumerate(rows()):
             state.global_step = step
             handler.on_log(arguments, state, control, dict(row))
         handler.on_train_end(arguments, state, control)

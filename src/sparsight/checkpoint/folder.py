@@ -29,7 +29,7 @@ from sparsight.errors import NotWritten, SparsightError, first_line
 from sparsight.files import make_beside, read_json, set_modes
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.masks.pattern import Pattern
-from sparsight.model.anatomy import Anatomy, anatomy
+from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import quiet
 from sparsight.packing.shards import SINGLE
@@ -161,8 +161,13 @@ def identity(model: str | Path | None) -> str | None:
 
 def plan_of_zeros(anatomy: Anatomy) -> dict[str, Pattern]:
     """The plan of a model without a record, read from the zeros of its sparse layers."""
-    layers = [layer for layer in anatomy.layers if layer.sparse]
-    return {layer.name: Pattern("tensor", int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
+    plan = {}
+    for layer in anatomy.layers:
+        W = layer.weight
+        zeros = W.numel() - int(torch.count_nonzero(W))
+        if zeros >= SPARSE_FROM * W.numel():
+            plan[layer.name] = Pattern("tensor", zeros / W.numel())
+    return plan
 
 
 def read_plan(record: Mapping[str, Any] | None) -> dict[str, Pattern]:

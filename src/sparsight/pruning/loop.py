@@ -65,6 +65,7 @@ def prune(
     progress: Progress | None = None,
     park: Park | None = None,
     teacher: tuple[nn.Module, Anatomy] | None = None,
+    finite: bool = False,
     **options: Any,
 ) -> PruneRecord:
     """Prune `model` in place as `plan` says.
@@ -74,7 +75,7 @@ def prune(
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
     blocks are measured. `original` has the dense model's values of parameters that differ already and are not pruned, for
     the targets of reconstruction. `park` takes paused activations; `teacher` is a dense model of the
-    same blocks, whose outputs are the targets. `progress(stop, done, all)` is called per stop.
+    same blocks, whose outputs are the targets. `finite`: the weights were looked at already. `progress(stop, done, all)` is called per stop.
 
     Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
     layers; all end with the weights of a single process, bit for bit (with as many threads).
@@ -94,9 +95,8 @@ def prune(
             f"`dense_targets`: experts, as {experts[0].name}, may see other tokens in the dense model; leave this out, "
             "or the experts with `ignore`"
         )
-    for layer in work.layers:
-        if not torch.isfinite(layer.weight).all():
-            raise SparsightError(f"{layer.name}: the weights hold NaN or infinity; nothing was pruned")
+    for layer in [] if finite else work.layers:
+        check_finite(layer.name, layer.weight)
     if cache:
         prune_from_cache(work, cache)
     elif batches:
@@ -128,6 +128,12 @@ def prune(
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(device_of(model))
     return work.record
+
+
+def check_finite(name: str, W: torch.Tensor) -> None:
+    """Refuse the weights of a layer, by a `SparsightError`, if they hold NaN or infinity."""
+    if not torch.isfinite(W).all():
+        raise SparsightError(f"{name}: the weights hold NaN or infinity; nothing was pruned")
 
 
 def prune_from_cache(work: Work, cache: MomentCache) -> None:

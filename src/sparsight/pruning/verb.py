@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sparsight import distributed
 from sparsight.allocation.plan import Plan, PlannedModel, find_policy, make_plan, planned_budget
@@ -18,7 +21,6 @@ from sparsight.checkpoint.folder import (
     check_output,
     family_of,
     identity,
-    plan_of_zeros,
     read_plan,
     read_recipe,
     read_record,
@@ -34,14 +36,14 @@ from sparsight.data.own_batches import as_batches, as_samples, check_labels, che
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
-from sparsight.model.anatomy import Anatomy, anatomy
+from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
 from sparsight.model.load import check_device
 from sparsight.model.skeleton import device_of
 from sparsight.model.source import NO_PROCESSOR
 from sparsight.model.stream import open_anatomy
 from sparsight.progress import Progress
 from sparsight.pruning.compose import Composition, check_processes, compose_spec, describe, policy_of
-from sparsight.pruning.loop import check_walk, prune
+from sparsight.pruning.loop import check_finite, check_walk, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.way import open_way
 from sparsight.specs import PlanSpec, PruneSpec
@@ -112,7 +114,7 @@ def prune_model(
         record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
     record.plan, record.method = record.pruned(plan), describe(spec)
     record.skipped_samples = skipped
-    report(spec.report_to, Path(), "prune", {"prune": spec.facts()}, pruning_rows(record, body))
+    report(spec.report_to, Path(), "prune", {"prune": spec.facts()}, partial(pruning_rows, record, body))
     return record
 
 
@@ -158,13 +160,14 @@ def prune_folder(
             settings["fingerprint"] = samples.fingerprint
         check_walk(network, body, ready, park)
         plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
-        before = {**plan_of_zeros(body), **zeros_of(body, read_plan(earlier))}
+        before = survey(body, plan, read_plan(earlier))
         ours = unfinished(target, {**settings, "files": identity(model)}, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
         journal = way.journal(folder, composition)
         record = prune(
-            network, body, plan, ready, method=composition, seed=spec.seed, journal=journal, progress=progress, park=park
+            network, body, plan, ready, method=composition, seed=spec.seed, journal=journal, progress=progress, park=park,
+            finite=True,
         )  # fmt: skip
         journal.finish()
         record.skipped_samples, record.data = skipped, {} if samples is None else samples.facts
@@ -187,7 +190,7 @@ def prune_folder(
             )
             with atomic_folder(target, overwrite) as new:
                 write_model(network, processor, written, new, journal.files)
-                report(spec.report_to, new, target.name, recipe, pruning_rows(record, body))
+                report(spec.report_to, new, target.name, recipe, partial(pruning_rows, record, body))
             return written
 
         written = distributed.on_main(write)
@@ -195,9 +198,22 @@ def prune_folder(
     return written
 
 
-def zeros_of(body: Anatomy, plan: Mapping[str, Pattern]) -> dict[str, Pattern]:
-    """The part of an earlier plan of which the layers still hold zeros."""
-    return {name: pattern for name, pattern in plan.items() if (body[name].weight == 0).any()}
+def survey(body: Anatomy, plan: Plan, recorded: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    """The patterns of the zeros that layers hold already: the recorded ones, where any zero is left, or what is counted.
+
+    Reads every weight once. **Raises** `SparsightError` for NaN or infinity in a layer of the plan.
+    """
+    before = {}
+    for layer in body.layers:
+        W = layer.weight
+        if layer.name in plan:
+            check_finite(layer.name, W)
+        zeros = W.numel() - int(torch.count_nonzero(W))
+        if zeros and layer.name in recorded:
+            before[layer.name] = recorded[layer.name]
+        elif zeros >= SPARSE_FROM * W.numel():
+            before[layer.name] = Pattern("tensor", zeros / W.numel())
+    return before
 
 
 def plan_by(
