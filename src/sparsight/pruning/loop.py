@@ -75,7 +75,8 @@ def prune(
     filled from the same model and batches, nothing is run: the weights are those of `propagate="dense"`, and no errors of
     blocks are measured. `original` has the dense model's values of parameters that differ already and are not pruned, for
     the targets of reconstruction. `park` takes paused activations; `teacher` is a dense model of the
-    same blocks, whose outputs are the targets. `finite`: the weights were looked at already. `progress(stop, done, all)` is called per stop.
+    same blocks, whose outputs are the targets. `finite`: the weights were looked at already.
+    `progress(stop, done, all)` is called per stop.
 
     Every one of several processes gets the same model and all batches, walks its share of them and prunes its share of the
     layers; all end with the weights of a single process, bit for bit (with as many threads).
