@@ -172,3 +172,23 @@ def test_outputs_that_cannot_be_folders(tmp_path):
     for out, says in ((tmp_path / "file" / "out", "is a file"), (tmp_path / ("x" * 300), "cannot be a folder")):
         with pytest.raises(SparsightError, match=says):
             check_output(out)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+def test_a_link_is_followed(zoo_folder, tmp_path, there):
+    (far := tmp_path / "disk" / "out").mkdir(parents=True)
+    if not there:
+        far.rmdir()
+    (link := tmp_path / "link").symlink_to(far, target_is_directory=True)
+    api.prune(zoo_folder("llava"), link, sparsity=0.5, method="magnitude")
+    assert link.is_symlink()
+    assert api.verify(far)["differences"] == {}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
+    assert [p.name for p in far.parent.iterdir()] == ["out"]
+
+
+def test_a_loop_of_links(zoo_folder, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SparsightError, match="loop: cannot be "):
+        api.prune(zoo_folder("llava"), tmp_path / "loop", sparsity=0.5, method="magnitude")
+    assert [p.name for p in tmp_path.iterdir()] == ["loop"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llava.modeling_llava import LlavaModel
 
 from sparsight import SparsightError, api
 from sparsight.calibration import park
@@ -275,3 +276,19 @@ def test_the_record_says_what_was_done(zoo_folder, scenes, tmp_path):
     assert api.verify(tmp_path / "out")["differences"] == {}
     assert OUTSIDE not in json.loads((tmp_path / "out" / "metrics.json").read_text())["prune"]["block_errors"]
     assert torch.isfinite(load(tmp_path / "out")[0].get_input_embeddings().weight).all()
+
+
+def test_a_forward_that_goes_back_to_earlier_blocks(zoo_folder, scenes, tmp_path, monkeypatch):
+    """Image by image: the connector is left for the vision tower while its last layer is pruned and not yet written."""
+    whole = LlavaModel.get_image_features
+
+    def each(self, pixel_values=None, **others):
+        outputs = [whole(self, pixel_values=image[None], **others) for image in pixel_values]
+        outputs[0].pooler_output = [features for output in outputs for features in output.pooler_output]
+        return outputs[0]
+
+    monkeypatch.setattr(LlavaModel, "get_image_features", each)
+    how = {"sparsity": "vision=0.5,connector=0.5,language=0.5", "propagate": "layer"}
+    expected = in_memory(zoo_folder("llava"), tmp_path / "whole", scenes, how)
+    assert streamed(zoo_folder("llava"), tmp_path / "parts", scenes, how) == expected
+    assert_same(tmp_path / "whole", tmp_path / "parts")

@@ -194,9 +194,13 @@ def family_of(record: Mapping[str, Any] | None, family: str | None = None) -> Fa
 
 
 def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:
-    """Refuse, by a `SparsightError`, an output folder that would lose something, as one of the `inputs`; touch nothing."""
+    """The output folder, where a link leads to; touches nothing.
+
+    **Raises** `SparsightError` for one that would lose something, as one of the `inputs`.
+    """
     out = Path(folder)
     try:
+        out = Path(os.path.realpath(out)) if out.is_symlink() else out
         if out.is_file():
             raise SparsightError(f"{out}: is a file; give a folder to write to")
         blocking = next((parent for parent in out.parents if parent.is_file()), None)
@@ -212,8 +216,9 @@ def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[s
                 raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add `overwrite`")
             if not (out / "config.json").is_file():
                 raise SparsightError(f"{out}: is not a model folder, so `overwrite` does not delete it; choose another")
-    except OSError as error:
-        raise SparsightError(f"{str(out)[:80]}: cannot be a folder ({error.strerror}); choose another") from error
+    except (OSError, RuntimeError) as error:  # a loop of links is the latter
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise SparsightError(f"{str(out)[:80]}: cannot be a folder ({reason}); choose another") from error
     return out
 
 

@@ -39,7 +39,8 @@ class Stream:
     """A model in parts: its blocks by name, and `OUTSIDE`.
 
     `model` is on the meta device but for the part that was brought last; `anatomy` brings a block where a weight of one of
-    its layers is asked for. `sources` may give another reader for a block, as for one that is pruned already.
+    its layers is asked for. `sources` may give another reader for a block, as for one that is pruned already. Changes of the
+    block `keep` are kept in memory where it must go before they are written.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Stream:
         self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
         self.sources: dict[str, Callable[[], Tensors]] = {}
+        self.keep: str | None = None
         self._modules = {block.name: block.module for block in self.anatomy.blocks}
 
     def _watch(self, whole: Anatomy) -> Anatomy:
@@ -118,9 +120,12 @@ class Stream:
         self.here = part
 
     def drop(self) -> None:
-        """Let the block in memory go; what was changed in it is lost."""
+        """Let the block in memory go; what was changed in it is lost, but in `keep`."""
         if self.here is None:
             return
+        if self.here == self.keep:  # a forward may go back to earlier blocks, as for a second image
+            kept = self.state(self.here, {*self._names[self.here]})
+            self.sources[self.here] = lambda: dict(kept)
         self._put(self._empty[self.here])
         self.here = None
         give_back_memory()

@@ -70,16 +70,18 @@ class StreamJournal:
         block = layers[0].block
         if self._open not in (None, block):
             self.close()
-        self._open = block
+        self._open = self.stream.keep = block
         self._facts.setdefault(block, {})[stop] = facts
         if stop == block:
             self.close()
 
     def close(self) -> None:
-        """Write the block of which stops are over; it must be in memory."""
+        """Write the block of which stops are over."""
         block, self._open = self._open, None
         if block is None:
             return
+        self.stream.bring(block)
+        self.stream.keep = None
         distributed.on_main(partial(self._write, block))
         self.done.add(block)
         if not self.dense:
