@@ -35,6 +35,15 @@ def parents(path: Path) -> Iterator[None]:
         raise
 
 
+def check_unfinished(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse, by a `SparsightError`, to go on with work that is not there, and to begin anew where some is."""
+    folder = out.with_name(out.name + ".unfinished")
+    if resume and not (folder / SETTINGS).is_file():
+        raise SparsightError(f"`resume`: there is no interrupted work in {folder}; leave `resume` out to start")
+    if folder.exists() and not resume and not overwrite:
+        raise SparsightError(f"{folder}: holds interrupted work; go on with `resume`, or start over with `overwrite`")
+
+
 @contextlib.contextmanager
 def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
     """Yield the folder for intermediate results; it is deleted once the block ends without an error.
@@ -47,10 +56,9 @@ def unfinished(out: Path, settings: Mapping[str, Any], *, resume: bool = False, 
     """
     folder = out.with_name(out.name + ".unfinished")
     plain = json.loads(json.dumps(settings, default=str))
+    check_unfinished(out, resume, overwrite)
     if resume:
         _check(folder, plain)
-    elif folder.exists() and not overwrite:
-        raise SparsightError(f"{folder}: holds interrupted work; go on with `resume`, or start over with `overwrite`")
     goes_on = f"what was done is in {folder}: the same command with `resume` goes on from there"
     try:
         with parents(folder):
@@ -111,10 +119,7 @@ def _empty(path: Path) -> bool:
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a folder without settings, or with others than these."""
-    path = folder / SETTINGS
-    if not path.is_file():
-        raise SparsightError(f"`resume`: there is no interrupted work in {folder}; leave `resume` out to start")
-    stored = read_json(path, "start over with `overwrite` in place of `resume`")
+    stored = read_json(folder / SETTINGS, "start over with `overwrite` in place of `resume`")
     for key in {**stored, **settings}:
         if stored.get(key) != settings.get(key):
             error = SparsightError(

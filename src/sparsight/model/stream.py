@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sparsight.errors import first_line
-from sparsight.memory import give_back_memory
+from sparsight.errors import SparsightError, first_line
+from sparsight.memory import give_back_memory, is_out_of_memory
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import load_model, quiet
@@ -111,12 +111,18 @@ class Stream:
         return parts
 
     def bring(self, part: str) -> None:
-        """Load a block, unless it is the one in memory, and let the earlier one go."""
+        """Load a block, unless it is the one in memory, and let the earlier one go.
+
+        **Raises** `SparsightError` for files that have changed since they were opened.
+        """
         if part == self.here or part not in self._modules:
             return
         self.drop()
         self._empty  # noqa: B018  made once, of the model without data
-        self._load(part)
+        try:
+            self._load(part)
+        except Unfit as error:
+            raise SparsightError(f"{part}: its weights cannot be loaded any more ({error}); look at the files") from error
         self.here = part
 
     def drop(self) -> None:
@@ -157,6 +163,8 @@ class Stream:
             with quiet():
                 info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise Unfit(first_line(error)) from error
         finally:
             self.model._weight_conversions = conversions

@@ -68,8 +68,8 @@ class StreamJournal:
     def store(self, stop: str, layers: Sequence[Layer], facts: dict) -> None:
         """Keep a stop's measurements; a block is written once its last stop is over."""
         block = layers[0].block
-        if self._open not in (None, block):
-            self.close()
+        if self._open not in (None, block):  # a walk closes it before it goes on
+            raise RuntimeError(f"{block} was reached before {self._open} was written")
         self._open = self.stream.keep = block
         self._facts.setdefault(block, {})[stop] = facts
         if stop == block:

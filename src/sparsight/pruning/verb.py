@@ -29,7 +29,7 @@ from sparsight.checkpoint.folder import (
 )
 from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import add_stage
-from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checkpoint.unfinished import check_unfinished, unfinished
 from sparsight.checks import name_of, whole_name
 from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
@@ -144,6 +144,7 @@ def prune_folder(
     progress = progress if distributed.is_main() else None
     with ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(locked(target)))
+        distributed.on_main(lambda: check_unfinished(target, resume, overwrite))  # before anything is computed
         stack.enter_context(enough_memory(spec))
         samples = None if data is None else read_with(data, spec, limit=spec.samples, seed=spec.seed)
         whole = "gradient" in composition.needs or find_policy(policy).whole

@@ -30,7 +30,7 @@ from sparsight.checkpoint.folder import (
 )
 from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import add_stage
-from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checkpoint.unfinished import check_unfinished, unfinished
 from sparsight.data import read_with
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import pack
@@ -74,6 +74,7 @@ def fit_folder(
     family = family_of(earlier, spec.family)
     with ExitStack() as stack:
         stack.enter_context(locked(out))
+        check_unfinished(out, resume, overwrite)  # before anything is computed
         stack.enter_context(enough_memory(spec))
         samples = read_with(data, spec, limit=spec.samples or SAMPLES, seed=spec.seed)
         student = open_way(sparse, family, dtype=spec.dtype, device=spec.device)
