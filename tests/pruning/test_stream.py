@@ -185,7 +185,7 @@ def test_a_policy_that_measures_by_changes_loads_the_whole_model(zoo_folder, sce
     def refuse(*_, **__):
         raise AssertionError("was streamed")
 
-    monkeypatch.setattr("sparsight.pruning.verb.Stream", refuse)
+    monkeypatch.setattr("sparsight.pruning.way.Stream", refuse)
     for how in ({"policy": "sensitivity"}, {"policy": lambda layers, budget, probe: {x.name: 0.5 for x in layers}},
                 {"method": "fisher"}):  # fmt: skip
         api.prune(zoo_folder("llava"), tmp_path / "out", data=scenes, overwrite=True, **FEW, **how)
