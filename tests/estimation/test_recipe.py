@@ -37,7 +37,9 @@ def test_a_road_costs_what_its_verbs_cost(asked, zoo_folder, scenes):
         restore={"batch_size": 2, "accumulate": 2, "steps": 4, "rank": 3, "gradient_checkpointing": True},
         evaluate={"batch_size": 2, "max_new_tokens": 3}, timed=False,
     )  # fmt: skip
-    assert found.stages == by_hand.stages
+    assert [x for x in found.stages if x.name != "prune"] == [x for x in by_hand.stages if x.name != "prune"]
+    assert found["prune"].flops == by_hand["prune"].flops
+    assert found["prune"].memory["weights"] == found["load"].memory["weights"]  # it stays in memory between the stages
     assert found.times == {"prune": 1, "restore": 1, "evaluate": 3}
     assert [stage.name for stage in estimate_recipe(asked(), timed=False).stages] == ["load", "prune", "evaluate"]
 

@@ -353,7 +353,7 @@ def test_damaged_packed_folders(squeeze, sparse, tmp_path, run):
     ]
     for change, says in cases:
         damaged(change)
-        for words in (("unpack", "bad", "out"), ("inspect", "bad"), ("verify", "bad")):
+        for words in (("unpack", "bad", "out"), ("inspect", "bad", "--count"), ("verify", "bad")):
             line = refused(run, *words)
             assert says in line, (words, line)
             assert not (tmp_path / "out").exists()
@@ -366,7 +366,7 @@ def test_damaged_packed_folders(squeeze, sparse, tmp_path, run):
 
     for change in (lose_values, lose_all):  # and do not write a folder without them
         damaged(of_weights(change))
-        for words in (("unpack", "bad", "out"), ("inspect", "bad"), ("verify", "bad")):
+        for words in (("unpack", "bad", "out"), ("inspect", "bad", "--count"), ("verify", "bad")):
             line = refused(run, *words)
             assert "missing" in line or "have no values" in line, (words, line)
     for content in ("{", "[]", '{"tensors": [1]}', '{"tensors": {"a": 1}}'):
