@@ -11,14 +11,14 @@ import torch
 from sparsight.checkpoint.folder import family_of, read_record
 from sparsight.errors import SparsightError
 from sparsight.model.anatomy import anatomy
-from sparsight.model.load import load_model
 from sparsight.model.source import check_model
+from sparsight.model.stream import open_anatomy
 
 NUMBERS = ("parameters", "zeros_a", "zeros_b", "both", "either", "moved", "size")
 
 
 def diff(a: Any, b: Any, *, family: str | None = None) -> dict[str, Any]:
-    """Compare the prunable layers of two models, folders or in memory, both of which are in memory at once.
+    """Compare the prunable layers of two models, folders, of which one block each is in memory, or in memory.
 
     Returns {"layers", "blocks", "components"}, each by name with {"zeros_a", "zeros_b": counts, "overlap": zeros of both
     over zeros of either, None without any, "drift": ||W_b - W_a|| / ||W_a|| over the weights that neither has as a zero}.
@@ -27,7 +27,7 @@ def diff(a: Any, b: Any, *, family: str | None = None) -> dict[str, Any]:
     """
     one, other = (_layers(model, family) for model in (a, b))
     strange = list(one.keys() ^ other.keys())
-    strange += [name for name in one.keys() & other.keys() if one[name].weight.shape != other[name].weight.shape]
+    strange += [name for name in one.keys() & other.keys() if one[name].shape != other[name].shape]
     if strange:
         raise SparsightError(f"{_name(a)} and {_name(b)} are other models: {min(strange)} is not the same layer in both")
     sums = {name: _compare(one[name].weight, other[name].weight) for name in one}
@@ -49,7 +49,8 @@ def _layers(model: Any, family: str | None) -> dict[str, Any]:
     named = isinstance(model, str | Path)
     if not named:
         check_model(model)
-    body = anatomy(load_model(model) if named else model, family_of(read_record(model) if named else None, family))
+    taken = family_of(read_record(model) if named else None, family)
+    body = open_anatomy(model, taken) if named else anatomy(model, taken)
     return {layer.name: layer for layer in body.layers}
 
 
