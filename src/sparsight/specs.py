@@ -17,6 +17,7 @@ METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLI
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
 PARK = "sparsight.calibration.park:PARK"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
+WEIGHTS = "sparsight.restoring.losses:POWERS"
 SCHEDULE: dict[str, Any] = {"kl": 0.1, "scheduler": "cosine", "warmup": 0.03, "clip": 1.0}  # of `restore`
 PUBLISHED: dict[str, dict[str, Any]] = {  # arXiv 2404.02424, as its code has them
     "paper": {"kl": 0.1, "lr": 1e-4, "scheduler": "constant", "warmup": 0.0, "clip": 0.0},
@@ -191,7 +192,12 @@ class RestoreSpec(SharedSpec):
         float, at_least_zero("Weight of matching the teacher's last hidden states.", "weight", cost=False)
     ] = 0.0  # fmt: skip
     reduction: Annotated[
-        str, Option("One of {names}; paper sums the divergence as the published code does.", (("token", "paper"),))
+        str,
+        Option(
+            "What weighs in the loss, {names}: every token the same, an answer by the square root of its tokens, every "
+            "answer the same, or as in the published code.",
+            (WEIGHTS, ("paper",)),
+        ),
     ] = "token"
     lr: Annotated[
         float | None,

@@ -10,7 +10,7 @@ from sparsight.data.encoding import select_answers
 from sparsight.errors import SparsightError
 from sparsight.restoring import losses
 from sparsight.restoring.head import Head
-from sparsight.restoring.losses import distillation
+from sparsight.restoring.losses import answer_weights, distillation
 
 import zoo
 from walks import calibration
@@ -132,6 +132,34 @@ def test_hidden_states_may_be_matched():
     (without,) = torch.autograd.grad(plain.total, student)
     (expected,) = torch.autograd.grad(0.7 * apart, student)
     torch.testing.assert_close(with_it - without, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_weigh_by_the_length_of_their_answer():
+    """Two turns of two and one tokens in the first row, an answer of four in the second; none in the third."""
+    labels = torch.tensor([[3, 4, -100, 5, -100], [-100, 1, 2, 3, 4], [-100] * 5])
+    assert answer_weights(labels, 0.0).tolist() == [1.0] * 7
+    assert answer_weights(labels, 1.0).tolist() == [0.5, 0.5, 1.0] + [0.25] * 4
+    torch.testing.assert_close(answer_weights(labels, 0.5), torch.tensor([0.5**0.5] * 2 + [1.0] + [0.5] * 4))
+    assert answer_weights(labels[2:], 0.5).tolist() == []
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("chunk", [1, 30, 1 << 22])
+def test_weights_of_tokens_are_in_the_loss_and_in_its_gradient(chunk, divergence, monkeypatch):
+    """Every part is the sum of the tokens' own parts, each times its weight."""
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    head, targets, each = Tail(11, 6), torch.tensor([1, 2, -100, 4]), torch.tensor([0.5, 2.0, 3.0, 0.1])
+    student, taught = draw(4, 6, 0).requires_grad_(True), draw(4, 6, 1)
+    how = {"kl": 0.3, "temperature": 2.0, "divergence": divergence, "hidden": 0.7}
+    found = distillation(student, taught, targets, head, each=each, **how)
+    alone = [distillation(student[i : i + 1], taught[i : i + 1], targets[i : i + 1], head, **how) for i in range(4)]
+    for part in ("total", "ce", "kl", "hidden"):
+        expected = sum(weight * getattr(one, part) for weight, one in zip(each, alone, strict=True))
+        torch.testing.assert_close(getattr(found, part), expected, rtol=1e-5, atol=1e-5)
+    assert found.tokens == pytest.approx(2.6)
+    (ours,) = torch.autograd.grad(found.total, student)
+    (summed,) = torch.autograd.grad(sum(w * one.total for w, one in zip(each, alone, strict=True)), student)
+    torch.testing.assert_close(ours, summed, rtol=1e-5, atol=1e-6)
 
 
 def test_the_paper_s_reduction():

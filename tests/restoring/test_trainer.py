@@ -20,13 +20,13 @@ from sparsight.specs import RestoreSpec
 
 
 @pytest.mark.parametrize("name", ["instructblip-t5", "llava"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_loss_is_a_mean_over_all_answer_tokens_of_a_step(name, accumulate, zoo_folder, scenes, tmp_path):
+@pytest.mark.parametrize(("accumulate", "reduction"), [(1, "token"), (2, "token"), (2, "root")])
+def test_the_loss_is_a_mean_over_all_answer_tokens_of_a_step(name, accumulate, reduction, zoo_folder, scenes, tmp_path):
     """Batches of one sample have very different numbers of answer tokens; the logged sums are the ground truth."""
     api.prune(zoo_folder(name), tmp_path / "sparse", data=scenes, samples=8)
     done = api.restore(
         tmp_path / "sparse", tmp_path / "out", data=scenes, steps=4, batch_size=1, accumulate=accumulate, kl=0.4,
-        temperature=2.0, lr=1e-4,
+        temperature=2.0, lr=1e-4, reduction=reduction,
     )  # fmt: skip
     curve = done.metrics["restore"]["curve"]
     assert len(curve) == 4
@@ -122,14 +122,17 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_rest(sparse, scenes):
     )
 
 
-def test_the_held_out_loss_is_that_of_the_model_that_is_written(sparse, scenes, zoo_folder, tmp_path):
-    """Data of its own, mean per answer token, whatever the batches; and scored on the merged model it is the same."""
-    found = restored(sparse, "out", scenes, held_out=str(scenes), kl=0.0, batch_size=5)
+@pytest.mark.parametrize(("reduction", "power"), [("token", 0.0), ("root", 0.5), ("answer", 1.0)])
+def test_the_held_out_loss_is_that_of_the_model_that_is_written(reduction, power, sparse, scenes):
+    """Data of its own, mean by the weights of tokens, whatever the batches; scored on the merged model it is the same."""
+    found = restored(sparse, "out", scenes, held_out=str(scenes), kl=0.0, batch_size=5, reduction=reduction)
     model, processor = load(sparse.parent / "out")
     batch = Encoder(processor, model).encode(list(read(scenes)))
     with torch.no_grad():
         logits, targets = select_answers(model(**batch.inputs).logits, batch.inputs["labels"], True)
-    loss = float(torch.nn.functional.cross_entropy(logits, targets))
+    count = (batch.inputs["labels"] != -100).sum(1)
+    weight = (count.float() ** -power).repeat_interleave(count)
+    loss = float((torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum())
     assert min(row["eval_loss"] for row in found["held_out"]) == pytest.approx(loss, rel=1e-4)
     assert [row["step"] for row in found["held_out"]] == [0, 2, 4, 6]
 

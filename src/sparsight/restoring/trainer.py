@@ -31,7 +31,7 @@ from sparsight.restoring.checkpoints import (
     save_factors,
     seal,
 )
-from sparsight.restoring.losses import Loss, distillation
+from sparsight.restoring.losses import POWERS, Loss, answer_weights, distillation
 from sparsight.restoring.side_effects import checkpointed_blocks
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
@@ -74,7 +74,7 @@ class RestoreTrainer(Trainer):
         config.update(cached)
         self.student: Student = student
         self.spec = spec
-        self.paper = spec.reduction == "paper"
+        self.paper, self.power = spec.reduction == "paper", POWERS.get(spec.reduction, 0.0)
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all answer tokens of a step
         student.wrapped.eval()
         student.wrapped.train = lambda mode=True: student.wrapped
@@ -101,10 +101,11 @@ class RestoreTrainer(Trainer):
         return distillation(
             hidden, taught, targets, student.head, student.teacher_head, kl=spec.kl or 0.0, temperature=spec.temperature,
             divergence=spec.divergence, hidden=spec.hidden, tokens_per_sample=tokens_per_sample,
+            each=answer_weights(labels[:, int(shifted) :], self.power) if self.power else None,
         )  # fmt: skip
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The loss of a batch, divided by the step's answer tokens. **Raises** `SparsightError` if it is not finite."""
+        """The loss of a batch, divided by the tokens of the step. **Raises** `SparsightError` if it is not finite."""
         loss = self.loss(model, inputs, float(num_items_in_batch) / self._samples if self.paper else None)
         self._check_finite(loss.total, "the loss")
         self._sums += torch.tensor([float(loss.ce), float(loss.kl), float(loss.hidden), loss.tokens], dtype=torch.float64)
@@ -134,10 +135,13 @@ class RestoreTrainer(Trainer):
         tokens, self._samples = counts.sum(0).tolist()
         return batches, torch.tensor(max(tokens, 1), device=self.args.device)
 
-    def _count(self, batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-        """Answer tokens, and samples."""
-        shift = int(self.student.encoder.shifted)
-        tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in batches)
+    def _count(self, batches: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+        """Answer tokens or the sum of their weights, and samples."""
+        labels = [batch["labels"][:, int(self.student.encoder.shifted) :] for batch in batches]
+        if self.power:
+            tokens = sum(float(answer_weights(each, self.power).sum()) for each in labels)
+        else:
+            tokens = sum(int((each != -100).sum()) for each in labels)
         return tokens, sum(len(batch["labels"]) for batch in batches)
 
     @torch.no_grad()
