@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import texts
+import torch
 
 import sparsight
 from sparsight.data import read
 from sparsight.evaluation import evaluate
+
+CPU = torch.backends.cpu.get_cpu_capability()  # another kind of it builds another model, from the same seed
 
 
 class Measure:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Measure, keep, stored, zeros
+from measure import CPU, Measure, keep, stored, zeros
 
 import sparsight
 
@@ -32,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "wanda": {},
     "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt + reconstruct 4": {"method": "sparsegpt", "reconstruct": 4},
     "wanda + swaps + pcg": {"refine": "swaps", "update": "pcg"},
     "wanda + pcg": {"update": "pcg"},
     "wanda + pcg, dense targets": {"update": "pcg", "dense_targets": True},
@@ -41,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alps + reconstruct 4": {"method": "alps", "reconstruct": 4},
 }
 COLUMNS = (
-    *("date", "torch", "components", "setting", "recipe", "samples", "questions", "passages"),
+    *("date", "torch", "cpu", "components", "setting", "recipe", "samples", "questions", "passages"),
     *("exact", "low", "high", "perplexity", "zeros", "error", "prune_s", "measure_s"),
 )
 FILE = Path(__file__).with_name("oneshot.csv")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=64)
     given = parser.parse_args()
     fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    size = {name: str(getattr(given, name)) for name in ("samples", "questions", "passages")}
+    size = {"cpu": CPU, **{name: str(getattr(given, name)) for name in ("samples", "questions", "passages")}}
     size["components"] = "+".join(given.components)
     cells = [("-", "dense"), *((setting, recipe) for setting in given.settings for recipe in given.recipes)]
     for setting, recipe in cells:

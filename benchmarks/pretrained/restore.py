@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Measure, keep, stored
+from measure import CPU, Measure, keep, stored
 from oneshot import SETTINGS
 
 import sparsight
@@ -34,10 +34,14 @@ GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is 
     "kl 0": {"kl": 0.0},
     "kl 0.5": {"kl": 0.5},
     "kl 0.9": {"kl": 0.9},
+    "root": {"reduction": "root"},
+    "answer": {"reduction": "answer"},
+    "root, 120 steps": {"reduction": "root", "steps": 120},
     "120 steps": {"steps": 120},
 }
 COLUMNS = (
-    *("date", "torch", "setting", "row", "steps", "batch_size", "lr", "kl", "samples", "questions", "passages"),
+    *("date", "torch", "cpu", "setting", "row", "steps", "batch_size", "lr", "kl", "reduction"),
+    *("samples", "questions", "passages"),
     *("exact", "low", "high", "perplexity", "regained", "text_regained", "restore_s"),
 )
 FILE = Path(__file__).with_name("restore.csv")
@@ -56,6 +60,7 @@ def main() -> None:
     fixed = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "cpu": CPU,
         "samples": given.samples,
         "questions": given.questions,
         "passages": given.passages,
@@ -81,9 +86,9 @@ def main() -> None:
 
 
 def find(setting: str, row: str, questions: int) -> dict[str, str] | None:
-    """The stored row, if there is one."""
-    key = (setting, row, str(questions))
-    return next((r for r in stored(FILE) if (r["setting"], r["row"], r["questions"]) == key), None)
+    """The stored row, if there is one of this kind of CPU."""
+    key = (CPU, setting, row, str(questions))
+    return next((r for r in stored(FILE) if (r["cpu"], r["setting"], r["row"], r["questions"]) == key), None)
 
 
 def base(folder: Path, setting: str, row: str, sparse: Path | None, fixed: dict[str, Any]) -> None:
@@ -112,7 +117,8 @@ def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixe
     assert dense is not None
     assert pruned is not None
     spec, lr = sparsight.RestoreSpec(**how), done.metrics["restore"]["lr"]
-    cells = {"steps": spec.steps, "batch_size": spec.batch_size, "lr": lr, "kl": spec.kl, "restore_s": f"{seconds:.0f}"}
+    cells = {"steps": spec.steps, "batch_size": spec.batch_size, "lr": lr, "kl": spec.kl}
+    cells |= {"reduction": spec.reduction, "restore_s": f"{seconds:.0f}"}
     shares = {
         "regained": share(float(dense["exact"]), float(pruned["exact"]), float(scores["exact"])),
         "text_regained": share(*(math.log(float(r["perplexity"])) for r in (dense, pruned, scores))),
