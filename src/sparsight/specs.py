@@ -15,6 +15,7 @@ from sparsight.shared_spec import FamilySpec, SharedSpec
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
+CHOICES = "sparsight.evaluation.metrics:CHOICES"
 PARK = "sparsight.calibration.park:PARK"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
 SCHEDULE: dict[str, Any] = {"kl": 0.1, "scheduler": "cosine", "warmup": 0.03, "clip": 1.0}  # of `restore`
@@ -302,9 +303,10 @@ class EvaluateSpec(SharedSpec):
     metrics: Annotated[
         tuple[Name, ...],
         Option(
-            "Score by these: {names}. [default: by kind of sample; captions by cider_d, questions by vqa_accuracy, all by "
-            "exact_match]",
-            (METRICS,),
+            "Score by these alone: {names}. token_accuracy and perplexity need no answers to be written, and one block of "
+            "the model in memory. [default: both, and by kind of sample captions by cider_d, questions by vqa_accuracy, "
+            "all by exact_match]",
+            (CHOICES,),
         ),
     ] = ()
     task: fields.Task = None

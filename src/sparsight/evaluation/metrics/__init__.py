@@ -58,10 +58,11 @@ TASK_METRICS: dict[str, Metric] = {  # of benchmarks that have scorers of their 
     "perception": Metric(lambda: None, "perception, of 2000", percent=False),
     "cognition": Metric(lambda: None, "cognition, of 800", percent=False),
 }
-TOKEN_METRICS: dict[str, Metric] = {  # of the right answers' tokens; measured in any case
+TOKEN_METRICS: dict[str, Metric] = {  # of the right answers' tokens, which no answer has to be written for
     "token_accuracy": Metric(lambda: None, "token accuracy"),
     "perplexity": Metric(lambda: None, "perplexity", percent=False),
 }
+CHOICES = {**METRICS, **TOKEN_METRICS}  # those that can be named
 
 
 def title_of(metric: str) -> tuple[str, float]:
