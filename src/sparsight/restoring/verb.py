@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import tempfile
@@ -26,8 +27,9 @@ from sparsight.checkpoint.folder import (
     write_model,
 )
 from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.stages import add_stage
-from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checkpoint.unfinished import SPACE, unfinished
 from sparsight.checks import whole_name
 from sparsight.data import read_with
 from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
@@ -38,6 +40,7 @@ from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import Family
 from sparsight.model.files import check_files
 from sparsight.model.load import check_device
+from sparsight.model.skeleton import Unfit
 from sparsight.model.source import NO_PROCESSOR, ModelSource, check_model
 from sparsight.progress import Progress
 from sparsight.restoring.adapter_files import save_adapter
@@ -45,6 +48,7 @@ from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import gather
 from sparsight.restoring.division import divide_samples, held_out_count
 from sparsight.restoring.fit import fit_folder
+from sparsight.restoring.merge import write_merged
 from sparsight.restoring.side_effects import unchanged, unchanged_process
 from sparsight.restoring.student import Student, make_student, parse_ranks, remaining_zeros
 from sparsight.restoring.trainer import train
@@ -63,6 +67,7 @@ class Restoration:
     plan: dict[str, Pattern]
     family: Family | None
     metrics: dict[str, Any]
+    files: PartFiles | None = None  # that hold the weights already, and are then read where one is needed
 
 
 def check_restore(spec: RestoreSpec) -> None:
@@ -166,8 +171,9 @@ def restore_folder(
 ) -> tuple[Record, Any]:
     """Restore the model of a folder and write it to another; return its record and the merged model.
 
-    `source` has the sparse model in memory already. Several processes of a launcher share the training data, and the main
-    one writes. Where nothing is trained no model stays in memory. **Raises** `SparsightError` as `sparsight.restore` does.
+    `source` has the sparse model in memory already; without it the merged model does not stay in memory, and None comes in
+    its place. Several processes of a launcher share the training data, and the main one writes. **Raises** `SparsightError`
+    as `sparsight.restore` does.
     """
     check_restore(spec)
     check_files(str(sparse))
@@ -224,6 +230,7 @@ def restore_folder(
             progress=progress,
             adapter_folder=folder / "adapter" if spec.save_adapter else None,
             recipe={"base_model": original, **earlier[1], "restore": spec.facts()},
+            weights=folder / SPACE if source is None else None,
         )
         skipped = sum(len(part.skipped) for part in (samples, other) if part)
         metrics = {**done.metrics, "skipped_samples": done.metrics["skipped_samples"] + skipped}
@@ -251,10 +258,10 @@ def restore_folder(
                     (folder / "adapter").rename(new / "adapter")
                 keep_log(folder, new)
                 written = Record(facts, {**earlier[0], "restore": metrics}, recipe)
-                write_model(done.model, done.processor, written, new)
+                write_model(done.model, done.processor, written, new, done.files)
             return written
 
-        return distributed.on_main(write), done.model
+        return distributed.on_main(write), None if done.files else done.model
 
 
 def _restore(
@@ -270,8 +277,12 @@ def _restore(
     progress: Progress | None = None,
     adapter_folder: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
+    weights: Path | None = None,
 ) -> Restoration:
-    """Make the student, train it, merge it; checkpoints and a cached teacher go into `folder`."""
+    """Make the student, train it, merge it; checkpoints and a cached teacher go into `folder`.
+
+    With `weights` it is merged into files there, with one merged block in memory, where it can be in parts.
+    """
     cache = Path(spec.teacher_cache) if spec.teacher_cache else folder / "teacher"
     student = make_student(
         sparse, teacher, learned, held, spec=spec, cache=cache, fingerprint=fingerprint, progress=progress
@@ -296,10 +307,16 @@ def _restore(
     for head in (student.head, student.teacher_head):
         if head is not None:
             head.remove()
-    merged = student.wrapped.merge_and_unload() if here else student.wrapped
+    merged, body, files = student.wrapped, student.anatomy, None
+    if here and weights is not None and sparse.path is not None:
+        with contextlib.suppress(Unfit):
+            files = write_merged(student.wrapped, sparse.path, weights, student.family, spec.device)
+            merged, body = files.stream.model, files.stream.anatomy
+    if here and files is None:
+        merged = student.wrapped.merge_and_unload()
     masked = ADAPTERS[spec.adapter].masked or not here
-    plan = student.plan if masked else remaining_zeros(student.anatomy, student.masks)
-    return Restoration(merged, student.processor, student.anatomy, plan, student.family, metrics)
+    plan = student.plan if masked else remaining_zeros(body, student.masks)
+    return Restoration(merged, student.processor, body, plan, student.family, metrics, files)
 
 
 def _student_facts(student: Student) -> dict[str, Any]:
