@@ -148,6 +148,7 @@ def restore(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the models or the data.
     """
+    from sparsight.estimation.fit import fit_batch
     from sparsight.restoring.verb import restore_folder, restore_model
 
     if spec is None and hasattr(sparse, "device"):
@@ -165,7 +166,7 @@ def restore(
     need(data, "data", "training samples")
     need(out, "out", "a folder to write")
     return restore_folder(
-        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress
+        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress, fit=fit_batch
     )[0]  # fmt: skip
 
 

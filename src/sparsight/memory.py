@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from sparsight.errors import OutOfMemory, first_line
@@ -32,6 +33,31 @@ def peak_memory(device: str | torch.device = "cpu") -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that this process can still take: of the GPU if `device` is one, else of the machine or its control group."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([psutil.virtual_memory().available, *_groups_free()])
+
+
+def _groups_free() -> Iterator[int]:
+    """What the control groups of this process leave it, where there are some, as in a container; files do not count."""
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "":
+                home, limit, used = root, "memory.max", "anon"
+            elif "memory" in kinds.split(","):
+                home, limit, used = root / "memory", "memory.limit_in_bytes", "rss"
+            else:
+                continue
+            for group in (home / path.lstrip("/"), home):  # a container sees its own group as the root
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    facts = dict(row.split() for row in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+                    yield int((group / limit).read_text(encoding="ascii")) - int(facts[used])
 
 
 def give_back_memory() -> None:

@@ -82,7 +82,7 @@ def fit_folder(
         _check_alike(student.model, dense.model, str(sparse), teacher)
         stack.enter_context(student.run())
         stack.enter_context(dense.run())
-        park = Park(out.parent, "auto", -(-len(samples) // spec.batch_size))
+        park = Park(out.parent, "auto", -(-len(samples) // spec.rows))
         ready, skipped = encode(samples, student.processor, student.model, spec, park)
         check_walk(student.model, student.anatomy, ready, park)
         plan = _plan(student.anatomy, read_plan(earlier))

@@ -313,7 +313,7 @@ def _store(
         raise SparsightError("`teacher_cache`: names no folder for the teacher's hidden states")
     folder = cache / distributed.on_main(lambda: cache_key(dense, facts.encoder, facts.samples, fingerprint))
     fill_cache(
-        folder, dense, head, facts.samples, facts.encoder, spec.batch_size, device=spec.device, progress=progress
+        folder, dense, head, facts.samples, facts.encoder, spec.rows, device=spec.device, progress=progress
     )  # fmt: skip
     return TeacherCache(folder)
 

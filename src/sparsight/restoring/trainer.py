@@ -212,7 +212,7 @@ class RestoreTrainer(Trainer):
 
 def step_size(spec: RestoreSpec) -> int:
     """Samples of one optimizer step, over all processes."""
-    return spec.batch_size * spec.accumulate * distributed.world_size()
+    return spec.rows * spec.accumulate * distributed.world_size()
 
 
 def peak_rate(spec: RestoreSpec, weights: int) -> float:
@@ -247,7 +247,7 @@ def train(
     checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
     arguments = RunArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.rows,
         gradient_accumulation_steps=spec.accumulate,
         max_steps=total,
         learning_rate=rate,

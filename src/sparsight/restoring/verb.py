@@ -7,7 +7,7 @@ import gc
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,11 +168,13 @@ def restore_folder(
     resume: bool = False,
     progress: Progress | None = None,
     source: ModelSource | None = None,
+    fit: Callable[[Any, Sequence[Any], RestoreSpec], RestoreSpec] | None = None,
 ) -> tuple[Record, Any]:
     """Restore the model of a folder and write it to another; return its record and the merged model.
 
     `source` has the sparse model in memory already; without it the merged model does not stay in memory, and None comes in
-    its place. Several processes of a launcher share the training data, and the main one writes. **Raises** `SparsightError`
+    its place. `fit(sparse, samples, spec)` gives settings with a batch size where they have none. Several
+    processes of a launcher share the training data, and the main one writes. **Raises** `SparsightError`
     as `sparsight.restore` does.
     """
     check_restore(spec)
@@ -195,6 +197,7 @@ def restore_folder(
     distributed.init(spec.device)
     progress = progress if distributed.is_main() else None
     if spec.steps == 0:
+        spec = replace(spec, batch_size=spec.rows)
         written = fit_folder(
             sparse, target, spec, data=data, teacher=str(original), overwrite=overwrite, resume=resume, progress=progress
         )  # fmt: skip
@@ -206,6 +209,8 @@ def restore_folder(
         samples = read_with(data, spec, limit=spec.samples, seed=spec.seed if spec.samples else None)
         other = read_with(other_data, spec, held_out=True) if other_data is not None else None
         learned, held = divide_samples(spec, samples, other)
+        spec = spec if fit is None else fit(sparse, samples, spec)
+        spec = replace(spec, batch_size=spec.rows)
         fingerprint = samples.fingerprint + (other.fingerprint if other else "")
         teacher_name = original if taught else None
         same = spec.same_work | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ TOKEN_METRICS: dict[str, Metric] = {  # of the right answers' tokens, which no a
     "token_accuracy": Metric(lambda: None, "token accuracy"),
     "perplexity": Metric(lambda: None, "perplexity", percent=False),
 }
-CHOICES = {**METRICS, **TOKEN_METRICS}  # those that can be named
+CHOICES = ChainMap(TOKEN_METRICS, METRICS)  # those that can be named, as they are now, METRICS first
 
 
 def title_of(metric: str) -> tuple[str, float]:
