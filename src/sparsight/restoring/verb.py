@@ -18,11 +18,11 @@ from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
     check_output,
-    identity,
     read_metrics,
     read_plan,
     read_recipe,
     read_record,
+    source_of,
     sparsity_record,
     write_model,
 )
@@ -219,7 +219,7 @@ def restore_folder(
             "teacher": teacher_name,
             "fingerprint": fingerprint,
         }
-        same |= {"processes": distributed.world_size(), "files": [identity(sparse), identity(teacher_name)]}
+        same |= {"processes": distributed.world_size(), "files": [source_of(sparse), source_of(teacher_name)]}
         ours = unfinished(target, same, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
