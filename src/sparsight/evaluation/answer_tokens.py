@@ -13,6 +13,7 @@ from sparsight.calibration.gradients import evaluating
 from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.park import Park
 from sparsight.data.encoding import Batch, select_answers
+from sparsight.model.skeleton import device_of
 
 
 def answer_token_metrics(
@@ -38,7 +39,7 @@ def answer_token_metrics(
     with evaluating(model), torch.no_grad():
         if blocks is None:
             for place, batch in enumerate(batches):
-                moved = batch.to(model.device)
+                moved = batch.to(device_of(model))
                 judge(place, moved, model(**_inputs(moved)))
         else:
             ready = [*batches]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sparsight.errors import SparsightError, first_line
-from sparsight.memory import give_back_memory, is_out_of_memory
+from sparsight.memory import give_back_memory, is_out_of_memory, main_device
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import load_model, quiet
@@ -57,8 +57,8 @@ class Stream:
         """
         if LACKS:
             raise Unfit(LACKS)
-        self.device = torch.device(device or "cpu")
-        self.model, self.shards = load_skeleton(path, dtype=dtype, device=device)
+        self.device = main_device(device or "cpu")
+        self.model, self.shards = load_skeleton(path, dtype=dtype, device=device and str(self.device))
         self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
         self.sources: dict[str, Callable[[], Tensors]] = {}

@@ -18,6 +18,7 @@ from transformers import Trainer
 from sparsight import distributed
 from sparsight.data.encoding import select_answers
 from sparsight.errors import NotWritten, SparsightError
+from sparsight.memory import main_device
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 from sparsight.restoring.adapters import ADAPTERS
@@ -272,7 +273,7 @@ def train(
         label_names=["labels"],
         bf16=spec.mixed_precision == "bf16",
         fp16=spec.mixed_precision == "fp16",
-        use_cpu=torch.device(spec.device).type == "cpu",
+        use_cpu=main_device(spec.device).type == "cpu",
         dataloader_pin_memory=False,
         disable_tqdm=True,
         ddp_broadcast_buffers=False,  # the masks are the same everywhere and never change

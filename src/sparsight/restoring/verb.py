@@ -35,11 +35,11 @@ from sparsight.data import read_with
 from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
-from sparsight.memory import enough_memory, peak_memory
+from sparsight.memory import AUTO, enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import Family
 from sparsight.model.files import check_files
-from sparsight.model.load import check_device
+from sparsight.model.load import check_device, check_trainable
 from sparsight.model.skeleton import Unfit
 from sparsight.model.source import NO_PROCESSOR, ModelSource, check_model
 from sparsight.progress import Progress
@@ -292,6 +292,8 @@ def _restore(
     student = make_student(
         sparse, teacher, learned, held, spec=spec, cache=cache, fingerprint=fingerprint, progress=progress
     )  # fmt: skip
+    if spec.device == AUTO and student.wrapped.device.type == "cuda":
+        check_trainable(student.wrapped)
     began = time.perf_counter()
     with unchanged_process(spec.device) if distributed.world_size() == 1 else nullcontext():
         trained = train(student, spec, folder, resume=resume, progress=progress, recipe=recipe)
