@@ -79,6 +79,11 @@ def estimate(
     steps = step_costs(prune, composition)
     if find_policy(policy).cost is None:
         raise SparsightError(_unknown("policy", policy))
+    if restore.steps == 0:
+        raise SparsightError(
+            "`steps`: what reconstruction alone costs is not known before it runs; it holds a block of each model, its weights "
+            "four times in float32, and the activations of both walks"
+        )
     if ADAPTERS[restore.adapter].shapes is None:
         raise SparsightError(_unknown("adapter", restore.adapter))
     planned_budget(prune.pattern, prune.sparsity, policy)
