@@ -67,6 +67,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
+def sharded() -> bool:
+    """Whether accelerate divides the model among several processes (FSDP), each of which could hold a part only."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and world_size() > 1
+
+
 def rank() -> int:
     """Return this process's rank; 0 without a group, and inside `on_main`."""
     return dist.get_rank() if dist.is_initialized() and not _alone else 0

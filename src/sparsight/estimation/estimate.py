@@ -81,8 +81,8 @@ def estimate(
         raise SparsightError(_unknown("policy", policy))
     if restore.steps == 0:
         raise SparsightError(
-            "`steps`: what reconstruction alone costs is not known before it runs; it holds a block of each model, its weights "
-            "four times in float32, and the activations of both walks"
+            "`steps`: what reconstruction alone costs is not known before it runs; it holds a block of each model, its "
+            "weights four times in float32, and the activations of both walks"
         )
     if ADAPTERS[restore.adapter].shapes is None:
         raise SparsightError(_unknown("adapter", restore.adapter))

@@ -315,7 +315,7 @@ def _sharding(student: Student) -> Iterator[None]:
     The model's own list of classes, accelerate's default, may name some that the model does not have.
     """
     name, before = "FSDP_TRANSFORMER_CLS_TO_WRAP", os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or distributed.world_size() == 1:
+    if not distributed.sharded():
         yield
         return
     if len({bool(sample.images) for sample in student.samples}) > 1:

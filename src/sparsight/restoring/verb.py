@@ -223,10 +223,11 @@ def restore_folder(
         ours = unfinished(target, same, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
+        home = "cpu" if distributed.sharded() else spec.device  # no GPU holds the whole model
         done = _restore(
             spec,
-            source or ModelSource(sparse, device=spec.device),
-            ModelSource(teacher_name, device=spec.device) if teacher_name else None,
+            source or ModelSource(sparse, device=home),
+            ModelSource(teacher_name, device=home) if teacher_name else None,
             learned,
             held,
             folder=folder,
@@ -290,7 +291,8 @@ def _restore(
     """
     cache = Path(spec.teacher_cache) if spec.teacher_cache else folder / "teacher"
     student = make_student(
-        sparse, teacher, learned, held, spec=spec, cache=cache, fingerprint=fingerprint, progress=progress
+        sparse, teacher, learned, held, spec=replace(spec, device=sparse.device), cache=cache, fingerprint=fingerprint,
+        progress=progress,
     )  # fmt: skip
     if spec.device == AUTO and student.wrapped.device.type == "cuda":
         check_trainable(student.wrapped)
