@@ -176,6 +176,7 @@ def evaluate(
     *,
     processor: Any = None,
     record: Annotated[bool | str | Path, "Keep scores and answers beside the weights, for report."] = False,
+    export_task: Annotated[str | Path | None, "Write the samples to this folder, as a task of lmms-eval."] = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -195,10 +196,11 @@ def evaluate(
     if spec.task is None:
         need(data, "data", "held-out samples")
     if not is_folder(model):
-        spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record)
+        spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record, export_task=export_task)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
     check_folder_data(data, processor)
-    return evaluate_folder(model, data, spec, record=record, progress=progress)
+    check_paths(export_task=export_task)
+    return evaluate_folder(model, data, spec, record=record, export_task=export_task, progress=progress)
 
 
 def verify(
@@ -383,7 +385,7 @@ def search(
 
 
 def report(
-    runs: Annotated[Sequence[str | Path], Argument("Folders of models evaluated with `record`, or of sweeps.")],
+    runs: Annotated[Sequence[str | Path], Argument("Folders evaluated with `record` or of sweeps; logs of lmms-eval.")],
     *,
     out: Annotated[str | Path, "The page to write."] = "report.html",
     metric: Annotated[str | None, "Compare by this metric. [default: exact match]"] = None,
@@ -391,6 +393,8 @@ def report(
     overwrite: Annotated[bool, "Replace an earlier page."] = False,
 ) -> Path:
     """Compare runs with the first one, on one HTML page: scores, figures, answers side by side.
+
+    A sample log of lmms-eval, `*_samples_*.jsonl`, is a run, too.
 
     **Raises** `SparsightError` for a folder without scores, and for a page that may not be replaced.
     """

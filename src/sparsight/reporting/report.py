@@ -20,8 +20,8 @@ def report(
 ) -> Path:
     """Compare runs on one self-contained HTML page; the first is what the others are set against.
 
-    `runs` are folders of models that `evaluate` has recorded, and of sweeps. `metric` takes the place of exact match;
-    `figures` is a folder for every figure as SVG and PNG. The path of the page is returned.
+    `runs` are folders of models that `evaluate` has recorded, folders of sweeps, and logs of lmms-eval. `metric` takes
+    the place of exact match; `figures` is a folder for every figure as SVG and PNG. The path of the page is returned.
 
     **Raises** `SparsightError` before anything is drawn for a folder that has no run, and for a file that would be lost.
     """
