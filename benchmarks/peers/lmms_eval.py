@@ -41,14 +41,14 @@ def commands(kind: str) -> list[list[str]]:
     return [shlex.split(line.removeprefix("$ ")) for block in blocks for line in block.splitlines()]
 
 
-def call(words: list[str], folder: Path, environment: Mapping[str, str]) -> float:
-    """Run a command to its end, and give its seconds."""
+def call(words: list[str], folder: Path, environment: Mapping[str, str]) -> tuple[float, str]:
+    """Run a command to its end; give its seconds, and the end of what it said."""
     began = time.perf_counter()
     done = subprocess.run(words, cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=SECONDS)
     print(shlex.join(words), flush=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    return time.perf_counter() - began
+    return time.perf_counter() - began, done.stderr[-3000:]
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
@@ -116,12 +116,12 @@ def main() -> None:
                     )  # fmt: skip
                     wait_for(f"http://127.0.0.1:{words[words.index('--port') + 1]}/health", server)
                 elif words[0] == "lmms-eval" and (server or "openai" not in words):
-                    seconds = call([str(lmms / words[0]), *words[1:]], folder, environment)
+                    seconds, said = call([str(lmms / words[0]), *words[1:]], folder, environment)
                     logs = folder / words[words.index("--output_path") + 1]
                     model = re.search(r"(?:pretrained|model_version)=([^,]+)", " ".join(words))[1]
                     log = next(logs.glob(f"*{model}/*_samples_*.jsonl"), None)
                     if log is None:
-                        sys.exit(f"{shlex.join(words)}: wrote no log of samples")
+                        sys.exit(f"{shlex.join(words)}: wrote no log of samples\n{said}")
                     road = words[words.index("--model") + 1]
                     rows.append(row_of(folder, model, log, road, seconds))
                     print(rows[-1], flush=True)

@@ -18,6 +18,16 @@ Seed = Annotated[
     ),
 ]
 BatchSize = Annotated[int, count("Samples per batch.", cost=True)]
+Workers = Annotated[
+    int,
+    Option(
+        "Processes beside the training that read and encode the next batches; 0: the training does it itself.",
+        fits=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+        says="a whole number of at least 0",
+        cost=False,
+        work=False,
+    ),
+]
 Samples = Annotated[int | None, count("How many samples to draw from the data. [default: all]", cost=True)]
 Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
 _SCORED = "[default: test, else validation; never train]"

@@ -220,6 +220,7 @@ class RestoreSpec(SharedSpec):
     ] = None  # fmt: skip
     batch_size: fields.BatchSize = 32
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
+    workers: fields.Workers = 0
     samples: fields.Samples = None
     split: fields.Split = None
     held_out: Annotated[
