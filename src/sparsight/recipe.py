@@ -28,7 +28,7 @@ from sparsight.checkpoint.lock import INSIDE
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checks import nearest
 from sparsight.errors import SparsightError, quote
-from sparsight.files import read_json
+from sparsight.files import read_json, with_home
 from sparsight.options import Spec, options
 from sparsight.shared_spec import SharedSpec
 from sparsight.specs import SPECS
@@ -172,7 +172,7 @@ def find_recipe(path: str | Path) -> Path:
 def _load(path: str | Path) -> dict[str, Any]:
     path = find_recipe(path)
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        recipe = with_home(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except OSError as error:
         raise SparsightError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from error
     except (ValueError, yaml.YAMLError) as error:

@@ -37,7 +37,7 @@ from sparsight.restoring.losses import Loss, distillation
 from sparsight.restoring.side_effects import checkpointed_blocks
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
-from sparsight.trackers import PROJECT, FirstLog, RunArguments, zeros_of
+from sparsight.trackers import PROJECT, FirstLog, RunArguments, guard, zeros_of
 
 RATE, WEIGHTS, POWER, MOST = 1e-3, 1.5e8, 0.4, 4e-3  # of the default learning rate
 
@@ -290,6 +290,7 @@ def train(
                 trainer.remove_callback(callback)
         trainer.add_callback(watching)
         if spec.report_to:
+            guard(trainer.callback_handler, spec.report_to)
             trainer.add_callback(FirstLog(trainer, zeros_of(student.anatomy, student.plan)))
         if spec.patience and held:
             trainer.add_callback(PatienceCallback(spec.patience))
