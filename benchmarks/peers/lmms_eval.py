@@ -118,7 +118,7 @@ def main() -> None:
                 elif words[0] == "lmms-eval" and (server or "openai" not in words):
                     seconds, said = call([str(lmms / words[0]), *words[1:]], folder, environment)
                     logs = folder / words[words.index("--output_path") + 1]
-                    model = re.search(r"(?:pretrained|model_version)=([^,]+)", " ".join(words))[1]
+                    model = re.search(r"(?:pretrained|model_version)=([^,\s]+)", " ".join(words))[1]
                     log = next(logs.glob(f"*{model}/*_samples_*.jsonl"), None)
                     if log is None:
                         sys.exit(f"{shlex.join(words)}: wrote no log of samples\n{said}")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import anatomy_of, check_folder_data, in_memory_spec, is_folder, need, places
+from sparsight.arguments import anatomy_of, check_folder_data, check_recipe, in_memory_spec, is_folder, need, places
 from sparsight.checks import check_paths
 from sparsight.looks import ask as ask
 from sparsight.looks import diff as diff
@@ -78,9 +78,9 @@ def plan(
 
     **Raises** `SparsightError` for invalid settings, an invalid model or invalid data.
     """
+    (model, data), spec = places(model=model, data=data), PlanSpec.make(spec, settings)
     from sparsight.pruning.verb import plan_model
 
-    (model, data), spec = places(model=model, data=data), PlanSpec.make(spec, settings)
     if is_folder(model):
         check_folder_data(None, processor)
     else:
@@ -114,9 +114,9 @@ def prune(
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data. Nothing is left
     behind but `OUT.unfinished`, once a block is finished.
     """
+    (model, data), spec = places(model=model, data=data), PruneSpec.make(spec, settings)
     from sparsight.pruning.verb import prune_folder, prune_model
 
-    (model, data), spec = places(model=model, data=data), PruneSpec.make(spec, settings)
     if not is_folder(model):
         data, out = (out, None) if data is None else (data, out)
         spec = in_memory_spec(model, spec, out=out, overwrite=overwrite, resume=resume)
@@ -148,12 +148,13 @@ def restore(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the models or the data.
     """
-    from sparsight.restoring.verb import restore_folder, restore_model
-
+    sparse, data, teacher = places(sparse=sparse, data=data, teacher=teacher)
     if spec is None and hasattr(sparse, "device"):
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = RestoreSpec.make(spec, settings)
-    sparse, data, teacher, held_out = places(sparse=sparse, data=data, teacher=teacher, held_out=spec.held_out)
+    (held_out,) = places(held_out=spec.held_out)
+    from sparsight.restoring.verb import restore_folder, restore_model
+
     spec = spec if held_out is spec.held_out else replace(spec, held_out=held_out)
     if not is_folder(sparse):
         data, out = (out, None) if data is None else (data, out)
@@ -190,9 +191,9 @@ def evaluate(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
+    (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
-    (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
     if spec.task is None:
         need(data, "data", "held-out samples")
     if not is_folder(model):
@@ -324,9 +325,9 @@ def run(
     **Raises** `SparsightError` before anything is computed for a recipe that cannot be run, and for a folder that holds
     something else, or a run with other settings.
     """
+    check_recipe(recipe, out, changes)
     from sparsight.pipeline import run
 
-    check_paths(recipe=recipe, out=out)
     return run(recipe, out, changes=changes, progress=progress)
 
 
@@ -349,9 +350,9 @@ def sweep(
     **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, and for a folder
     that holds something else, or a sweep of another model.
     """
+    check_recipe(recipe, out, changes)
     from sparsight.sweeps.sweep import sweep
 
-    check_paths(recipe=recipe, out=out)
     return sweep(recipe, out, changes=changes, jobs=jobs, progress=progress)
 
 
@@ -375,10 +376,10 @@ def search(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
-    from sparsight.sweeps.search import search
-
     check_paths(model=model, out=out, data=data, held_out=held_out)
     model, data, held_out = places(model=model, data=data, held_out=held_out)
+    from sparsight.sweeps.search import search
+
     return search(
         model, out, SearchSpec.make(spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
     )  # fmt: skip
@@ -394,9 +395,8 @@ def report(
 ) -> Path:
     """Compare runs with the first one, on one HTML page: scores, figures, answers side by side.
 
-    A sample log of lmms-eval, `*_samples_*.jsonl`, is a run, too.
-
-    **Raises** `SparsightError` for a folder without scores, and for a page that may not be replaced.
+    Sample logs of lmms-eval are runs, too. **Raises** `SparsightError` for a folder without scores, and for a page that may
+    not be replaced.
     """
     from sparsight.reporting.report import report
 

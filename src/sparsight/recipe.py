@@ -60,6 +60,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+def named(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a recipe with its `changes`, unchecked, and folders for `demo:` names.
+
+    **Raises** `SparsightError` for a file that is no recipe, and for a demo name that cannot be used.
+    """
+    recipe = _load(path)
+    for change in changes:
+        _change(recipe, change)
+    for key in PATHS:
+        recipe[key] = embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
+    return recipe
+
+
 def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe, apply `changes`, and check every name and value in it.
 
@@ -68,11 +81,7 @@ def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] 
     **Raises** `SparsightError`, naming the key, for a file that is no recipe, an unknown key, and a value that the verb
     would refuse.
     """
-    recipe = _load(path)
-    for change in changes:
-        _change(recipe, change)
-    for key in PATHS:
-        recipe[key] = embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
+    recipe = named(path, changes)
     recipe = {key: value for key, value in recipe.items() if key not in PATHS or value is not None}
     recipe.pop("sparsight", None)  # the version that wrote it
     top = (*PATHS, *SHARED, *SECTIONS, *extra)
