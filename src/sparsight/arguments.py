@@ -38,10 +38,10 @@ def check_recipe(recipe: Any, out: Any, changes: Sequence[str]) -> None:
 
     **Raises** `SparsightError`.
     """
-    from sparsight.recipe import named
+    from sparsight.recipe import content
 
     check_paths(recipe=recipe, out=out)
-    named(recipe, changes)
+    content(recipe, changes)
 
 
 def is_folder(model: Any) -> bool:

@@ -60,7 +60,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def named(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+def content(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """The content of a recipe with its `changes`, unchecked, and folders for `demo:` names.
 
     **Raises** `SparsightError` for a file that is no recipe, and for a demo name that cannot be used.
@@ -81,7 +81,7 @@ def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] 
     **Raises** `SparsightError`, naming the key, for a file that is no recipe, an unknown key, and a value that the verb
     would refuse.
     """
-    recipe = named(path, changes)
+    recipe = content(path, changes)
     recipe = {key: value for key, value in recipe.items() if key not in PATHS or value is not None}
     recipe.pop("sparsight", None)  # the version that wrote it
     top = (*PATHS, *SHARED, *SECTIONS, *extra)

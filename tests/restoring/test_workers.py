@@ -84,8 +84,8 @@ def data(folder, n, broken=()):
 
 @pytest.fixture
 def few_first(monkeypatch):
-    """Let four pictures and four samples be checked at once, where it is 512."""
-    monkeypatch.setattr(images, "FIRST", 4)
+    """Let four pictures and four samples be checked at once."""
+    monkeypatch.setattr(images, "WHOLE", 7000)  # bytes; a picture has 1,800
     monkeypatch.setattr(student, "FIRST", 4)
 
 
@@ -148,4 +148,4 @@ def test_all_samples_are_tried_where_they_are_few(sparse, scenes):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         restored(sparse, "out", scenes, steps=1)
-    assert encoding.CHECKED < images.FIRST
+    assert encoding.CHECKED < encoding.FIRST

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.errors import SparsightError
-from sparsight.recipe import named
+from sparsight.recipe import content
 
 
 def recipe_cost(verb: str) -> Callable[[dict[str, Any]], tuple[Any, Sequence[Any], bool] | None]:
@@ -34,7 +34,7 @@ def check_data(recipe: str, changes: Sequence[str]) -> None:
 
     **Raises** `SparsightError`.
     """
-    settings = named(recipe, changes)
+    settings = content(recipe, changes)
     for key in ("data", "held_out"):
         value = settings.get(key)
         if isinstance(value, str) and value.endswith((".json", ".jsonl", ".parquet")) and not Path(value).exists():

@@ -29,7 +29,7 @@ class StoredImage:
 Picture = Path | bytes | Image.Image | StoredImage  # a file, the content of one, an image in memory, one in a table
 Find = Callable[[Any], tuple[Picture, str]]  # an image entry -> the image and the hash of its content
 
-FIRST = 512  # pictures, or samples, that are checked in every way before the work begins
+WHOLE = 64 * 2**20  # bytes of pictures that are decoded when they are found, some 700 photos of 640 x 480
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{24,}={0,2}\s*")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -46,8 +46,8 @@ class Finder:
     below one of them. No other file is read. Data URIs, base64, bytes, `{"bytes": ..., "path": ...}` and images in memory
     need no folder. An entry that is a tuple becomes one of these by `named`.
 
-    The first `FIRST` pictures are decoded. Of the others the header is read, and the end is looked for; their hashes are in
-    `late`. One without an end is decoded, too.
+    The first pictures, `WHOLE` bytes of them, are decoded. Of the others the header is read, and the end is looked for;
+    their hashes are in `late`. One without an end is decoded, too.
 
     A call raises `BadRecord` for addresses, for paths and links that lead out, and for what Pillow cannot decode.
     """
@@ -60,6 +60,7 @@ class Finder:
         self.images, self.named = images, named
         self.checked: set[str] = set()  # hashes of images, each checked once
         self.late: set[str] = set()
+        self._bytes = 0  # of the images that were checked
 
     def __call__(self, entry: Any) -> tuple[Picture, str]:
         """The image of an entry, and the hash of its content."""
@@ -83,7 +84,8 @@ class Finder:
         """Check an image that was not seen yet, since several questions may be about one, and return its hash."""
         digest = hashlib.sha256(content).hexdigest()
         if digest not in self.checked:
-            late = len(self.checked) >= FIRST and has_end(content)
+            late = self._bytes >= WHOLE and has_end(content)
+            self._bytes += len(content)
             _check_whole(content, name or f"the image of {len(content):,} bytes", decode=not late)
             if late:
                 self.late.add(digest)

@@ -17,8 +17,7 @@ from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import family_of, plan_of_zeros, read_record
 from sparsight.checks import check_name_of, parse_pairs
 from sparsight.data import Encoder, batches
-from sparsight.data.encoding import select_answers
-from sparsight.data.images import FIRST
+from sparsight.data.encoding import FIRST, select_answers
 from sparsight.data.own_batches import OwnBatches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
