@@ -61,6 +61,7 @@ class Finder:
         self.checked: set[str] = set()  # hashes of images, each checked once
         self.late: set[str] = set()
         self._bytes = 0  # of the images that were checked
+        self._files: dict[str, tuple[Path, str]] = {}  # those that are good, by their entries
 
     def __call__(self, entry: Any) -> tuple[Picture, str]:
         """The image of an entry, and the hash of its content."""
@@ -73,12 +74,15 @@ class Finder:
         entry, content = _embedded(entry)
         if content is not None:
             return content, self._check(content)
+        if isinstance(entry, str) and entry in self._files:  # several questions may be about one picture
+            return self._files[entry]
         path = self._locate(entry)
         try:
             content = path.read_bytes()
         except (OSError, RuntimeError) as error:
             raise BadRecord(f"image {quote(entry)} cannot be read: {first_line(error)}") from error
-        return path, self._check(content, f"image {quote(entry)}")
+        self._files[entry] = path, self._check(content, f"image {quote(entry)}")
+        return self._files[entry]
 
     def _check(self, content: bytes, name: str = "") -> str:
         """Check an image that was not seen yet, since several questions may be about one, and return its hash."""
