@@ -153,6 +153,7 @@ def restore(
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = RestoreSpec.make(spec, settings)
     (held_out,) = places(held_out=spec.held_out)
+    from sparsight.estimation.fit import fit_batch
     from sparsight.restoring.verb import restore_folder, restore_model
 
     spec = spec if held_out is spec.held_out else replace(spec, held_out=held_out)
@@ -166,7 +167,7 @@ def restore(
     need(data, "data", "training samples")
     need(out, "out", "a folder to write")
     return restore_folder(
-        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress
+        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress, fit=fit_batch
     )[0]  # fmt: skip
 
 
@@ -395,8 +396,7 @@ def report(
 ) -> Path:
     """Compare runs with the first one, on one HTML page: scores, figures, answers side by side.
 
-    Sample logs of lmms-eval are runs, too. **Raises** `SparsightError` for a folder without scores, and for a page that may
-    not be replaced.
+    Logs of lmms-eval are runs, too. **Raises** `SparsightError` for runs without scores, and to save another page.
     """
     from sparsight.reporting.report import report
 

@@ -15,6 +15,8 @@ from sparsight.shared_spec import FamilySpec, SharedSpec
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
+CHOICES = "sparsight.evaluation.metrics:CHOICES"
+BATCH_SIZE = 32  # of a step of training, where memory allows
 PARK = "sparsight.calibration.park:PARK"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
 SCHEDULE: dict[str, Any] = {"kl": 0.1, "scheduler": "cosine", "warmup": 0.03, "clip": 1.0}  # of `restore`
@@ -218,7 +220,14 @@ class RestoreSpec(SharedSpec):
             fits=lambda steps: isinstance(steps, int) and steps >= 0, says="a whole number of at least 0", cost=True,
         ),
     ] = None  # fmt: skip
-    batch_size: fields.BatchSize = 32
+    batch_size: Annotated[
+        int | None,
+        count(
+            "Samples per batch. [default: 32; where memory is short fewer, with as many batches more, and gradient "
+            "checkpointing]",
+            cost=True,
+        ),
+    ] = None
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
     workers: fields.Workers = 0
     samples: fields.Samples = None
@@ -270,17 +279,22 @@ class RestoreSpec(SharedSpec):
             raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
 
     @property
+    def rows(self) -> int:
+        """Samples per batch."""
+        return self.batch_size or BATCH_SIZE
+
+    @property
     def same_work(self) -> dict[str, Any]:
         """The settings that interrupted work goes on with: all but those that only say how a step fits into memory."""
         split = ("batch_size", "accumulate", "teacher_mode", "gradient_checkpointing")
         facts = {name: value for name, value in self.facts().items() if name not in split}
-        return {**facts, "batch_size*accumulate": self.batch_size * self.accumulate}
+        return {**facts, "batch_size*accumulate": self.rows * self.accumulate}
 
     @property
     def less_memory(self) -> tuple[str, bool]:
         """What to do where memory runs out, and whether interrupted work can go on with it."""
-        part = next((n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0), 1)
-        lower = f"`batch_size={self.batch_size // part}` with `accumulate={self.accumulate * part}` takes the same steps"
+        part = next((n for n in range(2, self.rows + 1) if self.rows % n == 0), 1)
+        lower = f"`batch_size={self.rows // part}` with `accumulate={self.accumulate * part}` takes the same steps"
         parts = [
             *([lower] if part > 1 else []),
             *(["add `gradient_checkpointing`"] if not self.gradient_checkpointing else []),
@@ -303,9 +317,10 @@ class EvaluateSpec(SharedSpec):
     metrics: Annotated[
         tuple[Name, ...],
         Option(
-            "Score by these: {names}. [default: by kind of sample; captions by cider_d, questions by vqa_accuracy, all by "
-            "exact_match]",
-            (METRICS,),
+            "Score by these alone: {names}. token_accuracy and perplexity need no answers to be written, and one block of "
+            "the model in memory. [default: both, and by kind of sample captions by cider_d, questions by vqa_accuracy, "
+            "all by exact_match]",
+            (CHOICES,),
         ),
     ] = ()
     task: fields.Task = None

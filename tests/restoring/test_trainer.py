@@ -325,7 +325,9 @@ def test_other_weights_are_other_work(sparse, scenes, zoo_folder):
     with pytest.raises(Interrupted):
         restored(sparse, "out", scenes, progress=stop, overwrite=False)
     api.prune(zoo_folder("llava"), sparse, data=scenes, samples=8, method="magnitude", overwrite=True)
-    with pytest.raises(SparsightError, match="`resume`: the interrupted work had files="):
+    with pytest.raises(
+        SparsightError, match="`resume`: files of the model are not those that the interrupted work began with"
+    ):
         restored(sparse, "out", scenes, resume=True, overwrite=False)
 
 

@@ -35,6 +35,10 @@ from sparsight.model.load import quiet
 from sparsight.packing.shards import SINGLE
 
 FORMAT = 1
+SETTING_FILES = (  # of a model and its processor: what they are made from beside the weights
+    "*config.json", "*processor*.json", "*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*",
+    "qformer_tokenizer/*",
+)  # fmt: skip
 LAYER_FACTS = {"component", "block", "shape", "dtype", "pattern", "asked", "got", "zeros", "mask", "weight"}
 
 
@@ -159,6 +163,20 @@ def identity(model: str | Path | None) -> str | None:
     return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
+def source_of(model: str | Path | None) -> str | None:
+    """What tells one state of a model's folder from another as the source of work: its weights, configuration, processor.
+
+    None for a name on the hub.
+    """
+    weights = identity(model)
+    if weights is None:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted({file for pattern in SETTING_FILES for file in Path(str(model)).glob(pattern)}):
+        digest.update(f"{file.relative_to(str(model))} ".encode() + file.read_bytes())
+    return f"{weights} {digest.hexdigest()}"
+
+
 def plan_of_zeros(anatomy: Anatomy) -> dict[str, Pattern]:
     """The plan of a model without a record, read from the zeros of its sparse layers."""
     plan = {}
@@ -268,7 +286,6 @@ def write_model(model: Any, processor: Any, record: Record, folder: Path, weight
         model.save_pretrained(folder, **({} if weights is None else {"state_dict": {}}))
     if weights is not None:
         (folder / SINGLE).unlink(missing_ok=True)
-        weights.put_into(folder)
     dtypes = Counter(entry["dtype"] for entry in record.sparsity["layers"].values())
     _name_dtype(folder / "config.json", dtypes.most_common(1)[0][0])
     if processor is not None:
@@ -281,6 +298,8 @@ def write_model(model: Any, processor: Any, record: Record, folder: Path, weight
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    if weights is not None:  # last, since a file system without links loses the others by it
+        weights.put_into(folder)
 
 
 def _name_dtype(config: Path, dtype: str) -> None:

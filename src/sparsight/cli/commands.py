@@ -218,7 +218,8 @@ def _restored(record: Any, values: Values) -> Shown:
 def _evaluated(result: Any, values: Values) -> Shown:
     from sparsight.cli import tables
 
-    title = f"{values['model']} on {len(result.predictions)} samples"
+    counts = f"{len(result.predictions)} samples" if result.predictions else f"{result.rows[0]['n']} answer tokens"
+    title = f"{values['model']} on {counts}"
     lines = [*tables.data_lines(result.data), *tables.skipped_line(result.skipped)]
     return json.loads(result.to_json()), [tables.scores_table(result.rows, title), *lines], True
 

@@ -99,7 +99,7 @@ def fill_cache(
     encoder: Encoder,
     batch_size: int,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Compute the files missing in `folder`, every process its share of them; return once all exist."""

@@ -19,6 +19,7 @@ from sparsight import distributed
 from sparsight.data.encoding import select_answers
 from sparsight.data.own_batches import OwnBatches
 from sparsight.errors import NotWritten, SparsightError
+from sparsight.memory import main_device
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 from sparsight.restoring.adapters import ADAPTERS
@@ -209,7 +210,7 @@ class RestoreTrainer(Trainer):
 
 def step_size(spec: RestoreSpec) -> int:
     """Samples of one optimizer step, over all processes."""
-    return spec.batch_size * spec.accumulate * distributed.world_size()
+    return spec.rows * spec.accumulate * distributed.world_size()
 
 
 def peak_rate(spec: RestoreSpec, weights: int) -> float:
@@ -245,7 +246,7 @@ def train(
     workers = 0 if isinstance(student.encoder, OwnBatches) else spec.workers  # batches of the user's are ready
     arguments = RunArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.rows,
         gradient_accumulation_steps=spec.accumulate,
         max_steps=total,
         learning_rate=rate,
@@ -270,8 +271,8 @@ def train(
         label_names=["labels"],
         bf16=spec.mixed_precision == "bf16",
         fp16=spec.mixed_precision == "fp16",
-        use_cpu=torch.device(spec.device).type == "cpu",
-        dataloader_pin_memory=torch.device(spec.device).type == "cuda",
+        use_cpu=main_device(spec.device).type == "cpu",
+        dataloader_pin_memory=main_device(spec.device).type == "cuda",
         dataloader_num_workers=workers,
         disable_tqdm=True,
         ddp_broadcast_buffers=False,  # the masks are the same everywhere and never change
