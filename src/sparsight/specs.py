@@ -259,24 +259,7 @@ class RestoreSpec(SharedSpec):
         for name, value in {**SCHEDULE, **PUBLISHED.get(self.preset or "", {})}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if not self.tune:
-            raise SparsightError("`tune`: names no component; give some of vision, connector, language")
-        if self.mixed_precision == "fp16" and self.device == "cpu":
-            raise SparsightError(
-                "`mixed_precision`: fp16 needs a GPU, whose gradients can be scaled; use bf16 on a CPU"
-            )  # fmt: skip
-        if self.save_adapter and self.reconstruct:
-            raise SparsightError(
-                "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
-                "leave it or `reconstruct` out"
-            )
-        fields.check_held_out(self)
-        if self.steps == 0 and not self.reconstruct:
-            raise SparsightError("`steps`: 0 trains nothing; say with `reconstruct` how long to fit the blocks")
-        if self.steps == 0 and (idle := [n for n in ("held_out", "save_adapter", "report_to") if getattr(self, n)]):
-            raise SparsightError(f"`{idle[0]}`: is of training, and `steps` is 0; leave one of the two out")
-        if self.patience and self.held_out is None:
-            raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
+        fields.check_training(self)
 
     @property
     def rows(self) -> int:

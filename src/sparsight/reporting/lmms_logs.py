@@ -1,6 +1,6 @@
 """Sample logs of lmms-eval: the answers of a model to a task, `*_samples_TASK.jsonl`, with `*_results.json` beside them.
 
-A log of a task that `eval --export-task` wrote holds our own samples, so its answers are scored as `eval` scores them, and
+A log of a task that `export_task` of `eval` wrote holds our own samples. Its answers are scored as `eval` scores them, and
 they are paired with the runs of `eval`. In logs of other tasks the scores are lmms-eval's, and the logs of one task are
 paired with each other.
 """
