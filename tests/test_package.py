@@ -181,8 +181,12 @@ def test_what_is_missing_is_said_before_torch_is_imported(words, line, tmp_path,
 def test_the_cost_of_a_recipe_needs_no_folder(run, zoo_folder, scenes, tmp_path):
     recipe_file = {"model": str(zoo_folder("llava")), "data": str(scenes), "held_out": str(scenes), "prune": {"samples": 4}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_file))
-    costs = [run("run", "recipe.yaml", "--cost", "--json", *more) for more in ((), ("prune.method=magnitude",), ("out",))]
+    costs = [
+        run("run", "recipe.yaml", "--cost", "--json", *more)
+        for more in ((), ("restore={steps: 1, batch_size: 2}",), ("out",))
+    ]
     assert [code for code, _, _ in costs] == [0, 0, 0]
     work = [{stage["name"]: sum(stage["flops"].values()) for stage in json.loads(out)["stages"]} for _, out, _ in costs]
-    assert work[1]["prune"] < work[0]["prune"] == work[2]["prune"]
+    assert work[0] == work[2]
+    assert set(work[1]) - set(work[0]) == {"restore"}
     assert not (tmp_path / "out").exists()
