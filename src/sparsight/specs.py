@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from sparsight import fields
-from sparsight.errors import SparsightError
 from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
 from sparsight.shared_spec import FamilySpec, SharedSpec
 
@@ -229,6 +228,7 @@ class RestoreSpec(SharedSpec):
         ),
     ] = None
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
+    workers: fields.Workers = 0
     samples: fields.Samples = None
     split: fields.Split = None
     held_out: Annotated[
@@ -258,24 +258,7 @@ class RestoreSpec(SharedSpec):
         for name, value in {**SCHEDULE, **PUBLISHED.get(self.preset or "", {})}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if not self.tune:
-            raise SparsightError("`tune`: names no component; give some of vision, connector, language")
-        if self.mixed_precision == "fp16" and self.device == "cpu":
-            raise SparsightError(
-                "`mixed_precision`: fp16 needs a GPU, whose gradients can be scaled; use bf16 on a CPU"
-            )  # fmt: skip
-        if self.save_adapter and self.reconstruct:
-            raise SparsightError(
-                "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
-                "leave it or `reconstruct` out"
-            )
-        fields.check_held_out(self)
-        if self.steps == 0 and not self.reconstruct:
-            raise SparsightError("`steps`: 0 trains nothing; say with `reconstruct` how long to fit the blocks")
-        if self.steps == 0 and (idle := [n for n in ("held_out", "save_adapter", "report_to") if getattr(self, n)]):
-            raise SparsightError(f"`{idle[0]}`: is of training, and `steps` is 0; leave one of the two out")
-        if self.patience and self.held_out is None:
-            raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
+        fields.check_training(self)
 
     @property
     def rows(self) -> int:

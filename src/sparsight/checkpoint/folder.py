@@ -26,7 +26,7 @@ from sparsight.checkpoint.card import model_card
 from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError, first_line
-from sparsight.files import make_beside, read_json, set_modes
+from sparsight.files import make_beside, read_json, set_modes, with_home, without_home
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
@@ -127,12 +127,12 @@ def _read(path: Path) -> Any:
         return None
     then = "delete it, or write the folder again"
     if path.suffix == ".json":
-        return read_json(path, then)
+        return with_home(read_json(path, then))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict | None):
             raise ValueError(f"holds a {type(content).__name__}")
-        return content
+        return with_home(content)
     except OSError as error:
         raise SparsightError(f"{path}: cannot be read ({first_line(error)}); {then}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -291,9 +291,9 @@ def write_model(model: Any, processor: Any, record: Record, folder: Path, weight
     if processor is not None:
         processor.save_pretrained(folder)
     files = {
-        "sparsity.json": json.dumps(record.sparsity, indent=1) + "\n",
-        "metrics.json": json.dumps(record.metrics, indent=1) + "\n",
-        "recipe.yaml": yaml.safe_dump(record.recipe, sort_keys=False),
+        "sparsity.json": json.dumps(without_home(record.sparsity), indent=1) + "\n",
+        "metrics.json": json.dumps(without_home(record.metrics), indent=1) + "\n",
+        "recipe.yaml": yaml.safe_dump(without_home(record.recipe), sort_keys=False),
         "README.md": model_card(record.sparsity, record.recipe),
     }
     for name, text in files.items():

@@ -18,7 +18,7 @@ from sparsight.checkpoint.folder import atomic_folder, check_output, read_record
 from sparsight.checkpoint.lock import INSIDE, locked
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.errors import Notice, SparsightError, first_line
-from sparsight.files import read_json, replace_file, write_json
+from sparsight.files import read_json, replace_file, without_home, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
 from sparsight.packing.headers import header_entry, header_text, in_order
@@ -101,7 +101,7 @@ def pack_folder(
             _copy_others(Path(sparse), new, shards.files, (PACKED, OF_SPEED, *rounded))
             _put_together(shards, folder, new, done, layout)
             if spec.values == "int8" and record is not None:
-                write_json(new / "sparsity.json", _rounded(record, tensors))
+                write_json(new / "sparsity.json", without_home(_rounded(record, tensors)))
             write_json(new / PACKED, facts)
             if shards.layout is None:
                 _write_card(new, packed_card)

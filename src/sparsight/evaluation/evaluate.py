@@ -88,13 +88,8 @@ def evaluate(
 
     **Raises** `SparsightError` for an unknown metric, for no samples, and for a value that is NaN or infinite.
     """
-    if not samples:
-        raise SparsightError("nothing to evaluate: no samples")
-    kinds = list(dict.fromkeys(sample.kind for sample in samples))
-    if ALL in kinds:
-        raise SparsightError(f"no sample can be of kind {ALL!r}: that row is of all samples together")
     metrics, of_tokens = split_metrics(metrics)
-    by_kind = {kind: find_metrics(metrics, kind) for kind in kinds} if task is None else task_metrics(task)
+    by_kind = metrics_of(samples, metrics, task)
     samples = [sample.in_words_of(model.config.model_type) for sample in samples]
     ready = batches(samples, Encoder(processor, model), batch_size)
     if metrics == ():
@@ -103,6 +98,38 @@ def evaluate(
         model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens,
         length_penalty=length_penalty, progress=progress,
     )  # fmt: skip
+    result = score(samples, texts, by_kind, seed=seed, task=task)
+    if not of_tokens:
+        return result
+    return replace(result, rows=(*result.rows, *token_rows(model, ready, of_tokens)))
+
+
+def metrics_of(
+    samples: Sequence[Sample],
+    metrics: Mapping[str, Sequence[str | Callable]] | Sequence[str | Callable] | None = None,
+    task: Task | None = None,
+) -> dict[str, dict[str, Metric]]:
+    """The metrics by name that samples are scored by, by kind, or those of a task for all of them together.
+
+    **Raises** `SparsightError` for an unknown metric, and for no samples.
+    """
+    if not samples:
+        raise SparsightError("nothing to evaluate: no samples")
+    kinds = list(dict.fromkeys(sample.kind for sample in samples))
+    if ALL in kinds:
+        raise SparsightError(f"no sample can be of kind {ALL!r}: that row is of all samples together")
+    return {kind: find_metrics(metrics, kind) for kind in kinds} if task is None else task_metrics(task)
+
+
+def score(
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    by_kind: Mapping[str, Mapping[str, Metric]],
+    *,
+    seed: int = 0,
+    task: Task | None = None,
+) -> Result:
+    """Score the answers that somebody wrote to the last questions of samples; `by_kind` is that of `metrics_of`."""
     scores: list[dict[str, float]] = [{} for _ in samples]
     for kind, chosen in by_kind.items():
         members = [i for i, sample in enumerate(samples) if kind in (ALL, sample.kind)]
@@ -110,17 +137,15 @@ def evaluate(
             values = metric.scores([texts[i] for i in members], [samples[i] for i in members])
             for i, value in zip(members, values, strict=True):
                 scores[i][name] = value
-    rows = _rows([sample.kind for sample in samples], scores, seed)
+    rows = score_rows([sample.kind for sample in samples], scores, seed)
     if task is not None and task.whole is not None:
         rows += _whole_rows(task.whole, samples, texts, seed)
-    if of_tokens:
-        rows += token_rows(model, ready, of_tokens)
     predictions = [
         {
             "id": sample.id, "kind": sample.kind, "prompt": sample.prompt, "prediction": text,
-            "answers": list(sample.answers), "correct": _is_right(text, sample, score, task), "scores": score,
+            "answers": list(sample.answers), "correct": _is_right(text, sample, own, task), "scores": own,
         }
-        for sample, text, score in zip(samples, texts, scores, strict=True)
+        for sample, text, own in zip(samples, texts, scores, strict=True)
     ]  # fmt: skip
     return Result(tuple(rows), tuple(predictions))
 
@@ -204,7 +229,8 @@ def headline(rows: Sequence[Mapping[str, Any]], metric: str | None = None) -> Ma
     return over_all[metric] if metric else over_all.get("exact_match") or next(iter(over_all.values()))
 
 
-def _rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int) -> list[dict[str, Any]]:
+def score_rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a result: the mean of every score with its interval, over all samples and per kind where there are several."""
     rows = []
     groups = list(dict.fromkeys(kinds))
     for group in (ALL, *(groups if len(groups) > 1 else ())):

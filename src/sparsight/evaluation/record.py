@@ -23,7 +23,7 @@ from sparsight.data.sample import Sample
 from sparsight.data.sources import Samples
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.evaluation.evaluate import Result
-from sparsight.files import read_json, write_json
+from sparsight.files import read_json, with_home, without_home, write_json
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.specs import EvaluateSpec
@@ -130,7 +130,7 @@ def record_evaluation(
         ignore(target, f"/{PICTURES}/", f"/{ANSWERS}")
         write_pictures(samples[:pictures], target / PICTURES)
         result.write_predictions(target / ANSWERS)
-        write_json(target / SCORES, scores)
+        write_json(target / SCORES, without_home(scores))
     except OSError as error:
         raise NotWritten(f"{target}: the evaluation could not be kept there ({error})") from error
     return target / SCORES
@@ -170,7 +170,7 @@ def read_evaluation(folder: str | Path) -> tuple[dict[str, Any], tuple[dict[str,
     path = Path(folder) / SCORES
     if not path.is_file():
         return None
-    scores = read_json(path, "evaluate again with `record`")
+    scores = with_home(read_json(path, "evaluate again with `record`"))
     try:
         if scores["format"] != FORMAT:
             raise SparsightError(f"{path}: format {scores['format']} is not {FORMAT}; evaluate again with `record`")

@@ -17,6 +17,7 @@ from sparsight.data import Encoder, Sample, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, evaluate, split_metrics, token_rows
+from sparsight.evaluation.lmms_task import check_export, check_samples, write_task
 from sparsight.evaluation.record import check_recordable, keep_evaluation
 from sparsight.fields import NEW_TOKENS
 from sparsight.memory import enough_memory
@@ -110,18 +111,27 @@ def evaluate_folder(
     spec: EvaluateSpec,
     *,
     record: bool | str | Path = False,
+    export_task: str | Path | None = None,
     progress: Progress | None = None,
     loaded: tuple[Any, Any] | None = None,
 ) -> Result:
-    """Score the model of a folder; `loaded` has model and processor already. `record` says where scores are kept."""
+    """Score the model of a folder; `loaded` has model and processor already.
+
+    `record` says where scores are kept, and `export_task` where the samples are written as a task of lmms-eval.
+    """
     check_device(spec.device)
+    if export_task is not None:
+        check_export(export_task, data)
     target = check_recordable(model, None if record is True else record) if record else None
     began = time.perf_counter()
     sparsity = read_record(model) if target is not None else None  # a damaged one is refused before it answers
     samples = read_samples(data, spec)
+    if export_task is not None:
+        check_samples(samples)
     with enough_memory(spec):
         if loaded is None and not spec.task and split_metrics(spec.metrics)[0] == ():
             network, body, result, usable = _tokens_by_block(model, samples, spec)
+            processor = load_processor(model)
         else:
             network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
             body = None
@@ -131,6 +141,10 @@ def evaluate_folder(
             target, result, usable, name=model, sparsity=sparsity, model=network, body=body, samples=samples, spec=spec,
             seconds=time.perf_counter() - began,
         )  # fmt: skip
+    if export_task is not None:
+        asked = [sample.in_words_of(network.config.model_type) for sample in usable]
+        way = decoding_of(spec, network.config.model_type)
+        write_task(export_task, asked, way, processor=processor, task=samples.task)
     return result
 
 

@@ -17,7 +17,7 @@ from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import family_of, plan_of_zeros, read_record
 from sparsight.checks import check_name_of, parse_pairs
 from sparsight.data import Encoder, batches
-from sparsight.data.encoding import select_answers
+from sparsight.data.encoding import FIRST, select_answers
 from sparsight.data.own_batches import OwnBatches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
@@ -39,7 +39,7 @@ from sparsight.restoring.teacher import (
     read_masks,
     shared_teacher,
 )
-from sparsight.restoring.teacher_cache import TeacherCache, cache_key, fill_cache
+from sparsight.restoring.teacher_cache import TeacherCache, cache_key, check_rest, fill_cache
 from sparsight.specs import RestoreSpec
 
 DEFAULT_RANKS = {"vision": 4, "connector": 2, "language": 8}
@@ -169,6 +169,7 @@ def make_student(
         return student
     stored, live = None, None
     if mode == "cached":
+        facts = check_rest(facts)
         stored = _store(facts, dense, head, spec, cache, fingerprint, progress)
     if mode == "live":
         live = live_teacher(dense, head)
@@ -212,7 +213,7 @@ def inspect_sparse(
     _check_ranks(parse_ranks(spec.rank), spec.tune, body, masks)
     encoder: Any = own or Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     held = encoder.usable(held_out) if held_out else []
-    usable = [*encoder.usable(samples), *held]
+    usable = [*encoder.usable(samples, FIRST), *held]
     if own is None:
         rehearse(model, encoder, usable)
     head = Head(model)

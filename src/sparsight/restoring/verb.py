@@ -300,12 +300,13 @@ def _restore(
     with unchanged_process(spec.device) if distributed.world_size() == 1 else nullcontext():
         trained = train(student, spec, folder, resume=resume, progress=progress, recipe=recipe)
     gc.collect()  # the trainer and its optimizer refer to each other
+    skipped = student.encoder.skipped  # one that is left out when it is used may have been met again
     metrics = {
         **trained,
         "seconds": time.perf_counter() - began,
         "memory": peak_memory(spec.device),
         **_student_facts(student),
-        "skipped_samples": len(student.encoder.skipped),
+        "skipped_samples": len(set(skipped) if student.encoder.late else skipped),
     }
     here = sparse.path is None or distributed.is_main()  # the main process writes a folder; a model in memory is everywhere
     gather(student.wrapped, here)
