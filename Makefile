@@ -43,9 +43,10 @@ test-lowest:              ## the same code with the oldest versions: make test-l
 	uv pip install --quiet --python $(LOWEST) pytest hypothesis tensorboardX num2words
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -o filterwarnings=default -m "not slow and not gpu" $(OTHER)
 
-test-python-%:            ## the newest versions with another Python: make test-python-3.13
+test-python-%:            ## the newest versions with another Python: make test-python-3.13 [TORCH=torch==2.13.0]
 	uv venv --quiet --clear --python $* .venv-$*
-	uv pip install --quiet --python .venv-$* --editable ".[report,demo,data]" pytest hypothesis tensorboardX num2words
+	uv pip install --quiet --python .venv-$* --editable ".[report,demo,data]" "$(TORCH)"
+	uv pip install --quiet --python .venv-$* pytest hypothesis tensorboardX num2words
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o filterwarnings=default -m "not slow and not gpu" $(OTHER)
 
 lint: $(READY)

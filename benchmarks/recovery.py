@@ -110,7 +110,8 @@ class Bench:
 
     def score(self, folder: Path) -> dict[str, Any]:
         model, processor = load(folder, dtype="float32")
-        answers = evaluate(model, processor, self.test, max_new_tokens=40, batch_size=64, answers=False).predictions
+        settings = {"metrics": ("exact_match",), "max_new_tokens": 40, "batch_size": 64}
+        answers = evaluate(model, processor, self.test, **settings).predictions
         right = np.array([row["correct"] for row in answers])
         captions = np.array([row["kind"] == "caption" for row in answers])
         q, c = 100 * right[~captions].mean(), 100 * right[captions].mean()

@@ -1,7 +1,8 @@
 """The program that several processes run to restore: `torchrun ... tests/many_restores.py FOLDER KIND`.
 
-KIND is `ddp`, or `fsdp` for FSDP2, which accelerate starts on GPUs only: here it is told that CPUs are some. What is
-written goes to FOLDER/KIND/NAME; `one` runs in a single process.
+KIND is `ddp`, `fsdp` for FSDP2, or `offload` for FSDP2 that keeps weights, gradients and moments in main memory. Accelerate
+starts it on GPUs only: here it is told that CPUs are some. What is written goes to FOLDER/KIND/NAME; `one` runs in a single
+process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import zoo  # noqa: F401  before transformers
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from sparsight import distributed
 from sparsight import api
@@ -60,13 +62,14 @@ def on_cpus() -> None:
         assert kinds == {"DTensor"}, kinds
         return done
 
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # memory is pinned for a GPU only
     state.PartialState.__init__ = patched
     trainer.RestoreTrainer.train = watched
 
 
 if __name__ == "__main__":
-    os.environ.update(FSDP if sys.argv[2] == "fsdp" else {})
-    if sys.argv[2] == "fsdp":
+    if sys.argv[2] != "ddp":
+        os.environ.update(FSDP | {"FSDP_OFFLOAD_PARAMS": str(sys.argv[2] == "offload").lower()})
         on_cpus()
     torch.set_num_threads(1)
     distributed.init()

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 HUB = "Salesforce/instructblip-flan-t5-xl"
 LESS = {"--steps 200": "--steps 2", "--steps 100": "--steps 2", "--samples 64": "--samples 2"}
+LESS |= {"--samples 50": "--samples 2", "--sparsity 0.7": "--sparsity 0.7 --samples 2"}
 LESS |= {
     "fixed-sum.yaml fixed-sum": "fixed-sum.yaml fixed-sum seeds=[0] evaluate.samples=4 evaluate.max_new_tokens=8 "
     "prune.samples=8 'grid={sparsity: {sum: 1.0, vision: [0.4]}}'"

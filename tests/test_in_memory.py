@@ -621,6 +621,7 @@ def test_own_batches_are_scored_by_their_answer_tokens(family):
     before = marks(model)
     result = sparsight.evaluate(model, own)
     assert [row["metric"] for row in result.rows] == ["token_accuracy", "perplexity"]
+    assert sparsight.evaluate(model, own, metrics=["perplexity"]).rows == result.rows[1:]
     assert result.predictions == ()
     assert marks(model) == before
     surprise, tokens = 0.0, 0

@@ -136,3 +136,57 @@ def test_the_citation_names_this_version():
         form = yaml.safe_load(path.read_text())
         assert {"name", "description", "body"} == set(form)
         assert all({"type", "attributes"} <= set(field) for field in form["body"])
+
+
+WITHOUT = """
+import importlib.util, sys
+inner, missing = importlib.util.find_spec, sys.argv[1].split(",")
+importlib.util.find_spec = lambda name, *more: None if name in missing else inner(name, *more)
+sys.argv = ["sparsight", *sys.argv[2:]]
+from sparsight.cli.app import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("run demo out", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("run demo --cost", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("sweep figures/fixed-sum out", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("prune demo:llava x --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("plan demo:llava --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("restore a b --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("search demo:llava x --data demo:train --held-out demo:test", "demo:train needs scikit-learn"),
+        ("eval demo:llava --data demo:test", "demo:test needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("eval demo:llava --data lmms-lab/VQAv2", "lmms-lab/VQAv2: reading it needs datasets: pip install 'sparsight"),
+        ("prune demo:llava x --data my.parquet", "my.parquet: reading it needs datasets: pip install 'sparsight[data]'"),
+        ("report x", "x: is not there; give folders that eval --record or sweep has written to"),
+        ("run llava-1.5-7b", "--out: is missing; give a folder for the results, or add --cost"),
+        ("run llava-1.5-7b --cost", "llava-1.5-7b: data: train.jsonl is not there, and the cost is that of its samples"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said_before_torch_is_imported(words, line, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = [sys.executable, "-c", WITHOUT, "sklearn,matplotlib,datasets", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"sparsight: {line}"), done.stderr
+    assert done.stdout == "False\n"
+
+
+def test_the_cost_of_a_recipe_needs_no_folder(run, zoo_folder, scenes, tmp_path):
+    recipe_file = {"model": str(zoo_folder("llava")), "data": str(scenes), "held_out": str(scenes), "prune": {"samples": 4}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_file))
+    costs = [
+        run("run", "recipe.yaml", "--cost", "--json", *more)
+        for more in ((), ("restore={steps: 1, batch_size: 2}",), ("out",))
+    ]
+    assert [code for code, _, _ in costs] == [0, 0, 0]
+    work = [{stage["name"]: sum(stage["flops"].values()) for stage in json.loads(out)["stages"]} for _, out, _ in costs]
+    assert work[0] == work[2]
+    assert set(work[1]) - set(work[0]) == {"restore"}
+    assert not (tmp_path / "out").exists()

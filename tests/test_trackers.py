@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from sparsight import api, trackers
-from sparsight.errors import Notice
+from sparsight.errors import Notice, SparsightError
 
 pytest.importorskip("tensorboardX")
 
@@ -78,3 +78,33 @@ def test_settings_as_trackers_show_them():
         "sparsight.model": "m", "sparsight.prune.1.method": "wanda", "sparsight.prune.1.ignore": "['a', 'b']",
         "sparsight.prune.2.seed": 1, "sparsight.restore.lr": 0.1,
     }  # fmt: skip
+
+
+def test_a_tracker_that_refuses_is_one_line(zoo_folder, scenes, tmp_path, monkeypatch):
+    """A real one: tensorboard is sent to a folder that is a file."""
+    sparse = tmp_path / "sparse"
+    api.prune(zoo_folder("llava"), sparse, method="magnitude")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file"))
+    how = {"data": scenes, "steps": 2, "batch_size": 2, "samples": 4, "report_to": "tensorboard"}
+    with pytest.raises(
+        SparsightError, match=r"`report_to`: TensorBoard failed \(.+\); mend its settings, or leave it out"
+    ) as error:
+        api.restore(sparse, tmp_path / "restored", **how)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "restored").exists()
+
+
+def test_a_tracker_that_fails_later_costs_a_line(zoo_folder, scenes, tmp_path, monkeypatch):
+    from transformers.integrations import TensorBoardCallback
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", fail)
+    sparse = tmp_path / "sparse"
+    api.prune(zoo_folder("llava"), sparse, method="magnitude")
+    how = {"data": scenes, "steps": 2, "batch_size": 2, "samples": 4, "report_to": "tensorboard"}
+    with pytest.warns(Notice, match="TensorBoard failed .*No space left on device.*, and hears no more of this run"):
+        api.restore(sparse, tmp_path / "restored", **how)
+    assert (tmp_path / "restored" / "model.safetensors").is_file()

@@ -1,9 +1,13 @@
-"""One run of race.py: prune the folder's model with Sparsight, write the pruned weights, print seconds and peak bytes."""
+"""One run of race.py: prune the folder's model with Sparsight, from file to file, print seconds and peak bytes.
+
+The seconds hold what `sparsight prune` does with a block: reading it, pruning, writing it, and syncing it to the disk.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,26 +15,38 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
 
-from sparsight import anatomy
 from sparsight.allocation.plan import make_plan
+from sparsight.checkpoint.parts import PartFiles
+from sparsight.model.stream import Stream
+from sparsight.pruning.compose import compose
 from sparsight.pruning.loop import prune
+from sparsight.pruning.methods import METHODS
+from sparsight.pruning.streamed import StreamJournal
 
 folder, method, out, propagate = sys.argv[1:]
-model = LlavaForConditionalGeneration.from_pretrained(f"{folder}/model", dtype="auto").eval()
+stream = Stream(f"{folder}/model")
+files = PartFiles(stream)
+stream.bring_outside()
 tensors = load_file(f"{folder}/batches.safetensors")
 batches = []
 for i in range(len(tensors) // 2):
     inputs = {key: tensors[f"{i}.{key}"] for key in ("input_ids", "pixel_values")}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     batches.append(SimpleNamespace(inputs=inputs, padding={}))
-body = anatomy(model)
-plan = make_plan(body, sparsity=0.5, pattern="tensor" if method == "sparsegpt" else "row")
+plan = make_plan(stream.anatomy, sparsity=0.5, pattern="tensor" if method == "sparsegpt" else "row")
+work = Path(out).with_suffix("")
+shutil.rmtree(work, ignore_errors=True)
+work.mkdir()
+files.folder = work / "weights"
 began = time.perf_counter()
-prune(model, body, plan, batches, method=method, propagate=propagate)
+with stream.run() as model:
+    journal = StreamJournal(files, work / "done")
+    composition = compose(METHODS[method], propagate=propagate)
+    prune(model, stream.anatomy, plan, batches, method=composition, journal=journal)
+    journal.finish()
 seconds = time.perf_counter() - began
 # the high-water mark of this program; getrusage would count that of the process it was started from
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-save_file({name: body[name].weight.contiguous() for name in plan}, out)
+save_file({name: stream.anatomy[name].weight.contiguous().clone() for name in plan}, out)
 print(json.dumps({"seconds": seconds, "peak": peak}))

@@ -1,9 +1,10 @@
 """Wanda and SparseGPT against llm-compressor 0.14, on the same random LLaVA and the same 128 samples.
 
 Each tool runs in a process of its own (the peer in its own environment) on one model folder and one file of batches, both
-made here, in turns. Measured is the pruning alone, loading left out, and the peak of resident memory. Then the results
-are compared: the share of mask entries that agree, and the largest difference of kept weights relative to their size,
-in the first block (which sees the same inputs in both) and over all.
+made here, in turns. Measured is the peak of resident memory, and the time of pruning: of the peer without loading and
+saving, of ours with both, which go block by block. Then the results are compared: the share of mask entries that agree, and
+the largest difference of kept weights relative to their size, in the first block (which sees the same inputs in both) and
+over all.
 
     python -m venv ENV && ENV/bin/pip install -r benchmarks/peers/requirements.txt
     python benchmarks/peers/race.py --peer ENV/bin/python [--size small|300m] [--dtype bfloat16] [--runs 1]

@@ -30,7 +30,7 @@ class Measure:
     def __call__(self, model: Any) -> dict[str, str]:
         """Exact match in percent with a 95 % bootstrap interval over questions, and perplexity."""
         answers = evaluate(
-            model, self.processor, self.samples, metrics=("exact_match",), max_new_tokens=8, answers=False
+            model, self.processor, self.samples, metrics=("exact_match",), max_new_tokens=8
         )  # fmt: skip
         row = next(row for row in answers.rows if (row["metric"], row["kind"]) == ("exact_match", "all"))
         cells = {name: f"{100 * row[key]:.1f}" for name, key in (("exact", "value"), ("low", "low"), ("high", "high"))}

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import anatomy_of, check_folder_data, in_memory_spec, is_folder, need, places
+from sparsight.arguments import anatomy_of, check_folder_data, check_recipe, in_memory_spec, is_folder, need, places
 from sparsight.checks import check_paths
 from sparsight.looks import ask as ask
 from sparsight.looks import diff as diff
@@ -78,9 +78,9 @@ def plan(
 
     **Raises** `SparsightError` for invalid settings, an invalid model or invalid data.
     """
+    (model, data), spec = places(model=model, data=data), PlanSpec.make(spec, settings)
     from sparsight.pruning.verb import plan_model
 
-    (model, data), spec = places(model=model, data=data), PlanSpec.make(spec, settings)
     if is_folder(model):
         check_folder_data(None, processor)
     else:
@@ -114,9 +114,9 @@ def prune(
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data. Nothing is left
     behind but `OUT.unfinished`, once a block is finished.
     """
+    (model, data), spec = places(model=model, data=data), PruneSpec.make(spec, settings)
     from sparsight.pruning.verb import prune_folder, prune_model
 
-    (model, data), spec = places(model=model, data=data), PruneSpec.make(spec, settings)
     if not is_folder(model):
         data, out = (out, None) if data is None else (data, out)
         spec = in_memory_spec(model, spec, out=out, overwrite=overwrite, resume=resume)
@@ -148,12 +148,14 @@ def restore(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the models or the data.
     """
-    from sparsight.restoring.verb import restore_folder, restore_model
-
+    sparse, data, teacher = places(sparse=sparse, data=data, teacher=teacher)
     if spec is None and hasattr(sparse, "device"):
         settings.setdefault("device", str(sparse.device))  # some settings depend on it
     spec = RestoreSpec.make(spec, settings)
-    sparse, data, teacher, held_out = places(sparse=sparse, data=data, teacher=teacher, held_out=spec.held_out)
+    (held_out,) = places(held_out=spec.held_out)
+    from sparsight.estimation.fit import fit_batch
+    from sparsight.restoring.verb import restore_folder, restore_model
+
     spec = spec if held_out is spec.held_out else replace(spec, held_out=held_out)
     if not is_folder(sparse):
         data, out = (out, None) if data is None else (data, out)
@@ -165,7 +167,7 @@ def restore(
     need(data, "data", "training samples")
     need(out, "out", "a folder to write")
     return restore_folder(
-        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress
+        sparse, out, spec, data=data, teacher=teacher, overwrite=overwrite, resume=resume, progress=progress, fit=fit_batch
     )[0]  # fmt: skip
 
 
@@ -176,6 +178,7 @@ def evaluate(
     *,
     processor: Any = None,
     record: Annotated[bool | str | Path, "Keep scores and answers beside the weights, for report."] = False,
+    export_task: Annotated[str | Path | None, "Write the samples to this folder, as a task of lmms-eval."] = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -189,16 +192,17 @@ def evaluate(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
+    (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
-    (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
     if spec.task is None:
         need(data, "data", "held-out samples")
     if not is_folder(model):
-        spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record)
+        spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record, export_task=export_task)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
     check_folder_data(data, processor)
-    return evaluate_folder(model, data, spec, record=record, progress=progress)
+    check_paths(export_task=export_task)
+    return evaluate_folder(model, data, spec, record=record, export_task=export_task, progress=progress)
 
 
 def verify(
@@ -322,9 +326,9 @@ def run(
     **Raises** `SparsightError` before anything is computed for a recipe that cannot be run, and for a folder that holds
     something else, or a run with other settings.
     """
+    check_recipe(recipe, out, changes)
     from sparsight.pipeline import run
 
-    check_paths(recipe=recipe, out=out)
     return run(recipe, out, changes=changes, progress=progress)
 
 
@@ -347,9 +351,9 @@ def sweep(
     **Raises** `SparsightError` before anything is computed or written for a recipe that cannot be run, and for a folder
     that holds something else, or a sweep of another model.
     """
+    check_recipe(recipe, out, changes)
     from sparsight.sweeps.sweep import sweep
 
-    check_paths(recipe=recipe, out=out)
     return sweep(recipe, out, changes=changes, jobs=jobs, progress=progress)
 
 
@@ -373,17 +377,17 @@ def search(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
-    from sparsight.sweeps.search import search
-
     check_paths(model=model, out=out, data=data, held_out=held_out)
     model, data, held_out = places(model=model, data=data, held_out=held_out)
+    from sparsight.sweeps.search import search
+
     return search(
         model, out, SearchSpec.make(spec, settings), data=data, held_out=held_out, overwrite=overwrite, progress=progress
     )  # fmt: skip
 
 
 def report(
-    runs: Annotated[Sequence[str | Path], Argument("Folders of models evaluated with `record`, or of sweeps.")],
+    runs: Annotated[Sequence[str | Path], Argument("Folders evaluated with `record` or of sweeps; logs of lmms-eval.")],
     *,
     out: Annotated[str | Path, "The page to write."] = "report.html",
     metric: Annotated[str | None, "Compare by this metric. [default: exact match]"] = None,
@@ -392,7 +396,7 @@ def report(
 ) -> Path:
     """Compare runs with the first one, on one HTML page: scores, figures, answers side by side.
 
-    **Raises** `SparsightError` for a folder without scores, and for a page that may not be replaced.
+    Logs of lmms-eval are runs, too. **Raises** `SparsightError` for runs without scores, and to save another page.
     """
     from sparsight.reporting.report import report
 

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsight.checks import check_paths, need_packages
 from sparsight.errors import SparsightError
 from sparsight.shared_spec import FamilySpec
 
 
 def places(**values: Any) -> tuple[Any, ...]:
-    """The values, with folders for `demo:` names. **Raises** `SparsightError` for a `demo:` name that there is not."""
+    """The values, with folders for `demo:` names.
+
+    **Raises** `SparsightError` for a `demo:` name that there is not, and for what needs a package that is missing.
+    """
+    for field in ("data", "held_out"):
+        _check_dataset(values.get(field))
     if not any(isinstance(value, str) and value.startswith("demo:") for value in values.values()):
         return tuple(values.values())
     from sparsight.recipe import embedded
 
     return tuple(embedded(field, value) for field, value in values.items())
+
+
+def _check_dataset(data: Any) -> None:
+    """Refuse, by a `SparsightError`, a dataset of the Hub or a parquet file where `datasets` is missing."""
+    name = isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not Path(data).exists()
+    if (name and Path(data).suffix not in (".json", ".jsonl")) or (isinstance(data, str) and data.endswith(".parquet")):
+        need_packages(f"{data}: reading it", "data", datasets="datasets")
+
+
+def check_recipe(recipe: Any, out: Any, changes: Sequence[str]) -> None:
+    """Refuse, before anything large is imported, paths that are none, and demo names whose packages are missing.
+
+    **Raises** `SparsightError`.
+    """
+    from sparsight.recipe import content
+
+    check_paths(recipe=recipe, out=out)
+    content(recipe, changes)
 
 
 def is_folder(model: Any) -> bool:

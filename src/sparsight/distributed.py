@@ -18,10 +18,16 @@ import torch
 from torch import distributed as dist
 
 from sparsight.errors import SparsightError
+from sparsight.memory import main_device
 
 TIMEOUT = datetime.timedelta(days=1)  # of waiting for a process that works; the launcher stops the others if one dies
 SMALL = 2**20  # bytes of a tensor that is sent together with others
 _alone = False  # while the main process does what the others wait for
+
+
+def several_processes() -> bool:
+    """Whether a launcher started several processes, before or after `init`."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def launched_rank() -> int:
@@ -38,9 +44,9 @@ def init(device: str = "cpu") -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return
-    if torch.device(device).type == "cuda":
+    if main_device(device).type == "cuda":
         local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if torch.device(device).index is not None:
+        if main_device(device).index is not None:
             raise SparsightError(f"`device`: {device} is one GPU, and every process takes its own; use `device=cuda`")
         if local >= there:
             raise SparsightError(f"`device`: torch sees {there} GPUs for more processes than that; start {there} of them")
@@ -59,6 +65,11 @@ def _leave() -> None:
 def world_size() -> int:
     """Return the number of processes; 1 without a group, and inside `on_main`."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def sharded() -> bool:
+    """Whether accelerate divides the model among several processes (FSDP), each of which could hold a part only."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and world_size() > 1
 
 
 def rank() -> int:

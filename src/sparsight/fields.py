@@ -18,6 +18,16 @@ Seed = Annotated[
     ),
 ]
 BatchSize = Annotated[int, count("Samples per batch.", cost=True)]
+Workers = Annotated[
+    int,
+    Option(
+        "Processes beside the training that read and encode the next batches; 0: the training does it itself.",
+        fits=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+        says="a whole number of at least 0",
+        cost=False,
+        work=False,
+    ),
+]
 Samples = Annotated[int | None, count("How many samples to draw from the data. [default: all]", cost=True)]
 Split = Annotated[str | None, Option("Split to read, of data that has several. [default: train]", cost=True, work=None)]
 _SCORED = "[default: test, else validation; never train]"
@@ -74,3 +84,25 @@ def check_held_out(spec: Any) -> None:
         if getattr(spec, field) and (spec.held_out is None or str(spec.held_out).isdigit()):
             raise SparsightError(f"`{field}`: needs data of its own to read from; name it with `held_out`")
     check_task(spec, "held_out_")
+
+
+def check_training(spec: Any) -> None:
+    """Refuse settings of a restoration that contradict each other. **Raises** `SparsightError`."""
+    if not spec.tune:
+        raise SparsightError("`tune`: names no component; give some of vision, connector, language")
+    if spec.mixed_precision == "fp16" and spec.device == "cpu":
+        raise SparsightError(
+            "`mixed_precision`: fp16 needs a GPU, whose gradients can be scaled; use bf16 on a CPU"
+        )  # fmt: skip
+    if spec.save_adapter and spec.reconstruct:
+        raise SparsightError(
+            "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
+            "leave it or `reconstruct` out"
+        )
+    check_held_out(spec)
+    if spec.steps == 0 and not spec.reconstruct:
+        raise SparsightError("`steps`: 0 trains nothing; say with `reconstruct` how long to fit the blocks")
+    if spec.steps == 0 and (idle := [n for n in ("held_out", "save_adapter", "report_to") if getattr(spec, n)]):
+        raise SparsightError(f"`{idle[0]}`: is of training, and `steps` is 0; leave one of the two out")
+    if spec.patience and spec.held_out is None:
+        raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")

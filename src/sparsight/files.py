@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +87,32 @@ def _make(path: Path) -> int:
 def _set_mode(path: Path, mode: int) -> None:
     if path.stat().st_mode != mode:
         path.chmod(mode)
+
+
+def without_home(value: Any) -> Any:
+    """Plain values with `~` for the user's home folder in every path: a folder that is published does not name the user."""
+    home = _home()
+    return _each(value, lambda text: "~" + text.removeprefix(home) if home and text.startswith(home + os.sep) else text)
+
+
+def with_home(value: Any) -> Any:
+    """Plain values with the home folder of this user for `~`."""
+    home = _home()
+    return _each(value, lambda text: home + text[1:] if home and text.startswith("~" + os.sep) else text)
+
+
+def _home() -> str:
+    """The user's home folder; "" where there is none, or where it is that of the whole machine."""
+    try:
+        return str(Path.home()).rstrip(os.sep)
+    except RuntimeError:
+        return ""
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain values with every text among them changed; keys stay."""
+    if isinstance(value, Mapping):
+        return {key: _each(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value

@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsight import recipe as recipes
 from sparsight.allocation.plan import check_plan
-from sparsight.checkpoint.folder import family_of, identity, read_record
+from sparsight.checkpoint.folder import family_of, read_record, source_of
 from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checkpoint.unfinished import parents
@@ -116,7 +116,7 @@ class _Pipeline:
         The paths of the data may have changed, and so may the settings of stages that have not begun.
         """
         settings, folder = self.settings, self.folder
-        self.facts = {**settings, "files": identity(settings["model"])}
+        self.facts = {**settings, "files": source_of(settings["model"])}
         first = next((verb for verb in ("prune", "search", "restore") if stages_of(settings, verb)), "prune")
         learned = spec_of(settings, first, next(iter(stages_of(settings, first)), {}))
         specs = {"data": learned, **({"held_out": self.spec} if self.scored else {})}

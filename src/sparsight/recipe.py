@@ -28,7 +28,7 @@ from sparsight.checkpoint.lock import INSIDE
 from sparsight.checkpoint.stages import stages_of
 from sparsight.checks import nearest
 from sparsight.errors import SparsightError, quote
-from sparsight.files import read_json
+from sparsight.files import read_json, with_home
 from sparsight.options import Spec, options
 from sparsight.shared_spec import SharedSpec
 from sparsight.specs import SPECS
@@ -60,6 +60,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+def content(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a recipe with its `changes`, unchecked, and folders for `demo:` names.
+
+    **Raises** `SparsightError` for a file that is no recipe, and for a demo name that cannot be used.
+    """
+    recipe = _load(path)
+    for change in changes:
+        _change(recipe, change)
+    for key in PATHS:
+        recipe[key] = embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
+    return recipe
+
+
 def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe, apply `changes`, and check every name and value in it.
 
@@ -68,11 +81,7 @@ def read(path: str | Path, changes: Sequence[str] = (), *, extra: Sequence[str] 
     **Raises** `SparsightError`, naming the key, for a file that is no recipe, an unknown key, and a value that the verb
     would refuse.
     """
-    recipe = _load(path)
-    for change in changes:
-        _change(recipe, change)
-    for key in PATHS:
-        recipe[key] = embedded(key, recipe.get(key)) if recipe.get(key) is not None else None
+    recipe = content(path, changes)
     recipe = {key: value for key, value in recipe.items() if key not in PATHS or value is not None}
     recipe.pop("sparsight", None)  # the version that wrote it
     top = (*PATHS, *SHARED, *SECTIONS, *extra)
@@ -172,7 +181,7 @@ def find_recipe(path: str | Path) -> Path:
 def _load(path: str | Path) -> dict[str, Any]:
     path = find_recipe(path)
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        recipe = with_home(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except OSError as error:
         raise SparsightError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from error
     except (ValueError, yaml.YAMLError) as error:

@@ -27,7 +27,13 @@ class SharedSpec(FamilySpec):
     dtype: Annotated[
         str, Option("One of {names}; auto is the dtype that is stored.", ("sparsight.model.load:DTYPES",), cost=True)
     ] = "auto"
-    device: Annotated[str, Option("cpu, cuda or cuda:N.", work=False)] = "cpu"
+    device: Annotated[
+        str,
+        Option(
+            "cpu, cuda, cuda:N, or auto: the GPUs that there are, over which a model to restore or to score is spread.",
+            work=False,
+        ),
+    ] = "cpu"
     skip_bad: Annotated[bool, Option("Leave broken samples out, and count them.", cost=True, work=False)] = False
     images: Annotated[
         Any, Option("Folder that images may lie in, too; absolute paths must lie below it.", cost=True, work=False)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from sparsight import fields
-from sparsight.errors import SparsightError
 from sparsight.options import Budget, Name, Option, Ranks, Spec, above_zero, at_least_zero, below_one, count, epochs, options
 from sparsight.shared_spec import FamilySpec, SharedSpec
 
 METHODS, POLICIES = "sparsight.pruning.methods", "sparsight.allocation.plan:POLICIES"
 PROPAGATE, METRICS = "sparsight.pruning.compose:PROPAGATE", "sparsight.evaluation.metrics:METRICS"
+CHOICES = "sparsight.evaluation.metrics:CHOICES"
+BATCH_SIZE = 32  # of a step of training, where memory allows
 PARK = "sparsight.calibration.park:PARK"
 ADAPTERS, DIVERGENCES = "sparsight.restoring.adapters:trainable", "sparsight.restoring.losses:DIVERGENCES"
 WEIGHTS = "sparsight.restoring.losses:POWERS"
@@ -224,8 +225,16 @@ class RestoreSpec(SharedSpec):
             fits=lambda steps: isinstance(steps, int) and steps >= 0, says="a whole number of at least 0", cost=True,
         ),
     ] = None  # fmt: skip
-    batch_size: fields.BatchSize = 32
+    batch_size: Annotated[
+        int | None,
+        count(
+            "Samples per batch. [default: 32; where memory is short fewer, with as many batches more, and gradient "
+            "checkpointing]",
+            cost=True,
+        ),
+    ] = None
     accumulate: Annotated[int, count("Batches per optimizer step.", cost=True)] = 1
+    workers: fields.Workers = 0
     samples: fields.Samples = None
     split: fields.Split = None
     held_out: Annotated[
@@ -255,37 +264,25 @@ class RestoreSpec(SharedSpec):
         for name, value in {**SCHEDULE, **PUBLISHED.get(self.preset or "", {})}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if not self.tune:
-            raise SparsightError("`tune`: names no component; give some of vision, connector, language")
-        if self.mixed_precision == "fp16" and self.device == "cpu":
-            raise SparsightError(
-                "`mixed_precision`: fp16 needs a GPU, whose gradients can be scaled; use bf16 on a CPU"
-            )  # fmt: skip
-        if self.save_adapter and self.reconstruct:
-            raise SparsightError(
-                "`save_adapter`: its layers were fitted before it was trained, so it would not fit the sparse model; "
-                "leave it or `reconstruct` out"
-            )
-        fields.check_held_out(self)
-        if self.steps == 0 and not self.reconstruct:
-            raise SparsightError("`steps`: 0 trains nothing; say with `reconstruct` how long to fit the blocks")
-        if self.steps == 0 and (idle := [n for n in ("held_out", "save_adapter", "report_to") if getattr(self, n)]):
-            raise SparsightError(f"`{idle[0]}`: is of training, and `steps` is 0; leave one of the two out")
-        if self.patience and self.held_out is None:
-            raise SparsightError("`patience`: needs held-out samples to measure a loss on; name some with `held_out`")
+        fields.check_training(self)
+
+    @property
+    def rows(self) -> int:
+        """Samples per batch."""
+        return self.batch_size or BATCH_SIZE
 
     @property
     def same_work(self) -> dict[str, Any]:
         """The settings that interrupted work goes on with: all but those that only say how a step fits into memory."""
         split = ("batch_size", "accumulate", "teacher_mode", "gradient_checkpointing")
         facts = {name: value for name, value in self.facts().items() if name not in split}
-        return {**facts, "batch_size*accumulate": self.batch_size * self.accumulate}
+        return {**facts, "batch_size*accumulate": self.rows * self.accumulate}
 
     @property
     def less_memory(self) -> tuple[str, bool]:
         """What to do where memory runs out, and whether interrupted work can go on with it."""
-        part = next((n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0), 1)
-        lower = f"`batch_size={self.batch_size // part}` with `accumulate={self.accumulate * part}` takes the same steps"
+        part = next((n for n in range(2, self.rows + 1) if self.rows % n == 0), 1)
+        lower = f"`batch_size={self.rows // part}` with `accumulate={self.accumulate * part}` takes the same steps"
         parts = [
             *([lower] if part > 1 else []),
             *(["add `gradient_checkpointing`"] if not self.gradient_checkpointing else []),
@@ -308,9 +305,10 @@ class EvaluateSpec(SharedSpec):
     metrics: Annotated[
         tuple[Name, ...],
         Option(
-            "Score by these: {names}. [default: by kind of sample; captions by cider_d, questions by vqa_accuracy, all by "
-            "exact_match]",
-            (METRICS,),
+            "Score by these alone: {names}. token_accuracy and perplexity need no answers to be written, and one block of "
+            "the model in memory. [default: both, and by kind of sample captions by cider_d, questions by vqa_accuracy, "
+            "all by exact_match]",
+            (CHOICES,),
         ),
     ] = ()
     task: fields.Task = None

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 
-from sparsight.errors import Notice, first_line
+from sparsight.errors import Notice, SparsightError, first_line
 
 RUNS = "runs"  # where transformers puts the log of tensorboard
 PROJECT = "sparsight"
@@ -43,6 +43,38 @@ class FirstLog(TrainerCallback):
         """Log the values, and keep them out of the history that checkpoints save."""
         if self.values:
             self.trainer.callback_handler.on_log(args, state, control, dict(self.values))
+
+
+class Guard:
+    """A tracker whose failures cost no traceback: one that cannot begin is refused, one that fails later is left out."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+        self.name = type(tracker).__name__.removesuffix("Callback")
+
+    def __getattr__(self, event: str) -> Any:
+        inner = getattr(self.tracker, event) if self.tracker is not None else None
+        if not event.startswith("on_"):
+            return inner
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return inner(*args, **kwargs) if inner is not None else None
+            except Exception as error:  # a server, a disk or another library may fail in any way
+                reason = f"{self.name} failed ({first_line(error)})"
+                if event in ("on_init_end", "on_train_begin"):
+                    raise SparsightError(f"`report_to`: {reason}; mend its settings, or leave it out") from error
+                warnings.warn(f"{reason}, and hears no more of this run", Notice, 2)
+                self.tracker = None
+                return None
+
+        return call
+
+
+def guard(handler: CallbackHandler, trackers: Sequence[str]) -> None:
+    """Put a `Guard` around every tracker of a handler, in place."""
+    kinds = tuple(get_reporting_integration_callbacks(list(trackers)))
+    handler.callbacks = [Guard(each) if isinstance(each, kinds) else each for each in handler.callbacks]
 
 
 def flat(settings: Mapping[str, Any], before: str = "sparsight") -> dict[str, Any]:

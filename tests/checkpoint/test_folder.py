@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsight import SparsightError, api
-from sparsight.checkpoint.folder import atomic_folder, check_output
+from sparsight import SparsightError, api, recipe
+from sparsight.checkpoint.folder import atomic_folder, check_output, read_recipe, read_record
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 
@@ -192,3 +192,23 @@ def test_a_loop_of_links(zoo_folder, tmp_path):
     with pytest.raises(SparsightError, match="loop: cannot be "):
         api.prune(zoo_folder("llava"), tmp_path / "loop", sparsity=0.5, method="magnitude")
     assert [p.name for p in tmp_path.iterdir()] == ["loop"]
+
+
+def test_a_folder_does_not_name_the_home_of_the_user(zoo_folder, scenes, tmp_path, monkeypatch):
+    """Paths below it are written with `~`, and read again as they are for whoever reads."""
+    home = tmp_path / "home" / "anna"
+    shutil.copytree(zoo_folder("llava"), home / "dense")
+    data = shutil.copytree(scenes, home / "data")
+    monkeypatch.setenv("HOME", str(home))
+    api.prune(home / "dense", home / "sparse", data=data, samples=2, method="wanda")
+    api.evaluate(home / "sparse", data, samples=2, max_new_tokens=1, record=True)
+    api.restore(home / "sparse", home / "restored", data=data, samples=2, steps=1, batch_size=2)
+    for folder in (home / "sparse", home / "restored"):
+        texts = {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".yaml", ".md")}
+        assert [name for name, text in texts.items() if "anna" in text] == []
+        assert json.loads(texts["sparsity.json"])["base_model"] == "~/dense"
+    assert read_record(home / "sparse")["base_model"] == str(home / "dense")
+    assert read_recipe(home / "sparse")["model"] == str(home / "dense")
+    assert recipe.read(home / "sparse" / "recipe.yaml")["model"] == str(home / "dense")
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    assert read_record(home / "sparse")["base_model"] == str(tmp_path / "other" / "dense")

@@ -1,12 +1,16 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
+from sparsight import api
 from sparsight.data import Encoder, Sample, Turn, batches
 from sparsight.errors import SparsightError
-from sparsight.evaluation import METRICS, answer_token_metrics, evaluate, predict
+from sparsight.evaluation import answer_token_metrics, evaluate, predict
+from sparsight.evaluation.metrics import CHOICES
+from sparsight.model.stream import Stream
 
 import zoo
 
@@ -133,8 +137,9 @@ def test_right_answers_are_right(built):
     said = predict(model, processor, asked, max_new_tokens=3)
     right = [Sample(s.id, s.images, (Turn(s.prompt, (text or "x",)),)) for s, text in zip(asked, said, strict=True)]
     wrong = [Sample(s.id, s.images, (Turn(s.prompt, ("never said",)),)) for s in asked]
-    result = evaluate(model, processor, [*right[:3], wrong[3]], max_new_tokens=3, answers=False)
-    assert [row["metric"] for row in result.rows] == ["exact_match", "vqa_accuracy"]
+    named = ("exact_match", "vqa_accuracy")
+    result = evaluate(model, processor, [*right[:3], wrong[3]], max_new_tokens=3, metrics=named)
+    assert tuple(row["metric"] for row in result.rows) == named
     assert result.value("exact_match") == 0.75
     assert [row["correct"] for row in result.predictions] == [True, True, True, False]
 
@@ -146,21 +151,54 @@ def test_metrics_can_be_chosen_and_functions(built):
         return len(prediction)
 
     chosen = {"a": [length, "cider_d"]}
-    result = evaluate(
-        model, processor, [*samples(2, "a"), *samples(2, "b")], metrics=chosen, max_new_tokens=2, answers=False
-    )
+    result = evaluate(model, processor, [*samples(2, "a"), *samples(2, "b")], metrics=chosen, max_new_tokens=2)
     assert [(row["kind"], row["metric"]) for row in result.rows if row["kind"] != "all"] == [
         ("a", "length"), ("a", "cider_d"), ("b", "exact_match"), ("b", "vqa_accuracy"),
     ]  # fmt: skip
     assert [row["scores"]["length"] for row in result.predictions[:2]] == [
         len(row["prediction"]) for row in result.predictions[:2]
     ]
-    everywhere = evaluate(model, processor, samples(2), metrics=[length], max_new_tokens=2, answers=False)
-    assert [row["metric"] for row in everywhere.rows] == ["length"]
+    everywhere = evaluate(model, processor, samples(2), metrics=[length, "perplexity"], max_new_tokens=2)
+    assert [row["metric"] for row in everywhere.rows] == ["length", "perplexity"]
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_scores_of_tokens_alone_hold_one_block(name, zoo_folder, scenes, monkeypatch):
+    held, bring = [], Stream.bring
+
+    def count(stream, part):
+        bring(stream, part)
+        held.append(sum(not p.is_meta for b in stream.anatomy.blocks for p in [next(b.module.parameters())]))
+
+    monkeypatch.setattr(Stream, "bring", count)
+    settings = {"samples": 5, "batch_size": 2, "dtype": "float32"}
+    streamed = api.evaluate(zoo_folder(name), scenes, metrics=["perplexity", "token_accuracy"], **settings)
+    assert set(held) == {1}
+    whole = api.evaluate(zoo_folder(name), scenes, max_new_tokens=1, **settings)
+    assert streamed.rows == whole.rows[-2:]
+    assert streamed.predictions == ()
+    assert len(streamed.rows) == 2 < len(whole.rows)
+
+
+def test_scores_of_tokens_alone_are_kept_and_reported(zoo_folder, scenes, run, tmp_path):
+    shutil.copytree(zoo_folder("llava"), tmp_path / "model")
+    code, told, said = run("eval", "model", "--data", scenes, "--metrics", "perplexity", "--record", "--samples", 4)
+    assert code == 0, said
+    assert "perplexity" in told
+    assert "exact_match" not in told
+    kept = json.loads((tmp_path / "model/evaluation.json").read_text())
+    assert [row["metric"] for row in kept["rows"]] == ["perplexity"]
+    assert kept["components"]["language"]["layers"] > 0
+    code, _, said = run("report", "model", "--out", "page.html")
+    assert code == 0, said
+    assert "perplexity" in (tmp_path / "page.html").read_text()
+    code, _, said = run("eval", "model", "--data", scenes, "--metrics", "perplexitty")
+    assert code == 2
+    assert "unknown metric 'perplexitty'; did you mean perplexity" in said
 
 
 def test_wrong_requests_are_refused_before_the_model_runs():
-    with pytest.raises(SparsightError, match=f"unknown metric 'bleu'; allowed: {', '.join(METRICS)}"):
+    with pytest.raises(SparsightError, match=f"unknown metric 'bleu'; allowed: {', '.join(CHOICES)}"):
         evaluate(None, None, samples(1), metrics=["bleu"])
     with pytest.raises(SparsightError, match="no samples"):
         evaluate(None, None, [])

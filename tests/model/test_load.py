@@ -40,7 +40,7 @@ def test_dtype_is_explicit(zoo_folder):
 
 
 DEVICES = {
-    "tpu9": "'tpu9' is not a device that Sparsight runs on; use cpu, cuda or cuda:N",
+    "tpu9": "'tpu9' is not a device that Sparsight runs on; use cpu, cuda, cuda:N or auto",
     "mps": "'mps' is not a device that Sparsight runs on",
     "meta": "'meta' is not a device that Sparsight runs on",
     "cuda:2": "'cuda:2' was asked for, but torch sees cuda:0 to cuda:1 only",

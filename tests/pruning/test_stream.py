@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from sparsight import SparsightError, api
 from sparsight.calibration import park
 from sparsight.checkpoint import parts
 from sparsight.checkpoint.parts import PartFiles
-from sparsight.errors import Notice
+from sparsight.errors import Interrupted, Notice
 from sparsight.model import stream as streams
 from sparsight.model.load import load
 from sparsight.model.stream import OUTSIDE, Stream
@@ -179,6 +180,43 @@ def test_killed_in_the_middle_of_a_write_it_goes_on(name, how, zoo_folder, scene
     assert (tmp_path / "parts.unfinished").is_dir()
     assert streamed(zoo_folder(name), tmp_path / "parts", scenes, HOWS[how], resume=True) == expected
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+
+
+def interrupted(model, out, data):
+    """A pruning that Ctrl-C stopped after three blocks; their notes."""
+
+    def stop(note, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        api.prune(model, out, data=data, samples=4, sparsity=0.5, progress=stop)
+    return sorted((out.with_name(out.name + ".unfinished") / "done").iterdir())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "processor_config.json"])
+def test_another_configuration_or_processor_is_other_work(file, zoo_folder, scenes, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(zoo_folder("llava"), model)
+    assert interrupted(model, tmp_path / "out", scenes)
+    text = (model / file).read_text()
+    (model / file).write_text(text + "\n")
+    with pytest.raises(SparsightError, match="files of the model are not those that the interrupted work began with"):
+        api.prune(model, tmp_path / "out", data=scenes, samples=4, sparsity=0.5, resume=True)
+    (model / file).write_text(text)
+    (model / "evaluation.json").write_text("{}")  # which `eval --record` leaves
+    api.prune(model, tmp_path / "out", data=scenes, samples=4, sparsity=0.5, resume=True)
+
+
+@pytest.mark.parametrize("left", ["{}", "[]", '{"a": 1}', ""])
+def test_a_note_without_measurements_is_no_done_block(left, zoo_folder, scenes, tmp_path, caplog):
+    notes = interrupted(zoo_folder("llava"), tmp_path / "out", scenes)
+    notes[0].write_text(left)
+    api.prune(zoo_folder("llava"), tmp_path / "out", data=scenes, samples=4, sparsity=0.5, resume=True)
+    assert "its block is pruned again" in caplog.text
+    api.prune(zoo_folder("llava"), tmp_path / "other", data=scenes, samples=4, sparsity=0.5)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "other")]
+    assert files[0] == files[1]
 
 
 def test_a_policy_that_measures_by_changes_loads_the_whole_model(zoo_folder, scenes, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def assert_alike(folder, one, other):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp", "offload"))])
 def test_two_processes_are_as_good_as_one(kind, folder):
     launch(*TWO, many_restores.__file__, folder, kind)
     for name in many_restores.JOBS:

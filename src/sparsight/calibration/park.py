@@ -15,9 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
+
+from sparsight.memory import free_memory
 
 PARK = ("auto", "always", "never")
 LEAST = 2**16  # bytes; smaller tensors stay
@@ -62,7 +63,7 @@ class Park:
                 groups.setdefault(storage.data_ptr(), []).append(tensor)
         if self.when == "auto" and groups:
             held = sum(tensors[0].untyped_storage().nbytes() for tensors in groups.values())
-            if held * self.batches < SHARE * psutil.virtual_memory().available:
+            if held * self.batches < SHARE * free_memory():
                 return
             self.when = "always"
         for tensors in groups.values():

@@ -26,7 +26,7 @@ from sparsight.checkpoint.card import model_card
 from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError, first_line
-from sparsight.files import make_beside, read_json, set_modes
+from sparsight.files import make_beside, read_json, set_modes, with_home, without_home
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
@@ -35,6 +35,10 @@ from sparsight.model.load import quiet
 from sparsight.packing.shards import SINGLE
 
 FORMAT = 1
+SETTING_FILES = (  # of a model and its processor: what they are made from beside the weights
+    "*config.json", "*processor*.json", "*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*",
+    "qformer_tokenizer/*",
+)  # fmt: skip
 LAYER_FACTS = {"component", "block", "shape", "dtype", "pattern", "asked", "got", "zeros", "mask", "weight"}
 
 
@@ -123,12 +127,12 @@ def _read(path: Path) -> Any:
         return None
     then = "delete it, or write the folder again"
     if path.suffix == ".json":
-        return read_json(path, then)
+        return with_home(read_json(path, then))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict | None):
             raise ValueError(f"holds a {type(content).__name__}")
-        return content
+        return with_home(content)
     except OSError as error:
         raise SparsightError(f"{path}: cannot be read ({first_line(error)}); {then}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -157,6 +161,20 @@ def identity(model: str | Path | None) -> str | None:
         return hashlib.blake2b(record.read_bytes(), digest_size=16).hexdigest()
     files = sorted(Path(model).glob("*.safetensors"))
     return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def source_of(model: str | Path | None) -> str | None:
+    """What tells one state of a model's folder from another as the source of work: its weights, configuration, processor.
+
+    None for a name on the hub.
+    """
+    weights = identity(model)
+    if weights is None:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted({file for pattern in SETTING_FILES for file in Path(str(model)).glob(pattern)}):
+        digest.update(f"{file.relative_to(str(model))} ".encode() + file.read_bytes())
+    return f"{weights} {digest.hexdigest()}"
 
 
 def plan_of_zeros(anatomy: Anatomy) -> dict[str, Pattern]:
@@ -268,19 +286,20 @@ def write_model(model: Any, processor: Any, record: Record, folder: Path, weight
         model.save_pretrained(folder, **({} if weights is None else {"state_dict": {}}))
     if weights is not None:
         (folder / SINGLE).unlink(missing_ok=True)
-        weights.put_into(folder)
     dtypes = Counter(entry["dtype"] for entry in record.sparsity["layers"].values())
     _name_dtype(folder / "config.json", dtypes.most_common(1)[0][0])
     if processor is not None:
         processor.save_pretrained(folder)
     files = {
-        "sparsity.json": json.dumps(record.sparsity, indent=1) + "\n",
-        "metrics.json": json.dumps(record.metrics, indent=1) + "\n",
-        "recipe.yaml": yaml.safe_dump(record.recipe, sort_keys=False),
+        "sparsity.json": json.dumps(without_home(record.sparsity), indent=1) + "\n",
+        "metrics.json": json.dumps(without_home(record.metrics), indent=1) + "\n",
+        "recipe.yaml": yaml.safe_dump(without_home(record.recipe), sort_keys=False),
         "README.md": model_card(record.sparsity, record.recipe),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    if weights is not None:  # last, since a file system without links loses the others by it
+        weights.put_into(folder)
 
 
 def _name_dtype(config: Path, dtype: str) -> None:

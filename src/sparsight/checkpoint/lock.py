@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 
-from sparsight.distributed import launched_rank
 from sparsight.errors import NotWritten, SparsightError, first_line
 
 try:
@@ -42,6 +41,8 @@ def locked(out: str | Path) -> Iterator[None]:
     Folders that were made for the lock, and are empty at the end, are removed. **Raises** `SparsightError`, which names the
     process, where another one holds the lock; `NotWritten` where no lock can be written.
     """
+    from sparsight.distributed import launched_rank  # torch comes with it
+
     if launched_rank():
         yield
         return

@@ -14,11 +14,11 @@ import torch
 
 from sparsight import kernels
 from sparsight.checkpoint.card import packed_card, unpacked_card
-from sparsight.checkpoint.folder import atomic_folder, check_output, identity, read_record
+from sparsight.checkpoint.folder import atomic_folder, check_output, read_record, source_of
 from sparsight.checkpoint.lock import INSIDE, locked
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.errors import Notice, SparsightError, first_line
-from sparsight.files import read_json, replace_file, write_json
+from sparsight.files import read_json, replace_file, without_home, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
 from sparsight.packing.headers import header_entry, header_text, in_order
@@ -66,7 +66,7 @@ def pack_folder(
         raise SparsightError(f"{sparse}: holds no weight with zeros to leave out; prune it first, and pack what that wrote")
     record = read_record(sparse)
     hashes = {entry["weight"]: name for name, entry in (record or {}).get("layers", {}).items()}
-    settings = {"verb": "pack", **spec.facts(), "files": identity(sparse)}
+    settings = {"verb": "pack", **spec.facts(), "files": source_of(sparse)}
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         change = _packing(str(sparse), spec, hashes, _columns(folder))
         done = _write_shards(shards, folder, change, _packed_order, "pack", progress)
@@ -101,7 +101,7 @@ def pack_folder(
             _copy_others(Path(sparse), new, shards.files, (PACKED, OF_SPEED, *rounded))
             _put_together(shards, folder, new, done, layout)
             if spec.values == "int8" and record is not None:
-                write_json(new / "sparsity.json", _rounded(record, tensors))
+                write_json(new / "sparsity.json", without_home(_rounded(record, tensors)))
             write_json(new / PACKED, facts)
             if shards.layout is None:
                 _write_card(new, packed_card)
@@ -192,7 +192,7 @@ def unpack_folder(
     if shards.layout is None:
         raise SparsightError(f"{packed}: is not packed; give a folder that `sparsight pack` wrote")
     target = _target(out, overwrite, packed)
-    settings = {"verb": "unpack", "files": identity(packed)}
+    settings = {"verb": "unpack", "files": source_of(packed)}
     with locked(target), unfinished(target, settings, resume=resume, overwrite=overwrite) as folder:
         done = _write_shards(shards, folder, lambda name, W: ({name: W}, None, {}), _plain_order, "unpack", progress)
         with atomic_folder(target, overwrite) as new:

@@ -123,9 +123,12 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     for key in {**stored, **settings}:
         if stored.get(key) != settings.get(key):
             error = SparsightError(
-                f"`resume`: the interrupted work had {key}={quote(stored.get(key))}, this command has "
+                "`resume`: files of the model are not those that the interrupted work began with"
+                if key == "files"
+                else f"`resume`: the interrupted work had {key}={quote(stored.get(key))}, this command has "
                 f"{quote(settings.get(key))}"
             )
             error.work = folder
-            error.advice = "use the same settings, or start over with `overwrite` in place of `resume`"
+            same = "put them back" if key == "files" else "use the same settings"
+            error.advice = f"{same}, or start over with `overwrite` in place of `resume`"
             raise error

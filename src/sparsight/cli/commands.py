@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from sparsight import api
+from sparsight.cli.costs import cost_shown, recipe_cost
 from sparsight.cli.flags import add_fields, flag, with_flags
 from sparsight.cli.output import check_eval, show, write_eval
 from sparsight.cli.progress import progress_display
@@ -119,8 +120,10 @@ def verb_parameters(verb: str) -> list[inspect.Parameter]:
         shape: Any = list[str] if get_origin(kind) is Sequence else kind if kind is int else str
         shape = bool if bool in (kind, *get_args(kind)) else shape
         required = p.default is p.empty or (isinstance(text, Argument) and text.required)
+        required = required and (p.name, verb) not in (("out", "run"), ("out", "sweep"))  # `cost` needs none
         if isinstance(text, Argument):
-            info = typer.Argument(... if required else p.default, help=with_flags(text), show_default=False)
+            default = None if p.default is p.empty else p.default
+            info = typer.Argument(... if required else default, help=with_flags(text), show_default=False)
             parameters.append(_parameter(p.name, shape if required else Optional[shape], info))  # noqa: UP045
         else:
             parameters.append(_option(p.name, shape, ... if required else p.default, text))
@@ -215,7 +218,8 @@ def _restored(record: Any, values: Values) -> Shown:
 def _evaluated(result: Any, values: Values) -> Shown:
     from sparsight.cli import tables
 
-    title = f"{values['model']} on {len(result.predictions)} samples"
+    counts = f"{len(result.predictions)} samples" if result.predictions else f"{result.rows[0]['n']} answer tokens"
+    title = f"{values['model']} on {counts}"
     lines = [*tables.data_lines(result.data), *tables.skipped_line(result.skipped)]
     return json.loads(result.to_json()), [tables.scores_table(result.rows, title), *lines], True
 
@@ -297,25 +301,7 @@ def _plan_cost(values: Values) -> Shown | None:
         restore = RestoreSpec.of(own)
     except SparsightError as error:
         raise SparsightError(re.sub(r"^`(\w+)`", lambda m: f"`{_restore_name(m[1])}`", str(error))) from error
-    return _cost(api.estimate(values["model"], data=values["data"], prune=prune, restore=restore))
-
-
-def _recipe_cost(verb: str) -> Callable[[Values], Shown | None]:
-    def instead(values: Values) -> Shown | None:
-        if not values.pop("cost"):
-            return None
-        from sparsight.estimation.recipe import estimate_recipe
-
-        return _cost(estimate_recipe(values["recipe"], values["changes"] or (), verb=verb))
-
-    return instead
-
-
-def _cost(estimate: Any) -> Shown:
-    from sparsight.cli import tables
-
-    facts = estimate.facts()
-    return facts, tables.cost_tables(facts), True
+    return cost_shown(api.estimate(values["model"], data=values["data"], prune=prune, restore=restore))
 
 
 def _dry_run(verb: str, check: Callable[[Values], None] = lambda values: None) -> Callable[[Values], Shown | None]:
@@ -351,8 +337,8 @@ COMMANDS: dict[str, Command] = {
     "pack": Command("pack", _print("packed.pack_tables")),
     "unpack": Command("unpack", _print("packed.unpack_lines")),
     "bench": Command("bench", _print("packed.bench_tables")),
-    "run": Command("run", _ran, (RECIPE_COST,), _recipe_cost("run")),
-    "sweep": Command("sweep", _swept, (RECIPE_COST,), _recipe_cost("sweep")),
+    "run": Command("run", _ran, (RECIPE_COST,), recipe_cost("run")),
+    "sweep": Command("sweep", _swept, (RECIPE_COST,), recipe_cost("sweep")),
     "search": Command("search", _searched),
     "report": Command("report", _reported, quiet=False, json=False),
 }

@@ -126,12 +126,23 @@ def _call(processor: Any, texts: list[str], images: list[list[Any]], side: str) 
     special = _special_tokens(processor, texts[0])
     pictures = images if any(images) else None
     try:
-        return dict(processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt", **special))
+        made = dict(processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt", **special))
     except Exception as error:
         for text, own in zip(texts, images, strict=True):
             if own and not any(mark in text for mark in image_marks(processor)):
                 raise TemplateFault(first_line(error)) from error
         raise
+    _check_images(processor, made["input_ids"], images)
+    return made
+
+
+def _check_images(processor: Any, ids: Tensor, images: list[list[Any]]) -> None:
+    """Refuse, by a `TemplateFault`, texts (B, T) without a token of their images, which some processors let pass."""
+    marks = sorted(image_marks(processor))
+    numbers = torch.tensor([n for n in processor.tokenizer.convert_tokens_to_ids(marks) if n is not None], dtype=ids.dtype)
+    for row, own in zip(ids, images, strict=True):
+        if own and len(numbers) and not torch.isin(row, numbers).any():
+            raise TemplateFault(f"Found total 0 {marks[0]} tokens and {len(own)} images")
 
 
 def image_marks(processor: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sparsight.data import chat, paligemma, qformer
-from sparsight.data.limits import Limits
+from sparsight.data.limits import Limits, vocabulary
 from sparsight.data.sample import PLACEHOLDER, Sample
 from sparsight.data.sources import reasons as count_reasons
-from sparsight.errors import SparsightError, first_line, quote
+from sparsight.errors import Notice, SparsightError, first_line, quote
 from sparsight.memory import is_out_of_memory
 
 
@@ -75,23 +76,12 @@ TOKENS = ("input_ids", "decoder_input_ids", "labels")  # inputs with a row per s
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
-def vocabulary(model: Any) -> int | None:
-    """The number of embeddings of a model; None where it is not known, as from a configuration alone."""
-    find = getattr(model, "get_input_embeddings", None)
-    try:
-        words = find() if find else None
-    except NotImplementedError:
-        return None
-    if not isinstance(words, torch.nn.Embedding):
-        return None
-    return words.num_embeddings + getattr(words, "num_additional_embeddings", 0)
-
-
 def is_encoder_decoder(config: Any) -> bool:
     """Whether a model's labels are the outputs of a decoder of their own, and not on its input tokens."""
     return bool(getattr(config, "is_encoder_decoder", False) or config.get_text_config().is_encoder_decoder)
 
 
+FIRST = 4096  # training samples that are tried before the work begins
 CHECKED = 8  # samples encoded at once to see whether they can be
 Reason = str | SparsightError | None  # why a sample cannot be taken
 Write = Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
@@ -137,6 +127,7 @@ class Encoder:
         self.limits = Limits.of(self.config, processor)
         self.vocabulary = vocabulary(model)
         self.skipped: list[tuple[str, str]] = []
+        self.late = 0  # samples that are tried when they are encoded, as `usable` would
         self.style = PLAIN.get(self.config.model_type, CHAT)
         if self.style is CHAT and not chat.template(processor):
             raise SparsightError(
@@ -167,7 +158,7 @@ class Encoder:
             rows = [row for sample in rows for row in self._rows_of(sample)]
         rows = self._without(rows, [self.refusal(sample) for sample in rows])
         while rows:
-            inputs, reasons = self._try(rows)
+            inputs, reasons = self._try(rows, usual=bool(self.late))
             kept = self._without(rows, reasons)
             if len(kept) == len(rows) and inputs is not None:
                 return Batch(inputs, padding_masks(inputs, self.config), tuple(rows), self.encode)
@@ -195,24 +186,34 @@ class Encoder:
                     self._call(self.style.prompts, [sample])
             raise
 
-    def usable(self, samples: Sequence[Sample]) -> list[Sample]:
+    def usable(self, samples: Sequence[Sample], first: int | None = None) -> list[Sample]:
         """Return the samples that the model can take. Each is encoded once, with its answers, and the result is dropped.
 
-        Samples of a benchmark come with the prompts of this type of model.
+        Samples of a benchmark come with the prompts of this type of model. With `first` only so many are tried, and the
+        others are checked when they are encoded.
 
         **Raises** `SparsightError` for the first that it cannot take, or that is longer than the model was made for; with
         `skip_bad` those are left out and listed in `skipped`, and it is an error only if none is left.
         """
         kept: list[Sample] = []
         refused: list[str] = []
-        for start in range(0, len(samples), CHECKED):
-            part = self._asked(samples[start : start + CHECKED])
+        stop = len(samples) if first is None else min(first, len(samples))
+        for start in range(0, stop, CHECKED):
+            part = self._asked(samples[start : min(start + CHECKED, stop)])
             reasons = self._reasons(part)
             kept += self._without(part, reasons)
             refused += [_plain(sample, reason) for sample, reason in zip(part, reasons, strict=True) if reason]
         if not kept:
-            raise SparsightError(f"none of the {len(samples)} samples can be taken: {count_reasons(refused)}")
-        return kept
+            raise SparsightError(f"none of the {stop} samples can be taken: {count_reasons(refused)}")
+        if rest := len(samples) - stop:
+            self.late = rest
+            warnings.warn(
+                f"{rest:,} of {len(samples):,} samples are not tried yet; one that cannot be used is named when "
+                "its turn comes, or left out with `skip_bad`",
+                Notice,
+                2,
+            )
+        return kept + self._asked(samples[stop:])
 
     def _reasons(self, samples: Sequence[Sample]) -> list[Reason]:
         """Why each sample cannot be taken; one that is several rows has the reason of the first."""

@@ -29,6 +29,8 @@ class StoredImage:
 Picture = Path | bytes | Image.Image | StoredImage  # a file, the content of one, an image in memory, one in a table
 Find = Callable[[Any], tuple[Picture, str]]  # an image entry -> the image and the hash of its content
 
+WHOLE = 64 * 2**20  # bytes of pictures that are decoded when they are found, some 700 photos of 640 x 480
+
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{24,}={0,2}\s*")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -37,65 +39,83 @@ class BadRecord(ValueError):
     """Why a record cannot be used; the reader adds the file and the line."""
 
 
-def finder(folder: Path | None, images: Path | None = None) -> Find:
-    """Return a function that finds the image of an entry.
+class Finder:
+    """Finds the image of an entry, and checks it.
 
     Paths are relative to `folder`, that of the data, or to `images`, a folder that the user names; absolute paths must lie
     below one of them. No other file is read. Data URIs, base64, bytes, `{"bytes": ..., "path": ...}` and images in memory
-    need no folder.
+    need no folder. An entry that is a tuple becomes one of these by `named`.
 
-    It raises `BadRecord` for addresses, for paths and links that lead out, and for what Pillow cannot decode whole.
+    The first pictures, `WHOLE` bytes of them, are decoded. Of the others the header is read, and the end is looked for;
+    their hashes are in `late`. One without an end is decoded, too.
+
+    A call raises `BadRecord` for addresses, for paths and links that lead out, and for what Pillow cannot decode.
     """
-    allowed = [place for place in (folder, images) if place is not None]
-    roots = [place.resolve() for place in allowed]
-    decoded: set[str] = set()  # hashes of whole images
 
-    def find(entry: Any) -> tuple[Picture, str]:
+    def __init__(
+        self, folder: Path | None, images: Path | None = None, named: Callable[..., Any] | None = None
+    ) -> None:  # fmt: skip
+        self.allowed = [place for place in (folder, images) if place is not None]
+        self.roots = [place.resolve() for place in self.allowed]
+        self.images, self.named = images, named
+        self.checked: set[str] = set()  # hashes of images, each checked once
+        self.late: set[str] = set()
+        self._bytes = 0  # of the images that were checked
+        self._files: dict[str, tuple[Path, str]] = {}  # those that are good, by their entries
+
+    def __call__(self, entry: Any) -> tuple[Picture, str]:
+        """The image of an entry, and the hash of its content."""
+        if isinstance(entry, tuple) and self.named is not None:
+            entry = self.named(*entry)
         if isinstance(entry, Image.Image):
             return in_memory(entry)
         if isinstance(entry, StoredImage):
-            return entry, _check_once(entry.read_bytes())
+            return entry, self._check(entry.read_bytes())
         entry, content = _embedded(entry)
         if content is not None:
-            return content, _check_once(content)
-        path = _locate(entry)
+            return content, self._check(content)
+        if isinstance(entry, str) and entry in self._files:  # several questions may be about one picture
+            return self._files[entry]
+        path = self._locate(entry)
         try:
             content = path.read_bytes()
         except (OSError, RuntimeError) as error:
             raise BadRecord(f"image {quote(entry)} cannot be read: {first_line(error)}") from error
-        digest = hashlib.sha256(content).hexdigest()
-        if digest not in decoded:  # several questions may be about one image
-            _check_whole(content, f"image {quote(entry)}")
-        decoded.add(digest)
-        return path, digest
+        self._files[entry] = path, self._check(content, f"image {quote(entry)}")
+        return self._files[entry]
 
-    def _check_once(content: bytes) -> str:
+    def _check(self, content: bytes, name: str = "") -> str:
+        """Check an image that was not seen yet, since several questions may be about one, and return its hash."""
         digest = hashlib.sha256(content).hexdigest()
-        if digest not in decoded:
-            _check_whole(content, f"the image of {len(content):,} bytes")
-        decoded.add(digest)
+        if digest not in self.checked:
+            late = self._bytes >= WHOLE and has_end(content)
+            self._bytes += len(content)
+            _check_whole(content, name or f"the image of {len(content):,} bytes", decode=not late)
+            if late:
+                self.late.add(digest)
+        self.checked.add(digest)
         return digest
 
-    def _locate(entry: Any) -> Path:
+    def _locate(self, entry: Any) -> Path:
         if not isinstance(entry, str) or not entry or "\0" in entry:
             raise BadRecord(f"an image must be a relative path, got {kind_of(entry)}; base64 and bytes are read, too")
-        if not allowed:
+        if not self.allowed:
             raise BadRecord(f"image {quote(entry)} is a path, and this data has no folder; name one with `images`")
         entry = unquote(entry[7:]) if entry[:8].lower() == "file:///" else entry
         whole = PurePosixPath(entry).is_absolute() or PureWindowsPath(entry).is_absolute()
-        if _ADDRESS.match(entry) and not (whole and images is not None):
+        if _ADDRESS.match(entry) and not (whole and self.images is not None):
             raise BadRecord(f"image {quote(entry)} is an address; only files beside the data, or below `images`, are read")
-        if whole and images is None:
+        if whole and self.images is None:
             raise BadRecord(f"image path {quote(entry)} is absolute; name the folder that it lies below with `images`")
         out = f"image path {quote(entry)} leaves the folder of the data file"
-        out += " and that of `images`" if images is not None else "; name the folder that it lies below with `images`"
-        if ".." in PurePosixPath(entry).parts and images is None:
+        out += " and that of `images`" if self.images is not None else "; name the folder that it lies below with `images`"
+        if ".." in PurePosixPath(entry).parts and self.images is None:
             raise BadRecord(out)
         try:
             outside = False
-            for place in allowed:
+            for place in self.allowed:
                 path = place / entry
-                if not any(path.resolve().is_relative_to(root) for root in roots):
+                if not any(path.resolve().is_relative_to(root) for root in self.roots):
                     outside = True
                 elif path.is_file():
                     return path
@@ -104,10 +124,20 @@ def finder(folder: Path | None, images: Path | None = None) -> Find:
         if outside:
             raise BadRecord(out)
         where = "; name another folder with `images`"
-        where = f" in {' or '.join(str(place) for place in allowed)}" if images is not None else where
+        where = f" in {' or '.join(str(place) for place in self.allowed)}" if self.images is not None else where
         raise BadRecord(f"image {quote(entry)} does not exist{where}")
 
-    return find
+
+def finder(folder: Path | None, images: Path | None = None) -> Finder:
+    """A function that finds the image of an entry; see `Finder`."""
+    return Finder(folder, images)
+
+
+def has_end(content: bytes) -> bool:
+    """Whether the content of a JPEG or PNG file has the mark that stands at its end; other formats count as without."""
+    if content.startswith(b"\xff\xd8"):
+        return content.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
+    return content.startswith(b"\x89PNG") and b"IEND" in content[-16:]
 
 
 def in_memory(entry: Any) -> tuple[Image.Image, str]:
@@ -189,10 +219,12 @@ def _decode_base64(text: str) -> bytes:
         raise BadRecord(f"the image is no base64 ({first_line(error)}): {quote(text)}") from error
 
 
-def _check_whole(content: bytes, name: str) -> None:
+def _check_whole(content: bytes, name: str, decode: bool = True) -> None:
     try:
         with opened(io.BytesIO(content)) as image:
             image.verify()
+        if not decode:
+            return
         with opened(io.BytesIO(content)) as image:  # verify() passes a file that was cut short, and spoils `image`
             upright(image)
     except UnidentifiedImageError as error:

@@ -65,3 +65,15 @@ class Limits:
 
 def _number(value: Any) -> int | None:
     return value if isinstance(value, int) and 0 < value < SANE else None
+
+
+def vocabulary(model: Any) -> int | None:
+    """The number of embeddings of a model; None where it is not known, as from a configuration alone."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        words = find() if find else None
+    except NotImplementedError:
+        return None
+    if not isinstance(words, torch.nn.Embedding):
+        return None
+    return words.num_embeddings + getattr(words, "num_additional_embeddings", 0)

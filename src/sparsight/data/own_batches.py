@@ -105,6 +105,7 @@ class OwnBatches(Sequence[Batch]):
         self.batches = list(batches)
         self.shifted = self.batches[0].shifted
         self.skipped: list[tuple[str, str]] = []
+        self.late = 0
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -115,7 +116,7 @@ class OwnBatches(Sequence[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
-    def usable(self, batches: Sequence[Batch]) -> list[Batch]:
+    def usable(self, batches: Sequence[Batch], first: int | None = None) -> list[Batch]:
         """All of them."""
         return list(batches)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from sparsight.data.json_rows import json_rows, jsonl_rows
 from sparsight.data.records import Parsed, parse
 from sparsight.data.sample import Sample
 from sparsight.data.tables import Rows, dataset_rows
-from sparsight.errors import LINE, SparsightError, first_line, quote
+from sparsight.errors import LINE, Notice, SparsightError, first_line, quote
 from sparsight.fields import TASKS
 from sparsight.options import read_table
 
@@ -33,7 +34,8 @@ class Samples(Sequence[Sample]):
     `skipped` has (file, line, reason) of every record left out; `fingerprint` is a hash of all texts and image bytes,
     the same wherever the files lie. `split` is the part of a dataset that was read, "" where there are none; `ignored`
     counts records by key that is not used, `empty` the empty answers left out; `hashes` has the image hashes by sample.
-    `task` is the name of the benchmark that they are of, "" for other data.
+    `task` is the name of the benchmark that they are of, "" for other data. `late` counts the pictures that were not
+    decoded: a broken one among them is named when it is used.
     """
 
     items: tuple[Sample, ...]
@@ -45,6 +47,7 @@ class Samples(Sequence[Sample]):
     empty: int = 0
     hashes: tuple[tuple[str, ...], ...] = ()
     task: str = ""
+    late: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -65,7 +68,8 @@ class Samples(Sequence[Sample]):
         made: dict[str, Any] = {"task": self.task, "split": self.split}
         made |= {"ignored_keys": dict(self.ignored), "empty_answers": self.empty}
         without = len(self.items) if self.items and not any(sample.images for sample in self.items) else 0
-        return {key: value for key, value in {**made, "without_images": without}.items() if value}
+        made |= {"without_images": without, "pictures_not_decoded": self.late}
+        return {key: value for key, value in made.items() if value}
 
 
 class Source:
@@ -119,6 +123,11 @@ class Source:
 
     def __str__(self) -> str:
         return self.source
+
+    @property
+    def late(self) -> set[str]:
+        """Hashes of the pictures that were not decoded."""
+        return getattr(self._find, "late", set())
 
     def record(self, position: int) -> Parsed:
         """The sample in a place, and hashes of its images. **Raises** `BadRecord` for what is none."""
@@ -201,11 +210,18 @@ def read(
         why = f"; all {len(skipped)} records are bad: {reasons(reason for _, _, reason in skipped)}" if skipped else ""
         raise SparsightError(f"{name}: no samples{why}")
     usable = [good[position] for position in sorted(good)]
+    late = len(opened.late.intersection(digest for each in usable for digest in each.images))
+    if late:
+        warnings.warn(
+            f"{name}: {late:,} pictures are not decoded yet, only looked at; a broken one is named when it is used",
+            Notice,
+            2,
+        )
     ignored = Counter(key for each in usable for key in each.ignored)
     return Samples(
         tuple(each.sample for each in usable), str(opened), _fingerprint(usable), skipped, opened.split,
         dict(ignored.most_common()), sum(each.empty for each in usable), tuple(each.images for each in usable),
-        opened.task,
+        opened.task, late,
     )  # fmt: skip
 
 

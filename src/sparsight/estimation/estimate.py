@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sparsight.allocation.plan import POLICIES, find_policy, make_plan, planned_budget
 from sparsight.checkpoint.folder import family_of, read_record
 from sparsight.checks import name_of
@@ -19,6 +17,7 @@ from sparsight.estimation import machine
 from sparsight.estimation.shapes import example_samples, gather_shapes, open_hollow
 from sparsight.estimation.stages import Stage, Work, stages
 from sparsight.fields import NEW_TOKENS
+from sparsight.memory import free_memory
 from sparsight.model.anatomy import anatomy
 from sparsight.model.load import load_processor
 from sparsight.options import options
@@ -80,6 +79,11 @@ def estimate(
     steps = step_costs(prune, composition)
     if find_policy(policy).cost is None:
         raise SparsightError(_unknown("policy", policy))
+    if restore.steps == 0:
+        raise SparsightError(
+            "`steps`: what reconstruction alone costs is not known before it runs; it holds a block of each model, its "
+            "weights four times in float32, and the activations of both walks"
+        )
     if ADAPTERS[restore.adapter].shapes is None:
         raise SparsightError(_unknown("adapter", restore.adapter))
     planned_budget(prune.pattern, prune.sparsity, policy)
@@ -104,7 +108,7 @@ def estimate(
         teacher=mode if restore.kl else "none",
         train_steps=count,
         learned=min(len(samples), used) if data is not None else used,
-        restore_batch=restore.batch_size,
+        restore_batch=restore.rows,
         accumulate=restore.accumulate,
         asked=evaluate.samples or size,
         eval_batch=evaluate.batch_size,
@@ -112,7 +116,7 @@ def estimate(
         beams=evaluate.beams or 1,
         streamed=streamed and "gradient" not in composition.needs and not find_policy(policy).whole,
         park=prune.park,
-        free=psutil.virtual_memory().available,
+        free=free_memory(),
     )
     base = machine.measured_base(str(model), hollow.dtype)
     shapes, tokens = gather_shapes(hollow, processor, body, plan, samples, work, restore, base)

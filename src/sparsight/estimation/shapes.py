@@ -24,6 +24,7 @@ from sparsight.errors import SparsightError
 from sparsight.estimation import trace
 from sparsight.estimation.stages import LayerShape, Shapes, Work
 from sparsight.estimation.stubs import hollow
+from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.files import check_config, check_files
 from sparsight.model.load import parse_dtype, quiet
@@ -72,6 +73,36 @@ def gather_shapes(
         blocks=sizes, outside=sum(tensors.values()) - sum(sizes.values()) - untouched,
     )  # fmt: skip
     return shapes, _tokens(calibration, layers, encoder)
+
+
+def restore_shapes(
+    model: Any,
+    processor: Any,
+    body: Anatomy,
+    plan: Mapping[str, Pattern],
+    samples: Sequence[Sample],
+    work: Work,
+    restore: RestoreSpec,
+    base: Mapping[str, int],
+) -> Shapes:
+    """The shapes of one batch of a restoration alone; those of the other stages are empty. See `gather_shapes`."""
+    encoder = Encoder(processor, model)
+    learned = encoder.encode(_some(samples, work.restore_batch))
+    head = model.get_output_embeddings().weight
+    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    layers = tuple(
+        LayerShape(x.name, x.component, x.block, *x.shape, plan[x.name].zeros(x.shape), 0, 1, x.name)
+        for x in body.layers
+        if x.name in plan
+    )
+    teacher, step = _training(model, body, plan, learned, encoder, work, restore)
+    nothing = trace.Pass(0, 0)
+    return Shapes(
+        weights=sum(tensors.values()), size=head.element_size(), layers=layers, base=base, walk=nothing, stops=(),
+        calibration=0, step=step, teacher=teacher, step_inputs=_bytes(learned.inputs), answers=_answers(learned, encoder),
+        width=head.shape[1], vocabulary=head.shape[0], prompt=nothing, token=nothing, right=nothing, right_answers=0,
+        asked_inputs=0,
+    )  # fmt: skip
 
 
 def open_hollow(where: str, dtype: str) -> Any:
@@ -174,7 +205,7 @@ def _generation(model: Any, body: Anatomy, encoder: Encoder, samples: Sequence[S
 
 
 def _training(
-    model: Any, body: Anatomy, plan: Plan, batch: Batch, encoder: Encoder, work: Work, restore: RestoreSpec
+    model: Any, body: Anatomy, plan: Mapping[str, Pattern], batch: Batch, encoder: Encoder, work: Work, restore: RestoreSpec
 ) -> tuple[trace.Pass, trace.Step]:
     """A teacher's forward, and a step of the student on the same batch."""
     from sparsight.restoring.head import Head

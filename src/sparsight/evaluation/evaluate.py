@@ -17,7 +17,7 @@ from sparsight.errors import SparsightError
 from sparsight.evaluation.answer_tokens import answer_token_metrics
 from sparsight.evaluation.bootstrap import bootstrap, bootstrap_sums
 from sparsight.evaluation.generate import predict
-from sparsight.evaluation.metrics import CAPTION, METRICS, QUESTION, TASK_METRICS, Metric
+from sparsight.evaluation.metrics import CAPTION, CHOICES, METRICS, QUESTION, TASK_METRICS, TOKEN_METRICS, Metric
 from sparsight.evaluation.metrics.exact import exact_match
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
@@ -75,30 +75,61 @@ def evaluate(
     beams: int = 1,
     max_new_tokens: int = 32,
     length_penalty: float = 1.0,
-    answers: bool = True,
     seed: int = 0,
     task: Task | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Ask the model every sample's last question and score what it writes.
 
-    `metrics` are names in `METRICS` or functions (prediction, answers) -> score, for all samples or by kind. By default
-    samples of kind "caption" get CIDEr-D and exact match, all others exact match and VQA accuracy. With `answers` the
-    right answers are measured token by token, too. `seed` is the bootstrap's. The samples of a `task` are scored as it says.
+    `metrics` are names in `CHOICES` or functions (prediction, answers) -> score, for all samples, or by kind. By default
+    samples of kind "caption" get CIDEr-D and exact match, all others exact match and VQA accuracy, and the right answers
+    are measured token by token, too. Where only tokens are measured nothing is asked. `seed` is the bootstrap's. The
+    samples of a `task` are scored as it says.
 
     **Raises** `SparsightError` for an unknown metric, for no samples, and for a value that is NaN or infinite.
+    """
+    metrics, of_tokens = split_metrics(metrics)
+    by_kind = metrics_of(samples, metrics, task)
+    samples = [sample.in_words_of(model.config.model_type) for sample in samples]
+    ready = batches(samples, Encoder(processor, model), batch_size)
+    if metrics == ():
+        return Result(tuple(token_rows(model, ready, of_tokens)), ())
+    texts = predict(
+        model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty, progress=progress,
+    )  # fmt: skip
+    result = score(samples, texts, by_kind, seed=seed, task=task)
+    if not of_tokens:
+        return result
+    return replace(result, rows=(*result.rows, *token_rows(model, ready, of_tokens)))
+
+
+def metrics_of(
+    samples: Sequence[Sample],
+    metrics: Mapping[str, Sequence[str | Callable]] | Sequence[str | Callable] | None = None,
+    task: Task | None = None,
+) -> dict[str, dict[str, Metric]]:
+    """The metrics by name that samples are scored by, by kind, or those of a task for all of them together.
+
+    **Raises** `SparsightError` for an unknown metric, and for no samples.
     """
     if not samples:
         raise SparsightError("nothing to evaluate: no samples")
     kinds = list(dict.fromkeys(sample.kind for sample in samples))
     if ALL in kinds:
         raise SparsightError(f"no sample can be of kind {ALL!r}: that row is of all samples together")
-    by_kind = {kind: find_metrics(metrics, kind) for kind in kinds} if task is None else task_metrics(task)
-    samples = [sample.in_words_of(model.config.model_type) for sample in samples]
-    texts = predict(
-        model, processor, samples, batch_size=batch_size, beams=beams, max_new_tokens=max_new_tokens,
-        length_penalty=length_penalty, progress=progress,
-    )  # fmt: skip
+    return {kind: find_metrics(metrics, kind) for kind in kinds} if task is None else task_metrics(task)
+
+
+def score(
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    by_kind: Mapping[str, Mapping[str, Metric]],
+    *,
+    seed: int = 0,
+    task: Task | None = None,
+) -> Result:
+    """Score the answers that somebody wrote to the last questions of samples; `by_kind` is that of `metrics_of`."""
     scores: list[dict[str, float]] = [{} for _ in samples]
     for kind, chosen in by_kind.items():
         members = [i for i, sample in enumerate(samples) if kind in (ALL, sample.kind)]
@@ -106,17 +137,15 @@ def evaluate(
             values = metric.scores([texts[i] for i in members], [samples[i] for i in members])
             for i, value in zip(members, values, strict=True):
                 scores[i][name] = value
-    rows = _rows([sample.kind for sample in samples], scores, seed)
+    rows = score_rows([sample.kind for sample in samples], scores, seed)
     if task is not None and task.whole is not None:
         rows += _whole_rows(task.whole, samples, texts, seed)
-    if answers:
-        rows += token_rows(model, batches(samples, Encoder(processor, model), batch_size))
     predictions = [
         {
             "id": sample.id, "kind": sample.kind, "prompt": sample.prompt, "prediction": text,
-            "answers": list(sample.answers), "correct": _is_right(text, sample, score, task), "scores": score,
+            "answers": list(sample.answers), "correct": _is_right(text, sample, own, task), "scores": own,
         }
-        for sample, text, score in zip(samples, texts, scores, strict=True)
+        for sample, text, own in zip(samples, texts, scores, strict=True)
     ]  # fmt: skip
     return Result(tuple(rows), tuple(predictions))
 
@@ -150,12 +179,23 @@ def _whole_rows(whole: Whole, samples: Sequence[Sample], texts: Sequence[str], s
     return rows
 
 
-def token_rows(model: Any, batches: Iterable[Batch]) -> list[dict[str, Any]]:
-    """Rows of a result for the tokens of the right answers: accuracy and perplexity."""
-    values = answer_token_metrics(model, batches)
-    n = int(values.pop("tokens"))
+def token_rows(
+    model: Any, batches: Iterable[Batch], names: Sequence[str] = (*TOKEN_METRICS,), **walk: Any
+) -> list[dict[str, Any]]:
+    """Rows of a result for the tokens of the right answers; `walk` are further arguments of `answer_token_metrics`."""
+    values = answer_token_metrics(model, batches, **walk)
     advice = overflow_advice(model, "the weights may be damaged: look at them, and try `dtype=float32`")
-    return [_row(ALL, name, value, None, n, advice) for name, value in values.items()]
+    return [_row(ALL, name, values[name], None, int(values["tokens"]), advice) for name in names]
+
+
+def split_metrics(metrics: Any) -> tuple[Any, tuple[str, ...]]:
+    """Divide metrics into those of answers, which are () for none and None for the default, and the names of tokens'."""
+    if not metrics:
+        return None, tuple(TOKEN_METRICS)
+    if isinstance(metrics, Mapping):  # by kind, and those of tokens are of all samples
+        return metrics, ()
+    named = tuple(name for name in TOKEN_METRICS if name in metrics)
+    return tuple(metric for metric in metrics if metric not in named), named
 
 
 def find_metrics(
@@ -169,7 +209,7 @@ def find_metrics(
     names: Sequence[str | Callable] = [name for name, metric in METRICS.items() if sort in metric.default]
     if isinstance(metrics, Mapping):
         names = metrics.get(kind, names)
-    elif metrics:
+    elif metrics is not None:
         names = metrics
     chosen: dict[str, Metric] = {}
     for metric in names:
@@ -178,7 +218,7 @@ def find_metrics(
             name = name_of(metric)
             chosen[name] = Metric(metric, name, percent=False)
         else:
-            check_name("metrics", metric, tuple(METRICS))
+            check_name("metrics", metric, tuple(CHOICES))
             chosen[metric] = METRICS[metric]
     return chosen
 
@@ -189,7 +229,8 @@ def headline(rows: Sequence[Mapping[str, Any]], metric: str | None = None) -> Ma
     return over_all[metric] if metric else over_all.get("exact_match") or next(iter(over_all.values()))
 
 
-def _rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int) -> list[dict[str, Any]]:
+def score_rows(kinds: Sequence[str], scores: Sequence[Mapping[str, float]], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of a result: the mean of every score with its interval, over all samples and per kind where there are several."""
     rows = []
     groups = list(dict.fromkeys(kinds))
     for group in (ALL, *(groups if len(groups) > 1 else ())):

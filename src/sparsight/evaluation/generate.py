@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsight.calibration.gradients import evaluating
 from sparsight.data.encoding import Encoder
 from sparsight.data.sample import Sample
+from sparsight.model.skeleton import device_of
 from sparsight.progress import Progress
 
 
@@ -48,7 +49,7 @@ def predict(
 def _generate(
     model: Any, tokenizer: Any, inputs: dict[str, Tensor], beams: int, max_new_tokens: int, length_penalty: float
 ) -> list[str]:
-    inputs = {key: tensor.to(model.device) for key, tensor in inputs.items()}
+    inputs = {key: tensor.to(device_of(model)) for key, tensor in inputs.items()}
     neutral = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # no warning about unused settings
     pad = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     pad |= {"length_penalty": length_penalty} if beams > 1 else {}

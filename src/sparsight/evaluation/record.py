@@ -23,8 +23,9 @@ from sparsight.data.sample import Sample
 from sparsight.data.sources import Samples
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.evaluation.evaluate import Result
-from sparsight.files import read_json, write_json
+from sparsight.files import read_json, with_home, without_home, write_json
 from sparsight.memory import peak_memory
+from sparsight.model.anatomy import Anatomy
 from sparsight.specs import EvaluateSpec
 from sparsight.version import VERSION
 
@@ -75,11 +76,11 @@ def environment() -> dict[str, str]:
     return found
 
 
-def weights_of(model: Any, family: Any = None) -> dict[str, Any]:
+def weights_of(model: Any, family: Any = None, body: Anatomy | None = None) -> dict[str, Any]:
     """Count a loaded model: parameters, bytes, bytes with the zeros left out, and per component layers, zeros, parameters.
 
     Zeros left out: a layer takes its kept weights and one bit per weight, or all its weights where that is less. A model
-    that cannot be taken apart is counted as a whole.
+    that cannot be taken apart, unless its `body` is known, is counted as a whole.
     """
     from sparsight.model.anatomy import anatomy
     from sparsight.model.families import COMPONENTS
@@ -89,7 +90,7 @@ def weights_of(model: Any, family: Any = None) -> dict[str, Any]:
     components: dict[str, dict[str, int]] = {}
     saved = 0
     try:
-        body = anatomy(model, family)
+        body = body or anatomy(model, family)
     except SparsightError:
         return {"parameters": size, "bytes": stored, "packed_bytes": stored, "components": components}
     for component in COMPONENTS:
@@ -129,7 +130,7 @@ def record_evaluation(
         ignore(target, f"/{PICTURES}/", f"/{ANSWERS}")
         write_pictures(samples[:pictures], target / PICTURES)
         result.write_predictions(target / ANSWERS)
-        write_json(target / SCORES, scores)
+        write_json(target / SCORES, without_home(scores))
     except OSError as error:
         raise NotWritten(f"{target}: the evaluation could not be kept there ({error})") from error
     return target / SCORES
@@ -169,7 +170,7 @@ def read_evaluation(folder: str | Path) -> tuple[dict[str, Any], tuple[dict[str,
     path = Path(folder) / SCORES
     if not path.is_file():
         return None
-    scores = read_json(path, "evaluate again with `record`")
+    scores = with_home(read_json(path, "evaluate again with `record`"))
     try:
         if scores["format"] != FORMAT:
             raise SparsightError(f"{path}: format {scores['format']} is not {FORMAT}; evaluate again with `record`")
@@ -198,7 +199,7 @@ def read_answers(path: Path) -> tuple[dict[str, Any], ...]:
 
 def keep_evaluation(
     folder: Path, result: Result, usable: Sequence[Sample], *, name: str | Path, sparsity: Mapping[str, Any] | None,
-    model: Any, samples: Samples, spec: EvaluateSpec, seconds: float,
+    model: Any, samples: Samples, spec: EvaluateSpec, seconds: float, body: Anatomy | None = None,
 ) -> None:  # fmt: skip
     """Record an evaluation of the model `name` in `folder`, with what `report` shows of it, and put the scores on its card.
 
@@ -218,7 +219,7 @@ def keep_evaluation(
         "seconds": seconds,
         "memory": peak_memory(spec.device),
         "weights": identity(name) if sparsity is not None else None,
-        **weights_of(model, family_of(sparsity)),
+        **weights_of(model, family_of(sparsity), body),
     }
     record_evaluation(folder, result, usable, facts)
     refresh_card(folder, {**facts, "rows": list(result.rows)})

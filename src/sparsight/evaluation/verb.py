@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -9,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.calibration.gradients import evaluating
+from sparsight.calibration.park import Park
 from sparsight.calibration.rehearsal import rehearse
-from sparsight.checkpoint.folder import read_record
-from sparsight.data import Encoder, Sample, Samples, read_with
+from sparsight.checkpoint.folder import family_of, read_record
+from sparsight.data import Encoder, Sample, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
-from sparsight.evaluation.evaluate import Result, evaluate, token_rows
+from sparsight.evaluation.evaluate import Result, evaluate, split_metrics, token_rows
+from sparsight.evaluation.lmms_task import check_export, check_samples, write_task
 from sparsight.evaluation.record import check_recordable, keep_evaluation
 from sparsight.fields import NEW_TOKENS
 from sparsight.memory import enough_memory
-from sparsight.model.load import check_device, load
+from sparsight.model.anatomy import Anatomy
+from sparsight.model.load import check_device, load, load_processor
+from sparsight.model.skeleton import device_of
 from sparsight.model.source import NO_PROCESSOR
+from sparsight.model.stream import runnable
 from sparsight.progress import Progress
 from sparsight.specs import EvaluateSpec
 from sparsight.tasks import TASKS
@@ -89,11 +95,14 @@ def evaluate_model(
             raise SparsightError(NO_PROCESSOR)
         with evaluating(model), enough_memory(spec):
             return evaluate_samples(model, processor, samples, spec, progress)[0]
-    check_unused(data, spec, "metrics", "task", "beams", "max_new_tokens", "length_penalty", "seed")
+    of_answers, of_tokens = split_metrics(spec.metrics)
+    check_unused(
+        data, spec, *(("metrics",) if of_answers else ()), "task", "beams", "max_new_tokens", "length_penalty", "seed"
+    )
     ready = as_batches(model, data, limit=spec.samples)
     check_labels(ready, "data", "the score of answer tokens")
     with evaluating(model), enough_memory(spec):
-        return Result(tuple(token_rows(model, ready)), ())
+        return Result(tuple(token_rows(model, ready, of_tokens)), ())
 
 
 def evaluate_folder(
@@ -102,21 +111,55 @@ def evaluate_folder(
     spec: EvaluateSpec,
     *,
     record: bool | str | Path = False,
+    export_task: str | Path | None = None,
     progress: Progress | None = None,
     loaded: tuple[Any, Any] | None = None,
 ) -> Result:
-    """Score the model of a folder; `loaded` has model and processor already. `record` says where scores are kept."""
+    """Score the model of a folder; `loaded` has model and processor already.
+
+    `record` says where scores are kept, and `export_task` where the samples are written as a task of lmms-eval.
+    """
     check_device(spec.device)
+    if export_task is not None:
+        check_export(export_task, data)
     target = check_recordable(model, None if record is True else record) if record else None
     began = time.perf_counter()
     sparsity = read_record(model) if target is not None else None  # a damaged one is refused before it answers
     samples = read_samples(data, spec)
+    if export_task is not None:
+        check_samples(samples)
     with enough_memory(spec):
-        network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
-        result, usable = evaluate_samples(network, processor, samples, spec, progress)
+        if loaded is None and not spec.task and split_metrics(spec.metrics)[0] == ():
+            network, body, result, usable = _tokens_by_block(model, samples, spec)
+            processor = load_processor(model)
+        else:
+            network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
+            body = None
+            result, usable = evaluate_samples(network, processor, samples, spec, progress)
     if target is not None:
         keep_evaluation(
-            target, result, usable, name=model, sparsity=sparsity, model=network, samples=samples, spec=spec,
+            target, result, usable, name=model, sparsity=sparsity, model=network, body=body, samples=samples, spec=spec,
             seconds=time.perf_counter() - began,
         )  # fmt: skip
+    if export_task is not None:
+        asked = [sample.in_words_of(network.config.model_type) for sample in usable]
+        way = decoding_of(spec, network.config.model_type)
+        write_task(export_task, asked, way, processor=processor, task=samples.task)
     return result
+
+
+def _tokens_by_block(model: str | Path, samples: Samples, spec: EvaluateSpec) -> tuple[Any, Anatomy, Result, list[Sample]]:
+    """Score the tokens of the right answers with one block in memory; the model, its anatomy, scores, the samples used."""
+    processor = load_processor(model)
+    with runnable(model, family_of(read_record(model), None), dtype=spec.dtype, device=spec.device) as (network, body):
+        encoder = Encoder(processor, network, max_length=spec.max_length, skip_bad=spec.skip_bad)
+        usable = encoder.usable(samples)
+        rehearse(network, encoder, usable)
+        park, ready = Park(Path(tempfile.gettempdir()), "auto", -(-len(usable) // spec.batch_size)), []
+        for batch in batches(usable, encoder, spec.batch_size):
+            ready.append(batch.to(device_of(network)))
+            park.tensors([ready[-1].inputs])
+        blocks = [(block.name, block.module) for block in body.blocks]
+        rows = token_rows(network, ready, split_metrics(spec.metrics)[1], blocks=blocks, park=park)
+    skipped = len(samples.skipped) + len(encoder.skipped)
+    return network, body, Result(tuple(rows), (), skipped, dict(samples.facts)), usable

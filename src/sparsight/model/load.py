@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from sparsight.distributed import several_processes
 from sparsight.errors import Notice, OutOfMemory, SparsightError
-from sparsight.memory import is_out_of_memory
+from sparsight.memory import AUTO, is_out_of_memory, main_device
 from sparsight.model.discover import discover
 from sparsight.model.files import check_config, check_files, check_unexpected, stored_dtypes
 from sparsight.packing.reader import errors, register
@@ -62,6 +63,7 @@ def load_model(
         if packed not in (True, "all"):
             raise SparsightError(f"`packed`: {packed!r} is not one of True, False, 'all'")
         layout["packed"] = packed
+    spread = {"device_map": AUTO} if device == AUTO and main_device(AUTO).type == "cuda" and not several_processes() else {}
     with quiet():
         try:
             loaded: Any = AutoModelForMultimodalLM.from_pretrained(
@@ -72,15 +74,18 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused by name
+                **spread,
             )
         except Exception as error:  # files and configurations can be wrong in any way
             _check_memory(where, error)
             reason = errors[0] if errors else _reason(error)
             raise SparsightError(f"{where}: the model could not be loaded: {reason}") from error
     model, info = loaded
-    check_loaded(where, model, info, dtype, device)
+    check_loaded(where, model, info, dtype, str(main_device(device)))
+    if spread:
+        return model.eval()
     try:
-        return model.eval().to(device)
+        return model.eval().to(main_device(device))
     except RuntimeError as error:
         _check_memory(where, error)
         raise SparsightError(f"{where}: the model could not be moved to {device}: {_reason(error)}") from error
@@ -177,12 +182,14 @@ def parse_dtype(dtype: str | torch.dtype) -> Any:
 
 def check_device(device: str, one_gpu: bool = False) -> None:
     """Refuse a device that torch does not have, and with `one_gpu` any GPU but the first; **raises** `SparsightError`."""
+    if device == AUTO:
+        return
     try:
         kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
         kind, index = "", None
     if kind not in ("cpu", "cuda"):
-        raise SparsightError(f"`device`: {device!r} is not a device that Sparsight runs on; use cpu, cuda or cuda:N")
+        raise SparsightError(f"`device`: {device!r} is not a device that Sparsight runs on; use cpu, cuda, cuda:N or auto")
     if kind == "cuda" and not torch.cuda.is_available():
         raise SparsightError(f"`device`: {device!r} was asked for, but torch sees no CUDA device; use `device=cpu`")
     if kind == "cuda" and (index or 0) >= (count := torch.cuda.device_count()):
@@ -190,6 +197,19 @@ def check_device(device: str, one_gpu: bool = False) -> None:
         raise SparsightError(f"`device`: {device!r} was asked for, but torch sees {names} only; use `device=cuda:0`")
     if one_gpu and index:
         raise SparsightError(f"`device`: training takes the first GPU; set CUDA_VISIBLE_DEVICES={index} and `device=cuda`")
+
+
+def check_trainable(model: Any) -> None:
+    """Refuse a model that was spread over the GPUs and, as they are too small, over other memory, too.
+
+    **Raises** `SparsightError`.
+    """
+    places = getattr(model, "hf_device_map", {})
+    if left := [name for name, place in places.items() if str(place) in ("cpu", "disk")]:
+        raise SparsightError(
+            f"`device`: the GPUs together do not hold the model: {left[0]} and {len(left) - 1} more parts are elsewhere, "
+            "where they cannot be trained; start several processes with FSDP, or use `device=cpu`"
+        )
 
 
 def read_config(where: str) -> Any:

@@ -159,5 +159,8 @@ def local_folder(where: str) -> Path:
 
 
 def device_of(model: Any) -> torch.device:
-    """The device of a model, of which parts may be without data."""
+    """The device that a model's inputs go to; parts of it may be without data, or be kept elsewhere by accelerate."""
+    hooked = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if hooked is not None:
+        return torch.device(hooked)
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

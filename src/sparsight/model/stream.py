@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sparsight.errors import SparsightError, first_line
-from sparsight.memory import give_back_memory, is_out_of_memory
+from sparsight.memory import give_back_memory, is_out_of_memory, main_device
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import load_model, quiet
@@ -57,8 +57,8 @@ class Stream:
         """
         if LACKS:
             raise Unfit(LACKS)
-        self.device = torch.device(device or "cpu")
-        self.model, self.shards = load_skeleton(path, dtype=dtype, device=device)
+        self.device = main_device(device or "cpu")
+        self.model, self.shards = load_skeleton(path, dtype=dtype, device=device and str(self.device))
         self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
         self.sources: dict[str, Callable[[], Tensors]] = {}
@@ -199,6 +199,15 @@ class Stream:
         """The blocks by name, in forward order, and `OUTSIDE`."""
         return [*self._names]
 
+    def names(self, part: str) -> list[str]:
+        """The names of a part's parameters and buffers in the model."""
+        return self._names[part]
+
+    def put(self, part: str, tensors: Tensors | None) -> None:
+        """Put tensors of the user's own, by name, into a part; with None those without data again."""
+        empty = self._empty[part]
+        self._put(empty if tensors is None else tensors)
+
     def state(self, part: str, names: Container[str]) -> Tensors:
         """The tensors of a part with these full names, as it is now, under the names and in the form of a checkpoint."""
         own = [name for name in self._names[part] if name in names]
@@ -207,6 +216,25 @@ class Stream:
     def as_stored(self, state: Mapping[str, torch.Tensor]) -> Tensors:
         """Tensors of the model under the names, and in the form, in which `save_pretrained` writes them."""
         return dict(revert_weight_conversion(self.model, dict(state)))
+
+
+@contextlib.contextmanager
+def runnable(
+    path: str | Path, family: Family | None = None, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+) -> Iterator[tuple[Any, Anatomy]]:
+    """A model that can run inside, with one block in memory or, where it cannot be in parts, whole; and its anatomy.
+
+    **Raises** `SparsightError` as `load_model` and `anatomy` do.
+    """
+    try:
+        stream = Stream(path, dtype=dtype, device=device, family=family)
+        stream.bring_outside()
+    except Unfit:
+        model = load_model(path, dtype=dtype, device=device)
+        yield model, anatomy(model, family)
+        return
+    with stream.run() as model:
+        yield model, stream.anatomy
 
 
 def open_anatomy(path: str | Path, family: Family | None = None, *, dtype: str | torch.dtype = "auto") -> Anatomy:

@@ -42,13 +42,16 @@ class StreamJournal:
         made, notes = self.files.make(), [*self.folder.iterdir()]
         if made and notes:
             logger.warning("%s; all blocks are pruned again", made[0])
-            for note in notes:
+            for note in filter(Path.is_file, notes):
                 note.unlink()
         facts = {}
         for block in filter(None, self.stream.parts):
             if (note := self._note(block)).is_file():
                 try:
-                    facts[block] = read_json(note, "it is pruned again")
+                    found = read_json(note, "it is pruned again")
+                    if not found or not all(isinstance(each, dict) for each in found.values()):
+                        raise SparsightError(f"{note}: holds no measurements")
+                    facts[block] = found
                 except SparsightError as error:
                     logger.warning("%s (its block is pruned again)", first_line(error))
         return facts

@@ -20,10 +20,10 @@ from sparsight.checkpoint.folder import (
     atomic_folder,
     check_output,
     family_of,
-    identity,
     read_plan,
     read_recipe,
     read_record,
+    source_of,
     sparsity_record,
     write_model,
 )
@@ -162,7 +162,7 @@ def prune_folder(
         check_walk(network, body, ready, park)
         plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
         before = survey(body, plan, read_plan(earlier))
-        ours = unfinished(target, {**settings, "files": identity(model)}, resume=resume, overwrite=overwrite)
+        ours = unfinished(target, {**settings, "files": source_of(model)}, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
         journal = way.journal(folder, composition)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsight.errors import SparsightError
-from sparsight.reporting.page import MARK, write_page
-from sparsight.reporting.runs import read_runs
 
 
 def report(
@@ -20,8 +18,8 @@ def report(
 ) -> Path:
     """Compare runs on one self-contained HTML page; the first is what the others are set against.
 
-    `runs` are folders of models that `evaluate` has recorded, and of sweeps. `metric` takes the place of exact match;
-    `figures` is a folder for every figure as SVG and PNG. The path of the page is returned.
+    `runs` are folders of models that `evaluate` has recorded, folders of sweeps, and logs of lmms-eval. `metric` takes
+    the place of exact match; `figures` is a folder for every figure as SVG and PNG. The path of the page is returned.
 
     **Raises** `SparsightError` before anything is drawn for a folder that has no run, and for a file that would be lost.
     """
@@ -36,11 +34,19 @@ def report(
         raise SparsightError(f"`out`: {target} exists; give another name, or add `overwrite`")
     if target.exists() and not is_page(target):
         raise SparsightError(f"`out`: {target} is not a page of report, so `overwrite` does not replace it")
+    for run in [runs] if isinstance(runs, str | Path) else runs:
+        if not Path(run).exists():
+            raise SparsightError(f"{run}: is not there; give folders that eval --record or sweep has written to")
+    from sparsight.reporting.page import write_page
+    from sparsight.reporting.runs import read_runs
+
     models = read_runs([runs] if isinstance(runs, str | Path) else runs)
     return write_page(models, target, metric=metric, figures=figures)
 
 
 def is_page(path: Path) -> bool:
     """Whether a file was written by `report`."""
+    from sparsight.reporting.page import MARK
+
     with path.open("rb") as file:
         return MARK.encode() in file.read(400)

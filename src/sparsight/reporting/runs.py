@@ -1,4 +1,5 @@
-"""Runs: one model each, with its settings, sizes and scores, read from the folder of a model or of a sweep."""
+"""Runs: one model each, with its settings, sizes and scores, read from the folder of a model or of a sweep, or from a sample
+log of lmms-eval."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from sparsight.evaluation.bench import read_bench
 from sparsight.evaluation.record import PICTURES, read_answers, read_evaluation, saved_bytes
 from sparsight.files import read_json
 from sparsight.packing.headers import read_header
+from sparsight.reporting.lmms_logs import read_log
 
 FORMAT = 1
 HASHES = {"model_hash": "dense model", "held_out_fingerprint": "fingerprint", "data_fingerprint": "training samples"}
@@ -109,17 +111,24 @@ class ScoredModel:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[ScoredModel]:
-    """Read the runs of model folders and sweeps, in their order; equal labels get the name of the parent folder.
+    """Read the runs of model folders, sweeps and sample logs of lmms-eval, in their order; equal labels get the name of the
+    parent folder.
 
-    **Raises** `SparsightError`, one line, for a folder without a run.
+    **Raises** `SparsightError`, one line, for a folder without a run and a file that is no log.
     """
     if not folders:
         raise SparsightError("nothing to report: give folders of evaluated models, or of a sweep")
     runs: list[ScoredModel] = []
     for folder in folders:
         path = Path(folder)
+        if path.is_file() and path.suffix == ".jsonl":
+            runs.append(read_answered(path))
+            continue
         if not path.is_dir():
-            raise SparsightError(f"{folder}: is not a folder; give one that eval --record or sweep has written to")
+            raise SparsightError(
+                f"{folder}: is not a folder; give one that eval --record or sweep has written to, or a *_samples_*.jsonl of "
+                "lmms-eval"
+            )
         runs += read_sweep(path) if (path / "sweep.json").is_file() else [read_folder(path)]
     labels = Counter(run.label for run in runs)
     return [
@@ -185,6 +194,29 @@ def read_folder(folder: str | Path, *, label: str | None = None) -> ScoredModel:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise SparsightError(f"{path}: is damaged ({error}); write the folder again, or evaluate again") from error
+
+
+def read_answered(path: str | Path) -> ScoredModel:
+    """Read a sample log of lmms-eval; settings and sizes are those of the model's folder where it is on this machine.
+
+    **Raises** `SparsightError` for a file that is no such log.
+    """
+    log = read_log(path)
+    folder = Path(log.model)
+    record = read_record(folder)
+    local = record is not None or (folder / "config.json").is_file()
+    cell = _cell(record, read_recipe(folder)) if local else {"method": "unknown", "seed": 0}
+    name = folder.name or log.model
+    return ScoredModel(
+        label=f"{name}, lmms-eval",
+        cell={**cell, "answered_by": f"lmms-eval {log.source}".strip()},
+        model=str((record or {}).get("base_model") or log.model),
+        scores=log.result.rows,
+        predictions=log.result.predictions,
+        data=log.task,
+        date=log.date,
+        **(_sizes(folder, record, {}) if local else {}),
+    )
 
 
 def _sizes(folder: Path, record: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> dict[str, Any]:

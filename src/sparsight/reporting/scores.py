@@ -54,7 +54,7 @@ def main_metric(groups: Sequence[Group], metric: str | None) -> str | None:
     **Raises** `SparsightError` for runs without a score, and for a metric that none was scored by.
     """
     recorded = dict.fromkeys(row["metric"] for group in groups for run in group.runs for row in run.scores)
-    others = [name for name in recorded if name not in TOKEN_METRICS]
+    others = sorted(recorded, key=lambda name: name in TOKEN_METRICS)  # those of answers first
     if metric is None and "exact_match" not in recorded and others:
         return others[0]
     if not any(estimate(group, metric) for group in groups):

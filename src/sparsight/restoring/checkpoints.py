@@ -108,13 +108,17 @@ def load_factor_tensors(wrapped: Any, tensors: Mapping[str, torch.Tensor]) -> No
 
 
 def gather(wrapped: Any, here: bool) -> None:
-    """Make a sharded model whole again, in place, if it is wanted `here`; every process must call it."""
+    """Make a sharded model whole again on the CPU, in place, if it is wanted `here`; every process must call it."""
+    divided = False
     for module in wrapped.modules():
         for name, parameter in module._parameters.items():
             if hasattr(parameter, "full_tensor"):
-                whole = _whole(parameter.detach())
+                whole, divided = _whole(parameter.detach()), True
                 if here:
-                    module._parameters[name] = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = torch.nn.Parameter(whole.cpu(), requires_grad=parameter.requires_grad)
+    if divided and here:
+        for module in wrapped.modules():  # their `cpu` would shard again
+            module._buffers |= {name: buffer.cpu() for name, buffer in module._buffers.items() if buffer is not None}
 
 
 def _whole(factor: torch.Tensor) -> torch.Tensor:

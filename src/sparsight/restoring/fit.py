@@ -19,12 +19,12 @@ from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
     family_of,
-    identity,
     plan_of_zeros,
     read_metrics,
     read_plan,
     read_recipe,
     read_record,
+    source_of,
     sparsity_record,
     write_model,
 )
@@ -82,7 +82,7 @@ def fit_folder(
         _check_alike(student.model, dense.model, str(sparse), teacher)
         stack.enter_context(student.run())
         stack.enter_context(dense.run())
-        park = Park(out.parent, "auto", -(-len(samples) // spec.batch_size))
+        park = Park(out.parent, "auto", -(-len(samples) // spec.rows))
         ready, skipped = encode(samples, student.processor, student.model, spec, park)
         check_walk(student.model, student.anatomy, ready, park)
         plan = _plan(student.anatomy, read_plan(earlier))
@@ -91,7 +91,7 @@ def fit_folder(
         if _pruned_too(student.anatomy, dense.anatomy, plan):
             raise SparsightError(f"`teacher`: {teacher} is itself pruned where {sparse} is; give its dense original")
         settings = spec.same_work | {"sparse": str(sparse), "data": str(data), "teacher": teacher}
-        settings |= {"fingerprint": samples.fingerprint, "files": [identity(sparse), identity(teacher)]}
+        settings |= {"fingerprint": samples.fingerprint, "files": [source_of(sparse), source_of(teacher)]}
         folder = stack.enter_context(unfinished(out, settings, resume=resume, overwrite=overwrite))
         stack.enter_context(enough_memory(spec))
         composition = compose(Method(_as_it_is, needs=frozenset(), mask_only=False), reconstruct=spec.reconstruct)

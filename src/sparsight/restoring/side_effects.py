@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsight.calibration.gradients import evaluating
+from sparsight.memory import main_device
 from sparsight.model.matrices import output_head
 
 
@@ -45,7 +46,8 @@ def unchanged_process(device: torch.device | str) -> Iterator[None]:
     kinds: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
     states = [(kind._shared_state, dict(kind._shared_state)) for kind in kinds]
     numbers, words = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+    device = main_device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:

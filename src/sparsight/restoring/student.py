@@ -17,10 +17,11 @@ from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import family_of, plan_of_zeros, read_record
 from sparsight.checks import check_name_of, parse_pairs
 from sparsight.data import Encoder, batches
-from sparsight.data.encoding import select_answers
+from sparsight.data.encoding import FIRST, select_answers
 from sparsight.data.own_batches import OwnBatches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
+from sparsight.memory import main_device
 from sparsight.model.anatomy import Anatomy, anatomy
 from sparsight.model.families import COMPONENTS, Family
 from sparsight.model.source import ModelSource
@@ -38,7 +39,7 @@ from sparsight.restoring.teacher import (
     read_masks,
     shared_teacher,
 )
-from sparsight.restoring.teacher_cache import TeacherCache, cache_key, fill_cache
+from sparsight.restoring.teacher_cache import TeacherCache, cache_key, check_rest, fill_cache
 from sparsight.specs import RestoreSpec
 
 DEFAULT_RANKS = {"vision": 4, "connector": 2, "language": 8}
@@ -168,6 +169,7 @@ def make_student(
         return student
     stored, live = None, None
     if mode == "cached":
+        facts = check_rest(facts)
         stored = _store(facts, dense, head, spec, cache, fingerprint, progress)
     if mode == "live":
         live = live_teacher(dense, head)
@@ -211,7 +213,7 @@ def inspect_sparse(
     _check_ranks(parse_ranks(spec.rank), spec.tune, body, masks)
     encoder: Any = own or Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     held = encoder.usable(held_out) if held_out else []
-    usable = [*encoder.usable(samples), *held]
+    usable = [*encoder.usable(samples, FIRST), *held]
     if own is None:
         rehearse(model, encoder, usable)
     head = Head(model)
@@ -221,7 +223,7 @@ def inspect_sparse(
         masks=masks, plan=plan_of_zeros(body),
         shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
         dtype=Counter(body[name].weight.dtype for name in masks).most_common(1)[0][0],
-        first=encoder.encode(usable[:1]).to(spec.device).inputs,
+        first=encoder.encode(usable[:1]).to(main_device(spec.device)).inputs,
         hashes=masked_hashes(model, body, masks) if masked and not spec.reconstruct else {},
         head_hash=head.hash(), dense_bytes=_bytes(model),
         mask_bytes=sum(mask.numel() for mask in masks.values()) if masked else 0,
@@ -313,7 +315,7 @@ def _store(
         raise SparsightError("`teacher_cache`: names no folder for the teacher's hidden states")
     folder = cache / distributed.on_main(lambda: cache_key(dense, facts.encoder, facts.samples, fingerprint))
     fill_cache(
-        folder, dense, head, facts.samples, facts.encoder, spec.batch_size, device=spec.device, progress=progress
+        folder, dense, head, facts.samples, facts.encoder, spec.rows, device=main_device(spec.device), progress=progress
     )  # fmt: skip
     return TeacherCache(folder)
 
@@ -326,7 +328,7 @@ def _refit(
     ready = learned if isinstance(facts.encoder, OwnBatches) else list(batches(learned, facts.encoder, 8))
     done = refit(
         dense, anatomy(dense, facts.family), sparse, anatomy(sparse, facts.family), list(facts.masks),
-        [batch.to(spec.device) for batch in ready], spec.reconstruct, seed=spec.seed, progress=progress,
+        [batch.to(main_device(spec.device)) for batch in ready], spec.reconstruct, seed=spec.seed, progress=progress,
     )  # fmt: skip
     return done.reconstructed
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def cache_key(model: nn.Module, encoder: Encoder, samples: Sequence[Any], finger
     return digest.hexdigest()
 
 
+def check_rest(facts: Any) -> Any:
+    """Facts of a sparse model whose training samples are all checked: a stored teacher has a place for each of them."""
+    late, end = facts.encoder.late, len(facts.samples) - facts.held_out
+    if not late:
+        return facts
+    tried, rest, held = facts.samples[: end - late], facts.samples[end - late : end], facts.samples[end:]
+    facts.encoder.late = 0
+    return replace(facts, samples=[*tried, *facts.encoder.usable(rest), *held])
+
+
 class TeacherCache:
     """The hidden states of `samples` in `folder`; `cache[i]` are those of sample i, (answer tokens, d)."""
 
@@ -64,6 +75,9 @@ class TeacherCache:
             counts = file.get_tensor("counts")
             self.starts.append([0, *counts.cumsum(0).tolist()])
         self.rows = [file.get_slice("hidden") for file in self.files]
+
+    def __reduce__(self) -> tuple[type[TeacherCache], tuple[Path]]:
+        return TeacherCache, (self.folder,)  # another process opens the files itself
 
     def __getitem__(self, sample: int) -> torch.Tensor:
         chunk, place = divmod(sample, CHUNK)
@@ -85,7 +99,7 @@ def fill_cache(
     encoder: Encoder,
     batch_size: int,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Compute the files missing in `folder`, every process its share of them; return once all exist."""

@@ -17,7 +17,9 @@ from transformers import Trainer
 
 from sparsight import distributed
 from sparsight.data.encoding import select_answers
+from sparsight.data.own_batches import OwnBatches
 from sparsight.errors import NotWritten, SparsightError
+from sparsight.memory import main_device
 from sparsight.model.load import overflow_advice
 from sparsight.progress import Progress
 from sparsight.restoring.adapters import ADAPTERS
@@ -31,11 +33,12 @@ from sparsight.restoring.checkpoints import (
     save_factors,
     seal,
 )
+from sparsight.restoring.collate import Collator, quiet_workers, receive
 from sparsight.restoring.losses import POWERS, Loss, answer_weights, distillation
 from sparsight.restoring.side_effects import checkpointed_blocks
 from sparsight.restoring.student import Student
 from sparsight.specs import RestoreSpec
-from sparsight.trackers import PROJECT, FirstLog, RunArguments, zeros_of
+from sparsight.trackers import PROJECT, FirstLog, RunArguments, guard, zeros_of
 
 RATE, WEIGHTS, POWER, MOST = 1e-3, 1.5e8, 0.4, 4e-3  # of the default learning rate
 
@@ -69,7 +72,8 @@ class RestoreTrainer(Trainer):
     def __init__(self, *, student: Student, spec: RestoreSpec, **kwargs: Any) -> None:
         config = vars(student.wrapped.config)
         cached = {key: config[key] for key in ("use_cache",) if key in config}
-        super().__init__(model=student.wrapped, data_collator=self.collate, **kwargs)
+        self.collator = Collator(student.encoder, student.cache)
+        super().__init__(model=student.wrapped, data_collator=self.collator, **kwargs)
         config.pop("use_cache", None)  # the base class switches it off for good, and it would be saved so
         config.update(cached)
         self.student: Student = student
@@ -80,13 +84,6 @@ class RestoreTrainer(Trainer):
         student.wrapped.train = lambda mode=True: student.wrapped
         self._samples = 1  # of the step under way, over all processes
         self._sums = torch.zeros(4, dtype=torch.float64)  # ce, kl, hidden, tokens since the last log
-
-    def collate(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        """Encode samples, and look up the teacher's hidden states."""
-        inputs = dict(self.student.encoder.encode([sample for _, sample in numbered]).inputs)
-        if self.student.cache is not None:
-            inputs["taught"] = torch.cat([self.student.cache[number] for number, _ in numbered])
-        return inputs
 
     def loss(self, model: Any, inputs: Mapping[str, Any], tokens_per_sample: float | None = None) -> Loss:
         """The loss of one batch, in sums."""
@@ -129,6 +126,7 @@ class RestoreTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Count the answer tokens of a step as the loss does; the base class would shift an encoder-decoder's labels."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches = [receive(batch, self.student.encoder) for batch in batches]
         counts = torch.tensor([self._count(batches)], device=self.args.device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts)
@@ -157,7 +155,7 @@ class RestoreTrainer(Trainer):
             mine = start + distributed.rank()
             places = batches[mine] if mine < len(batches) else batches[-1]
             with self.compute_loss_context_manager():
-                inputs = self._prepare_inputs(self.collate([held[i] for i in places]))
+                inputs = self._prepare_inputs(receive(self.collator([held[i] for i in places]), self.student.encoder))
                 tokens, rows = self._count([inputs])
                 loss = self.loss(self.model_wrapped, inputs, tokens / rows if self.paper else None)
             self._check_finite(loss.total, "the loss of held-out samples")
@@ -216,7 +214,7 @@ class RestoreTrainer(Trainer):
 
 def step_size(spec: RestoreSpec) -> int:
     """Samples of one optimizer step, over all processes."""
-    return spec.batch_size * spec.accumulate * distributed.world_size()
+    return spec.rows * spec.accumulate * distributed.world_size()
 
 
 def peak_rate(spec: RestoreSpec, weights: int) -> float:
@@ -249,9 +247,10 @@ def train(
     total, rate = total_steps(spec, len(learned)), peak_rate(spec, student.weights)
     order = Shuffled(learned, total * step_size(spec), spec.seed)
     checkpoint = distributed.on_main(lambda: go_back(folder)) if resume else None
+    workers = 0 if isinstance(student.encoder, OwnBatches) else spec.workers  # batches of the user's are ready
     arguments = RunArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.rows,
         gradient_accumulation_steps=spec.accumulate,
         max_steps=total,
         learning_rate=rate,
@@ -276,8 +275,9 @@ def train(
         label_names=["labels"],
         bf16=spec.mixed_precision == "bf16",
         fp16=spec.mixed_precision == "fp16",
-        use_cpu=torch.device(spec.device).type == "cpu",
-        dataloader_pin_memory=False,
+        use_cpu=main_device(spec.device).type == "cpu",
+        dataloader_pin_memory=main_device(spec.device).type == "cuda",
+        dataloader_num_workers=workers,
         disable_tqdm=True,
         ddp_broadcast_buffers=False,  # the masks are the same everywhere and never change
         ddp_find_unused_parameters=True,  # the last blocks of some vision towers do not reach the output
@@ -286,7 +286,7 @@ def train(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more would silently multiply the batch
     watching = ProgressCallback(progress)
-    with _sharding(student), watching.listening(), warnings.catch_warnings():
+    with _sharding(student), watching.listening(), quiet_workers(workers), warnings.catch_warnings():
         # accelerate passes torch's DistributedDataParallel an option by its older name
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         trainer = RestoreTrainer(student=student, spec=spec, args=arguments, train_dataset=order, eval_dataset=held or None)
@@ -295,6 +295,7 @@ def train(
                 trainer.remove_callback(callback)
         trainer.add_callback(watching)
         if spec.report_to:
+            guard(trainer.callback_handler, spec.report_to)
             trainer.add_callback(FirstLog(trainer, zeros_of(student.anatomy, student.plan)))
         if spec.patience and held:
             trainer.add_callback(PatienceCallback(spec.patience))
@@ -318,7 +319,7 @@ def _sharding(student: Student) -> Iterator[None]:
     The model's own list of classes, accelerate's default, may name some that the model does not have.
     """
     name, before = "FSDP_TRANSFORMER_CLS_TO_WRAP", os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or distributed.world_size() == 1:
+    if not distributed.sharded():
         yield
         return
     if len({bool(sample.images) for sample in student.samples}) > 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,27 +18,29 @@ from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
     check_output,
-    identity,
     read_metrics,
     read_plan,
     read_recipe,
     read_record,
+    source_of,
     sparsity_record,
     write_model,
 )
 from sparsight.checkpoint.lock import locked
+from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.stages import add_stage
-from sparsight.checkpoint.unfinished import unfinished
+from sparsight.checkpoint.unfinished import SPACE, unfinished
 from sparsight.checks import whole_name
 from sparsight.data import read_with
 from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
 from sparsight.errors import SparsightError
 from sparsight.masks.pattern import Pattern
-from sparsight.memory import enough_memory, peak_memory
+from sparsight.memory import AUTO, enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import Family
 from sparsight.model.files import check_files
-from sparsight.model.load import check_device
+from sparsight.model.load import check_device, check_trainable
+from sparsight.model.skeleton import Unfit
 from sparsight.model.source import NO_PROCESSOR, ModelSource, check_model
 from sparsight.progress import Progress
 from sparsight.restoring.adapter_files import save_adapter
@@ -45,6 +48,7 @@ from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import gather
 from sparsight.restoring.division import divide_samples, held_out_count
 from sparsight.restoring.fit import fit_folder
+from sparsight.restoring.merge import write_merged
 from sparsight.restoring.side_effects import unchanged, unchanged_process
 from sparsight.restoring.student import Student, make_student, parse_ranks, remaining_zeros
 from sparsight.restoring.trainer import train
@@ -63,6 +67,7 @@ class Restoration:
     plan: dict[str, Pattern]
     family: Family | None
     metrics: dict[str, Any]
+    files: PartFiles | None = None  # that hold the weights already, and are then read where one is needed
 
 
 def check_restore(spec: RestoreSpec) -> None:
@@ -163,11 +168,14 @@ def restore_folder(
     resume: bool = False,
     progress: Progress | None = None,
     source: ModelSource | None = None,
+    fit: Callable[[Any, Sequence[Any], RestoreSpec], RestoreSpec] | None = None,
 ) -> tuple[Record, Any]:
     """Restore the model of a folder and write it to another; return its record and the merged model.
 
-    `source` has the sparse model in memory already. Several processes of a launcher share the training data, and the main
-    one writes. Where nothing is trained no model stays in memory. **Raises** `SparsightError` as `sparsight.restore` does.
+    `source` has the sparse model in memory already; without it the merged model does not stay in memory, and None comes in
+    its place. `fit(sparse, samples, spec)` gives settings with a batch size where they have none. Several
+    processes of a launcher share the training data, and the main one writes. **Raises** `SparsightError`
+    as `sparsight.restore` does.
     """
     check_restore(spec)
     check_files(str(sparse))
@@ -189,6 +197,7 @@ def restore_folder(
     distributed.init(spec.device)
     progress = progress if distributed.is_main() else None
     if spec.steps == 0:
+        spec = replace(spec, batch_size=spec.rows)
         written = fit_folder(
             sparse, target, spec, data=data, teacher=str(original), overwrite=overwrite, resume=resume, progress=progress
         )  # fmt: skip
@@ -200,6 +209,8 @@ def restore_folder(
         samples = read_with(data, spec, limit=spec.samples, seed=spec.seed if spec.samples else None)
         other = read_with(other_data, spec, held_out=True) if other_data is not None else None
         learned, held = divide_samples(spec, samples, other)
+        spec = spec if fit is None else fit(sparse, samples, spec)
+        spec = replace(spec, batch_size=spec.rows)
         fingerprint = samples.fingerprint + (other.fingerprint if other else "")
         teacher_name = original if taught else None
         same = spec.same_work | {
@@ -208,14 +219,15 @@ def restore_folder(
             "teacher": teacher_name,
             "fingerprint": fingerprint,
         }
-        same |= {"processes": distributed.world_size(), "files": [identity(sparse), identity(teacher_name)]}
+        same |= {"processes": distributed.world_size(), "files": [source_of(sparse), source_of(teacher_name)]}
         ours = unfinished(target, same, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on
+        home = "cpu" if distributed.sharded() else spec.device  # no GPU holds the whole model
         done = _restore(
             spec,
-            source or ModelSource(sparse, device=spec.device),
-            ModelSource(teacher_name, device=spec.device) if teacher_name else None,
+            source or ModelSource(sparse, device=home),
+            ModelSource(teacher_name, device=home) if teacher_name else None,
             learned,
             held,
             folder=folder,
@@ -224,6 +236,7 @@ def restore_folder(
             progress=progress,
             adapter_folder=folder / "adapter" if spec.save_adapter else None,
             recipe={"base_model": original, **earlier[1], "restore": spec.facts()},
+            weights=folder / SPACE if source is None else None,
         )
         skipped = sum(len(part.skipped) for part in (samples, other) if part)
         metrics = {**done.metrics, "skipped_samples": done.metrics["skipped_samples"] + skipped}
@@ -251,10 +264,10 @@ def restore_folder(
                     (folder / "adapter").rename(new / "adapter")
                 keep_log(folder, new)
                 written = Record(facts, {**earlier[0], "restore": metrics}, recipe)
-                write_model(done.model, done.processor, written, new)
+                write_model(done.model, done.processor, written, new, done.files)
             return written
 
-        return distributed.on_main(write), done.model
+        return distributed.on_main(write), None if done.files else done.model
 
 
 def _restore(
@@ -270,22 +283,30 @@ def _restore(
     progress: Progress | None = None,
     adapter_folder: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
+    weights: Path | None = None,
 ) -> Restoration:
-    """Make the student, train it, merge it; checkpoints and a cached teacher go into `folder`."""
+    """Make the student, train it, merge it; checkpoints and a cached teacher go into `folder`.
+
+    With `weights` it is merged into files there, with one merged block in memory, where it can be in parts.
+    """
     cache = Path(spec.teacher_cache) if spec.teacher_cache else folder / "teacher"
     student = make_student(
-        sparse, teacher, learned, held, spec=spec, cache=cache, fingerprint=fingerprint, progress=progress
+        sparse, teacher, learned, held, spec=replace(spec, device=sparse.device), cache=cache, fingerprint=fingerprint,
+        progress=progress,
     )  # fmt: skip
+    if spec.device == AUTO and student.wrapped.device.type == "cuda":
+        check_trainable(student.wrapped)
     began = time.perf_counter()
     with unchanged_process(spec.device) if distributed.world_size() == 1 else nullcontext():
         trained = train(student, spec, folder, resume=resume, progress=progress, recipe=recipe)
     gc.collect()  # the trainer and its optimizer refer to each other
+    skipped = student.encoder.skipped  # one that is left out when it is used may have been met again
     metrics = {
         **trained,
         "seconds": time.perf_counter() - began,
         "memory": peak_memory(spec.device),
         **_student_facts(student),
-        "skipped_samples": len(student.encoder.skipped),
+        "skipped_samples": len(set(skipped) if student.encoder.late else skipped),
     }
     here = sparse.path is None or distributed.is_main()  # the main process writes a folder; a model in memory is everywhere
     gather(student.wrapped, here)
@@ -296,10 +317,16 @@ def _restore(
     for head in (student.head, student.teacher_head):
         if head is not None:
             head.remove()
-    merged = student.wrapped.merge_and_unload() if here else student.wrapped
+    merged, body, files = student.wrapped, student.anatomy, None
+    if here and weights is not None and sparse.path is not None:
+        with contextlib.suppress(Unfit):
+            files = write_merged(student.wrapped, sparse.path, weights, student.family, spec.device)
+            merged, body = files.stream.model, files.stream.anatomy
+    if here and files is None:
+        merged = student.wrapped.merge_and_unload()
     masked = ADAPTERS[spec.adapter].masked or not here
-    plan = student.plan if masked else remaining_zeros(student.anatomy, student.masks)
-    return Restoration(merged, student.processor, student.anatomy, plan, student.family, metrics)
+    plan = student.plan if masked else remaining_zeros(body, student.masks)
+    return Restoration(merged, student.processor, body, plan, student.family, metrics, files)
 
 
 def _student_facts(student: Student) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsight.data.images import BadRecord, Find, finder, kind_of
+from sparsight.data.images import BadRecord, Find, Finder, kind_of
 from sparsight.data.records import Parsed
 from sparsight.data.sample import PLACEHOLDER, Sample, Turn, Wording
 from sparsight.data.tables import Rows
@@ -120,12 +120,7 @@ class Task:
             raise BadRecord(f"is not as {self.title} has it: {first_line(error)}") from error
 
     def _find(self, release: Release, images: Path | None) -> Find:
-        within = finder(release.folder, images)
-
-        def find(entry: Any) -> Any:
-            return within(release.picture(*entry) if isinstance(entry, tuple) else entry)
-
-        return find
+        return Finder(release.folder, images, release.picture)
 
     def sample(self, words: Mapping[str, Wording], row: dict[str, Any], number: int, find: Find) -> Parsed:
         """The sample of a row. **Raises** `BadRecord` for one without a question or answers, or with a broken picture."""

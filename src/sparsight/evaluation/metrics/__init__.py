@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,11 @@ TASK_METRICS: dict[str, Metric] = {  # of benchmarks that have scorers of their 
     "perception": Metric(lambda: None, "perception, of 2000", percent=False),
     "cognition": Metric(lambda: None, "cognition, of 800", percent=False),
 }
-TOKEN_METRICS: dict[str, Metric] = {  # of the right answers' tokens; measured in any case
+TOKEN_METRICS: dict[str, Metric] = {  # of the right answers' tokens, which no answer has to be written for
     "token_accuracy": Metric(lambda: None, "token accuracy"),
     "perplexity": Metric(lambda: None, "perplexity", percent=False),
 }
+CHOICES = ChainMap(TOKEN_METRICS, METRICS)  # those that can be named, as they are now, METRICS first
 
 
 def title_of(metric: str) -> tuple[str, float]:
