@@ -22,7 +22,7 @@ def ask(
     max_new_tokens: Annotated[int, "Longest answer, in tokens."] = 64,
     beams: Annotated[int, "Beams; 1 is greedy."] = 1,
     dtype: Annotated[str, "float32, bfloat16, float16 or auto, the dtype that is stored."] = "auto",
-    device: Annotated[str, "cpu, cuda or cuda:N."] = "cpu",
+    device: Annotated[str, "cpu, cuda, cuda:N, or auto: spread over the GPUs."] = "cpu",
 ) -> dict[str, Any]:
     """Ask MODEL one question about a picture, and another model beside it.
 
