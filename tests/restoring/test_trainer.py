@@ -24,10 +24,8 @@ from sparsight.specs import RestoreSpec
 def test_the_loss_is_a_mean_over_all_answer_tokens_of_a_step(name, accumulate, reduction, zoo_folder, scenes, tmp_path):
     """Batches of one sample have very different numbers of answer tokens; the logged sums are the ground truth."""
     api.prune(zoo_folder(name), tmp_path / "sparse", data=scenes, samples=8)
-    done = api.restore(
-        tmp_path / "sparse", tmp_path / "out", data=scenes, steps=4, batch_size=1, accumulate=accumulate, kl=0.4,
-        temperature=2.0, lr=1e-4, reduction=reduction,
-    )  # fmt: skip
+    how = {"batch_size": 1, "accumulate": accumulate, "kl": 0.4, "temperature": 2.0, "lr": 1e-4, "reduction": reduction}
+    done = api.restore(tmp_path / "sparse", tmp_path / "out", data=scenes, steps=4, **how)
     curve = done.metrics["restore"]["curve"]
     assert [row["loss"] for row in curve] == pytest.approx([0.6 * r["ce"] + 1.6 * r["kl"] for r in curve], rel=1e-4)
     assert len(curve) == 4
