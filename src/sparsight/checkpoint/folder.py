@@ -8,6 +8,7 @@ to load such a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -219,6 +220,8 @@ def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[s
     out = Path(folder)
     try:
         out = Path(os.path.realpath(out)) if out.is_symlink() else out
+        if out.is_symlink():  # a loop, of which `resolve` says nothing from Python 3.13 on
+            raise OSError(errno.ELOOP, "a loop of links")
         if out.is_file():
             raise SparsightError(f"{out}: is a file; give a folder to write to")
         blocking = next((parent for parent in out.parents if parent.is_file()), None)
