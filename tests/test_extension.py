@@ -108,21 +108,24 @@ def test_it_runs_through_a_sweep_and_a_report(run, entries, zoo_folder, scenes, 
     assert "FLOPs" in told
 
 
-@pytest.mark.parametrize("verb", ["run", "sweep"])
-def test_a_recipe_without_exact_match_is_reported_by_its_own_metric(verb, run, zoo_folder, scenes, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "metric", "title"),
+    [("run", "anls", "ANLS, %"), ("sweep", "anls", "ANLS, %"), ("run", "perplexity", "perplexity, 95 % interval")],
+)
+def test_a_recipe_without_exact_match_is_reported_by_its_own_metric(verb, metric, title, run, zoo_folder, scenes, tmp_path):
     recipe = {
         "model": str(zoo_folder("llava")), "data": str(scenes), "held_out": str(scenes),
-        "prune": {"method": "magnitude"}, "evaluate": {"max_new_tokens": 2, "metrics": ["anls"]},
+        "prune": {"method": "magnitude"}, "evaluate": {"max_new_tokens": 2, "metrics": [metric]},
     }  # fmt: skip
     recipe |= {"grid": {"sparsity": [0.5]}} if verb == "sweep" else {}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    code, _, said = run(verb, "r.yaml", "out", "--quiet")
+    code, told, said = run(verb, "r.yaml", "out", "--quiet")
     assert code == 0, said
-    assert "ANLS, %" in (tmp_path / "out/report.html").read_text()
+    assert title in told + (tmp_path / "out/report.html").read_text()
     runs = ["out"] if verb == "sweep" else ["out/dense", "out/pruned"]
     code, _, said = run("report", *runs, "--metric", "anl", "--out", "page.html")
     assert code == 2
-    assert "was scored by anl; they were scored by anls" in said
+    assert f"was scored by anl; they were scored by {metric}" in said
 
 
 def test_it_runs_through_the_verbs_and_onto_the_card(run, entries, zoo_folder, scenes, tmp_path):

@@ -326,7 +326,8 @@ def search_tables(facts: Mapping[str, Any], out: str) -> list[Any]:
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+    there = row["low"] is not None  # scores of tokens have none
+    return f"{row['value']:.4f}" + (f" [{row['low']:.4f}, {row['high']:.4f}]" if there else "")
 
 
 def verify_lines(proof: Mapping[str, Any]) -> list[Any]:
