@@ -164,6 +164,16 @@ finally:
         ("eval demo:llava --data demo:test", "demo:test needs scikit-learn: pip install 'sparsight[demo]'"),
         ("eval demo:llava --data lmms-lab/VQAv2", "lmms-lab/VQAv2: reading it needs datasets: pip install 'sparsight"),
         ("prune demo:llava x --data my.parquet", "my.parquet: reading it needs datasets: pip install 'sparsight[data]'"),
+        ("prune demo:llava x --data imdb", "imdb: reading it needs datasets: pip install 'sparsight[data]'"),
+        ("prune demo:llava x --data tables", "tables: reading it needs datasets: pip install 'sparsight[data]'"),
+        ("eval demo:llava --task gqa", "gqa: reading it from the Hub needs datasets: pip install 'sparsight[data]'"),
+        ("eval demo:llava --task gqa --data tables", "tables: reading it needs datasets: pip install 'sparsight[data]'"),
+        ("report tables", "the report needs matplotlib: pip install 'sparsight[report]'"),
+        (
+            "restore a b --data x.jsonl --report-to tensorboard",
+            "--report-to: tensorboard needs tensorboardX or tensorboard: pip install tensorboardX",
+        ),
+        ("prune a b --report-to wandb", "--report-to: wandb needs wandb: pip install wandb"),
         ("report x", "x: is not there; give folders that eval --record or sweep has written to"),
         ("run llava-1.5-7b", "--out: is missing; give a folder for the results, or add --cost"),
         ("run llava-1.5-7b --cost", "llava-1.5-7b: data: train.jsonl is not there, and the cost is that of its samples"),
@@ -171,7 +181,10 @@ finally:
 )  # fmt: skip
 def test_what_is_missing_is_said_before_torch_is_imported(words, line, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    command = [sys.executable, "-c", WITHOUT, "sklearn,matplotlib,datasets", *words.split()]
+    (tmp_path / "tables" / "data").mkdir(parents=True)
+    (tmp_path / "tables" / "data" / "test.parquet").touch()
+    missing = "sklearn,matplotlib,datasets,tensorboard,tensorboardX,wandb"
+    command = [sys.executable, "-c", WITHOUT, missing, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"sparsight: {line}"), done.stderr

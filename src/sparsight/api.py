@@ -192,16 +192,16 @@ def evaluate(
 
     **Raises** `SparsightError`, one line, for anything wrong with the settings, the model or the data.
     """
+    from sparsight.arguments import check_task_data
+
+    check_task_data(spec, settings, data)
     (model, data), spec = places(model=model, data=data), EvaluateSpec.make(spec, settings)
     from sparsight.evaluation.verb import evaluate_folder, evaluate_model
 
-    if spec.task is None:
-        need(data, "data", "held-out samples")
     if not is_folder(model):
         spec = in_memory_spec(model, spec, adapters=True, packed=True, record=record, export_task=export_task)
         return evaluate_model(model, data, spec, processor=processor, progress=progress)
     check_folder_data(data, processor)
-    check_paths(export_task=export_task)
     return evaluate_folder(model, data, spec, record=record, export_task=export_task, progress=progress)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,32 @@ def places(**values: Any) -> tuple[Any, ...]:
 
 
 def _check_dataset(data: Any) -> None:
-    """Refuse, by a `SparsightError`, a dataset of the Hub or a parquet file where `datasets` is missing."""
-    name = isinstance(data, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not Path(data).exists()
-    if (name and Path(data).suffix not in (".json", ".jsonl")) or (isinstance(data, str) and data.endswith(".parquet")):
+    """Refuse, by a `SparsightError`, a dataset of the Hub and parquet files where `datasets` is missing."""
+    if not isinstance(data, str | Path) or importlib.util.find_spec("datasets") is not None:
+        return
+    path, name = Path(data), str(data)
+    needed = path.suffix == ".parquet"
+    with contextlib.suppress(OSError):  # a name too long, no permission: said where it is read
+        if path.is_dir():
+            needed = not (path / "metadata.jsonl").is_file() and next(path.rglob("*.parquet"), None) is not None
+        elif not path.exists() and path.suffix not in (".json", ".jsonl", ".tsv"):
+            own = name.isdigit() or name.startswith("demo:")
+            needed |= not own and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", name) is not None
+    if needed:
         need_packages(f"{data}: reading it", "data", datasets="datasets")
+
+
+def check_task_data(spec: Any, settings: Mapping[str, Any], data: Any) -> None:
+    """Refuse an evaluation without data: a benchmark's may be read from the Hub, which needs `datasets`.
+
+    **Raises** `SparsightError`.
+    """
+    given = spec.get("task") if isinstance(spec, Mapping) else getattr(spec, "task", None)
+    task = settings.get("task", given)
+    if task is None:
+        need(data, "data", "held-out samples")
+    elif data is None:
+        need_packages(f"{task}: reading it from the Hub", "data", datasets="datasets")
 
 
 def check_recipe(recipe: Any, out: Any, changes: Sequence[str]) -> None:

@@ -63,6 +63,19 @@ def need_packages(what: str, extra: str, **packages: str) -> None:
         raise SparsightError(f"{what} needs {' and '.join(missing)}: pip install 'sparsight[{extra}]'")
 
 
+TRACKERS = {  # packages that each of these needs, one of them; transformers knows others, too
+    "tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "mlflow": ("mlflow",), "trackio": ("trackio",),
+}  # fmt: skip
+
+
+def check_trackers(field: str, names: Any) -> None:
+    """Refuse known trackers whose packages are missing, before anything is imported. **Raises** `SparsightError`."""
+    for name in parse_list(names) if isinstance(names, str | list | tuple) else ():
+        packages = TRACKERS.get(name, ()) if isinstance(name, str) else ()
+        if packages and all(importlib.util.find_spec(package) is None for package in packages):
+            raise SparsightError(f"`{field}`: {name} needs {' or '.join(packages)}: pip install {packages[0]}")
+
+
 def check_paths(**paths: Any) -> None:
     """Refuse values that are neither None nor a path or a name. **Raises** `SparsightError`."""
     for field, value in paths.items():

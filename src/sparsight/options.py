@@ -15,7 +15,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-from sparsight.checks import check_name, current_name, nearest, parse_list, plain_value
+from sparsight.checks import check_name, check_trackers, current_name, nearest, parse_list, plain_value
 from sparsight.errors import SparsightError, quote
 
 Budget = str | float | Mapping[str, float]
@@ -119,6 +119,7 @@ class Spec:
     verb: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        check_trackers("report_to", getattr(self, "report_to", ()))  # before the tables of names, which import much
         for name, (kind, option) in options(type(self)).items():
             object.__setattr__(self, name, _checked(name, kind, option, getattr(self, name)))
 

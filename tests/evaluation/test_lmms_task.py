@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from sparsight import SparsightError, api
 from sparsight.data import read
+from sparsight.errors import Notice
 from sparsight.evaluation.lmms_task import write_task
 from sparsight.model.load import load
 from sparsight.tasks.wording import Decoding
@@ -74,7 +76,12 @@ def test_the_same_questions_on_the_same_pictures(run, zoo_folder, scenes, tmp_pa
 def test_a_benchmark_is_asked_in_the_words_of_the_model(zoo_folder, tmp_path):
     OFFICIAL["vqav2"](tmp_path / "vqav2")
     model = zoo_folder("instructblip-t5")
-    result = api.evaluate(model, tmp_path / "vqav2", task="vqav2", max_new_tokens=2, export_task=tmp_path / "vqa")
+    how = {"task": "vqav2", "max_new_tokens": 2}
+    with pytest.warns(Notice, match="vqa: has no length penalty, and these answers have -1; lmms-eval may differ"):
+        result = api.evaluate(model, tmp_path / "vqav2", export_task=tmp_path / "vqa", **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        api.evaluate(model, tmp_path / "vqav2", export_task=tmp_path / "same", length_penalty=1, **how)
     asked = Task(tmp_path / "vqa").asked()
     assert [prompt for prompt, _, _ in asked] == [row["prompt"] for row in result.predictions]
     assert all(prompt.startswith("Question: ") and prompt.endswith(" Short answer:") for prompt, _, _ in asked)
@@ -132,6 +139,15 @@ def test_what_cannot_be_asked_alike_is_refused(record, part, run, zoo_folder, tm
     assert not (tmp_path / "task").exists()
 
 
+def test_a_prompt_with_a_picture_inside_is_refused_before_anything_is_asked(run, zoo_folder, tmp_path, monkeypatch):
+    OFFICIAL["gqa"](tmp_path / "gqa")
+    words = ("eval", zoo_folder("llava"), "--task", "gqa", "--data", "gqa", "--prompt", "<image> {question}")
+    monkeypatch.setattr("sparsight.evaluation.verb.load", lambda *args, **kwargs: pytest.fail("was loaded"))
+    for more in ((), ("--dry-run", 1)):
+        code, _, err = run(*words, "--export-task", "task", *more)
+        assert (code, "--export-task: sample '201000' has pictures inside its text" in err) == (2, True), err
+
+
 def test_a_folder_that_holds_something_is_refused(run, zoo_folder, scenes, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
@@ -140,8 +156,9 @@ def test_a_folder_that_holds_something_is_refused(run, zoo_folder, scenes, tmp_p
         "full/mine.txt": "--export-task: full/mine.txt: is a file; give a folder to write to\n",
         str(Path(scenes).parent): "holds what is read",
     }.items():
-        code, _, err = run("eval", zoo_folder("llava"), "--data", scenes, "--export-task", folder)
-        assert (code, line in err) == (2, True), err
+        for more in ((), ("--dry-run", 1)):
+            code, _, err = run("eval", zoo_folder("llava"), "--data", scenes, "--export-task", folder, *more)
+            assert (code, line in err) == (2, True), err
     model, processor = load(zoo_folder("llava"))
     with pytest.raises(SparsightError, match="`export_task`: belongs to a model in a folder"):
         api.evaluate(model, scenes, processor=processor, export_task=tmp_path / "task")

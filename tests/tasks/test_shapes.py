@@ -8,7 +8,7 @@ from sparsight.data import read
 from sparsight.errors import SparsightError
 from sparsight.tasks import TASKS
 
-from shapes import HUB, OFFICIAL, SIZE, mmbench, picture, pope, put, seed, vqav2
+from shapes import HUB, OFFICIAL, SIZE, gqa, mmbench, picture, pope, put, seed, vqav2
 
 TEN = ("red",) * 6 + ("dark red",) * 3 + ("",)
 # per form: split, the number of samples, and of the first one its question, answers, kind and options
@@ -154,6 +154,17 @@ def test_what_is_refused(settings, line, tmp_path):
     vqav2(tmp_path)
     with pytest.raises(SparsightError, match=line):
         read(tmp_path, **settings)
+
+
+def test_a_single_file_of_a_release_is_refused(tmp_path):
+    """The files beside it would be read in its place, whatever it is."""
+    gqa(tmp_path)
+    for name in ("val_balanced_questions.json", "testdev_balanced_questions.json"):
+        path = tmp_path / "questions1.2" / name
+        with pytest.raises(SparsightError) as error:
+            read(path, task="gqa", images=tmp_path / "images")
+        line = f"{path}: is one file of a release; give its folder, with the pictures, or a .parquet or .tsv file"
+        assert str(error.value) == line
 
 
 def test_mme_is_read_whole(tmp_path):

@@ -18,6 +18,7 @@ from sparsight.data import Encoder, Sample, read_with
 from sparsight.errors import SparsightError, quote
 from sparsight.estimation.estimate import estimate
 from sparsight.estimation.shapes import open_hollow
+from sparsight.evaluation.lmms_task import check_export, check_samples
 from sparsight.evaluation.verb import decoding_of, read_samples
 from sparsight.model.load import load_processor
 from sparsight.options import options
@@ -46,7 +47,11 @@ def dry_run(verb: str, values: Mapping[str, Any], count: int) -> tuple[dict[str,
         check_prune(spec, data)
     elif verb == "restore":
         check_restore(spec)
+    elif (folder := values.get("export_task")) is not None:
+        check_export(folder, data)
     samples, used, sizes = _work(verb, spec, data)
+    if values.get("export_task") is not None:
+        check_samples([sample.in_words_of("") for sample in samples])
     hollow = open_hollow(str(model), spec.dtype)
     encoder = Encoder(load_processor(model), hollow, max_length=spec.max_length, skip_bad=spec.skip_bad)
     asks = verb == "evaluate"

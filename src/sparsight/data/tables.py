@@ -156,7 +156,8 @@ def _loading(datasets: Any, source: str) -> Iterator[None]:
         raise
     except Exception as error:  # a network, a file system or a script may fail in any way
         reason = first_line(error.__cause__ or error)  # the cause has the fault in the file
-        raise SparsightError(f"{source}: cannot load this dataset: {reason}") from error
+        advice = "" if Path(source).exists() else "; give a file or a folder that is there, or a dataset that the Hub has"
+        raise SparsightError(f"{source}: cannot load this dataset: {reason}{advice}") from error
 
 
 def _load(

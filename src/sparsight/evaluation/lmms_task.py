@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from PIL import Image
 
 from sparsight.checkpoint.folder import atomic_folder, check_output
+from sparsight.checks import check_paths
 from sparsight.data.pixels import converts, opened
 from sparsight.data.sample import PLACEHOLDER, Sample
-from sparsight.errors import SparsightError, quote
+from sparsight.errors import Notice, SparsightError, quote
 from sparsight.files import write_text
 from sparsight.tasks.wording import Decoding
 
@@ -90,6 +92,7 @@ def plain(text):
 
 def check_export(folder: str | Path, data: Any = None) -> Path:
     """The folder for a task, which must be new or empty. **Raises** `SparsightError`."""
+    check_paths(export_task=folder)
     try:
         target = check_output(folder, inputs=(data if isinstance(data, str | Path) else None,))
     except SparsightError as error:
@@ -109,7 +112,8 @@ def write_task(
     The samples have the prompts that the model is asked; `way` says how it answers. Transparent pictures stay so where the
     `processor` takes them as they are. `task` is the benchmark that they are of.
 
-    **Raises** `SparsightError` for a sample that lmms-eval cannot ask alike, and for a folder that is not empty.
+    A length penalty is said to be left out. **Raises** `SparsightError` for a sample that lmms-eval cannot ask alike, and
+    for a folder that is not empty.
     """
     target = check_export(folder)
     alpha = converts(processor)
@@ -123,6 +127,13 @@ def write_task(
         text = YAML.format(name=name, split=SPLIT, samples=SAMPLES, tokens=way.max_new_tokens, beams=way.beams)
         write_text(new / f"{name}.yaml", text)
         write_text(new / "utils.py", UTILS)
+    if way.length_penalty != 1:
+        warnings.warn(
+            f"{folder}: has no length penalty, and these answers have {way.length_penalty:g}; lmms-eval may differ: "
+            "set `length_penalty=1` or `beams=1` where the answers shall be equal",
+            Notice,
+            2,
+        )
     return target
 
 

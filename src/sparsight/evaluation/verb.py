@@ -127,7 +127,7 @@ def evaluate_folder(
     sparsity = read_record(model) if target is not None else None  # a damaged one is refused before it answers
     samples = read_samples(data, spec)
     if export_task is not None:
-        check_samples(samples)
+        check_samples([sample.in_words_of("") for sample in samples])  # "": in those of the user's, where there are some
     with enough_memory(spec):
         if loaded is None and not spec.task and split_metrics(spec.metrics)[0] == ():
             network, body, result, usable = _tokens_by_block(model, samples, spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsight.checks import need_packages
 from sparsight.errors import SparsightError
 
 
@@ -37,6 +38,7 @@ def report(
     for run in [runs] if isinstance(runs, str | Path) else runs:
         if not Path(run).exists():
             raise SparsightError(f"{run}: is not there; give folders that eval --record or sweep has written to")
+    need_packages("the report", "report", matplotlib="matplotlib")
     from sparsight.reporting.page import write_page
     from sparsight.reporting.runs import read_runs
 

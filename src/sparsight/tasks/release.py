@@ -30,7 +30,7 @@ class Release:
     """What `data` names for a task: the folder of a release, a table, or a name on the Hub.
 
     `images` is a further folder with pictures. `few`: only some rows of tables will be asked for. **Raises**
-    `SparsightError` for a folder that is not there.
+    `SparsightError` for a folder that is not there, and for a single file of one, beside which others would be read.
     """
 
     def __init__(self, source: str | Path, title: str, images: Path | None = None, few: bool = False) -> None:
@@ -40,6 +40,10 @@ class Release:
         local = self.source.startswith((".", "/", "~")) or self.source.count("/") > 1 or path.suffix in (".parquet", ".tsv")
         if self.folder is None and local:
             raise SparsightError(f"{source}: no such file or folder")
+        if path.is_file() and path.suffix not in (".parquet", ".tsv"):
+            raise SparsightError(
+                f"{source}: is one file of a release; give its folder, with the pictures, or a .parquet or .tsv file"
+            )
         self.roots = [root for root in (self.folder, images) if root is not None]
         self.tsv = self._one(path, ".tsv")
         self.parquet = self._all(path, ".parquet")
