@@ -144,6 +144,17 @@ def test_the_same_weights_with_a_broken_sample(few_first, sparse, tmp_path):
     assert written[0] == written[1] == written[2]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_of_broken_samples_alone_ends_nothing(workers, few_first, sparse, tmp_path):
+    folder = data(tmp_path, 8, broken=[5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        metrics = restored(sparse, "out", folder, skip_bad=True, batch_size=1, steps=16, workers=workers)
+        assert metrics["skipped_samples"] == 1
+        with pytest.raises(SparsightError, match=r"sample '5': cannot decode"):
+            restored(sparse, "other", folder, batch_size=1, steps=16, workers=workers)
+
+
 def test_all_samples_are_tried_where_they_are_few(sparse, scenes):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsight.checks import need_packages
 from sparsight.errors import SparsightError
 from sparsight.recipe import content
 
@@ -18,6 +19,8 @@ def recipe_cost(verb: str) -> Callable[[dict[str, Any]], tuple[Any, Sequence[Any
         if not values.pop("cost"):
             if values["out"] is None:
                 raise SparsightError("`out`: is missing; give a folder for the results, or add `cost`")
+            if verb == "run" and content(values["recipe"], changes).get("evaluate", {}) is not None:
+                need_packages("the report of a run", "report", matplotlib="matplotlib")
             return None
         first = [values["out"]] if "=" in (values["out"] or "") else []  # a change in the place of the folder
         changes = [*first, *changes]

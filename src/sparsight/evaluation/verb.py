@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,19 @@ def read_samples(data: Any, spec: EvaluateSpec) -> Samples:
 
 
 def evaluate_samples(
-    model: Any, processor: Any, samples: Samples, spec: EvaluateSpec, progress: Progress | None = None
+    model: Any,
+    processor: Any,
+    samples: Samples,
+    spec: EvaluateSpec,
+    progress: Progress | None = None,
+    first: Callable[[list[Sample]], None] | None = None,
 ) -> tuple[Result, list[Any]]:
-    """Score a loaded model's answers; the samples that it could take, too."""
+    """Score a loaded model's answers; the samples that it could take, too. `first` gets these before anything is asked."""
     encoder = Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
     usable = encoder.usable(samples)
     rehearse(model, encoder, usable)
+    if first is not None:
+        first(usable)
     result = score_answers(model, processor, usable, spec, progress)
     facts = {**samples.facts, **question_facts(samples, spec, model.config.model_type)}
     return replace(result, skipped=len(samples.skipped) + len(encoder.skipped), data=facts), usable
@@ -135,17 +143,24 @@ def evaluate_folder(
         else:
             network, processor = loaded or load(model, dtype=spec.dtype, device=spec.device)
             body = None
-            result, usable = evaluate_samples(network, processor, samples, spec, progress)
+            first = None if export_task is None else partial(_export, export_task, network, processor, spec, samples.task)
+            result, usable = evaluate_samples(network, processor, samples, spec, progress, first)
+            export_task = None
     if target is not None:
         keep_evaluation(
             target, result, usable, name=model, sparsity=sparsity, model=network, body=body, samples=samples, spec=spec,
             seconds=time.perf_counter() - began,
         )  # fmt: skip
     if export_task is not None:
-        asked = [sample.in_words_of(network.config.model_type) for sample in usable]
-        way = decoding_of(spec, network.config.model_type)
-        write_task(export_task, asked, way, processor=processor, task=samples.task)
+        _export(export_task, network, processor, spec, samples.task, usable)
     return result
+
+
+def _export(folder: str | Path, model: Any, processor: Any, spec: EvaluateSpec, task: Any, usable: Sequence[Sample]) -> None:
+    """Write the samples that a model could take as a task of lmms-eval."""
+    asked = [sample.in_words_of(model.config.model_type) for sample in usable]
+    way = decoding_of(spec, model.config.model_type)
+    write_task(folder, asked, way, processor=processor, task=task)
 
 
 def _tokens_by_block(model: str | Path, samples: Samples, spec: EvaluateSpec) -> tuple[Any, Anatomy, Result, list[Sample]]:

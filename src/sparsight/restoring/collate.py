@@ -26,6 +26,7 @@ class Collator:
 
     encoder: Any
     cache: TeacherCache | None = None
+    spare: tuple[int, Any] | None = None  # a sample that the model takes, in place of a batch of broken ones alone
 
     def __call__(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
         """The inputs of a batch of (number, sample)."""
@@ -33,7 +34,10 @@ class Collator:
         try:
             inputs: dict[str, Any] = dict(self.encoder.encode([sample for _, sample in numbered]).inputs)
         except SparsightError as error:
-            return {FAULT: str(error), "labels": torch.full((1, 1), -100)}
+            if self.spare is None:  # else none of the samples was left
+                return {FAULT: str(error), "labels": torch.full((1, 1), -100)}
+            numbered = [self.spare]
+            inputs = dict(self.encoder.encode([self.spare[1]]).inputs)
         if self.cache is not None:
             inputs["taught"] = torch.cat([self.cache[number] for number, _ in numbered])
         inputs[SKIPPED] = self.encoder.skipped[before:]

@@ -72,7 +72,8 @@ class RestoreTrainer(Trainer):
     def __init__(self, *, student: Student, spec: RestoreSpec, **kwargs: Any) -> None:
         config = vars(student.wrapped.config)
         cached = {key: config[key] for key in ("use_cache",) if key in config}
-        self.collator = Collator(student.encoder, student.cache)
+        spare = (0, student.samples[0]) if getattr(student.encoder, "skip_bad", False) else None
+        self.collator = Collator(student.encoder, student.cache, spare)
         super().__init__(model=student.wrapped, data_collator=self.collator, **kwargs)
         config.pop("use_cache", None)  # the base class switches it off for good, and it would be saved so
         config.update(cached)
