@@ -125,3 +125,13 @@ def test_a_damaged_results_file_is_one_line(tmp_path):
     (tmp_path / f"{LOG.name.partition('_samples_')[0]}_results.json").write_text("{")
     with pytest.raises(SparsightError, match=r"_results.json: is damaged .*; delete it, or run lmms-eval again"):
         read_log(tmp_path / LOG.name)
+
+
+def test_a_task_of_another_version_is_refused(tmp_path):
+    rows = [json.loads(line) for line in LOG.read_text().splitlines()]
+    for row in rows:
+        row["target"] = json.dumps({**json.loads(row["target"]), "task": "vqav9"})
+    path = tmp_path / LOG.name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SparsightError, match="is of the task 'vqav9', which is none of vqav2, okvqa"):
+        read_log(path)

@@ -50,8 +50,13 @@ def read_log(path: str | Path) -> Log:
     texts = [_text(row["filtered_resps"]).strip() for row in rows]
     own = [sample for sample in samples if sample is not None]
     if len(own) == len(rows):
-        names = {json.loads(row["target"]).get("task", "") for row in rows}
-        task = TASKS.get(names.pop()) if len(names) == 1 else None
+        names = sorted({json.loads(row["target"]).get("task") or "" for row in rows})
+        if len(names) > 1 or names[0] not in ("", *TASKS):
+            raise SparsightError(
+                f"{path}: is of the task {quote(' and '.join(names))}, which is none of {', '.join(TASKS)}; read it with "
+                "the version that exported the task"
+            )
+        task = TASKS.get(names[0])
         result = score(own, texts, metrics_of(own, None, task), task=task)
     else:
         result = _foreign(path, rows, texts)
