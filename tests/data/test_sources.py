@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsight.data import Sample, Turn, read
-from sparsight.data.images import BadRecord, in_memory
+from sparsight.data.images import BadRecord, StoredImage, in_memory
 from sparsight.errors import SparsightError
 
 import zoo
@@ -321,6 +321,28 @@ def test_parquet_folder(table, tmp_path, monkeypatch):
     (tmp_path / "flat").mkdir()
     table.select([0, 1]).to_parquet(tmp_path / "flat" / "train-00000-of-00001.parquet")
     assert [sample.prompt for sample in read(tmp_path / "flat")] == ["one?", "two?"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_pictures_of_parquet_files_that_datasets_did_not_write_stay_on_disk(several, tmp_path, monkeypatch):
+    """Without its metadata a picture is a struct of bytes and path."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = []
+    for i, image in enumerate(zoo.images(3)):
+        image.save(tmp_path / f"{i}.png")
+        picture = {"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": f"{i}.png"}
+        rows.append({"image": [picture] * 2 if several else picture, "prompt": f"{i}?", "answer": "red"})
+    (tmp_path / "flat").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "flat" / "train-00000-of-00001.parquet")
+    got = read(tmp_path / "flat")
+    assert {type(picture) for sample in got for picture in sample.images} == {StoredImage}
+    assert [len(sample.images) for sample in got] == [1 + several] * 3
+    for sample, image in zip(got, zoo.images(3), strict=True):
+        assert sample.load_images()[-1].tobytes() == image.tobytes()
 
 
 def test_dataset_names(monkeypatch):

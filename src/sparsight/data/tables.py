@@ -61,11 +61,16 @@ class Table(Sequence[Mapping[str, Any]]):
 
     @cached_property
     def _images(self) -> set[str]:
-        """The columns of images, or of lists of them."""
+        """The columns of images, or of lists of them; a file that was not written by `datasets` may not say so."""
         import datasets
 
         kinds = {name: getattr(kind, "feature", kind) for name, kind in self.dataset.features.items()}
-        return {name for name, kind in kinds.items() if isinstance(kind, datasets.Image)}
+        stored = {"bytes", "path"}
+        return {
+            name
+            for name, kind in kinds.items()
+            if isinstance(kind, datasets.Image) or (isinstance(kind, Mapping) and set(kind) == stored)
+        }
 
 
 def parquet_table(source: str, files: Sequence[str], few: bool = False) -> Table | RowGroups:
