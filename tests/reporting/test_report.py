@@ -199,7 +199,7 @@ def test_two_seeds_of_a_model_are_averaged(models, tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (lambda out: None, "is not a folder"),
+        (lambda out: None, "is not there; give folders that eval --record or sweep has written to"),
         (lambda out: out.mkdir(), "has neither sparsity.json nor evaluation.json nor sweep.json"),
         (lambda out: (out.mkdir(), (out / "config.json").write_text("{}")), "has no evaluation.json; run sparsight eval"),
         (lambda out: (out.mkdir(), (out / "evaluation.json").write_text("{")), "evaluation.json: is damaged"),
