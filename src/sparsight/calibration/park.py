@@ -8,6 +8,7 @@ while there is room, and writes them out when there is none. What is not found s
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,6 +82,14 @@ class Park:
         self.moved += old.nbytes()
         for tensor in tensors:
             tensor.set_(new, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def disk_folder() -> Path:
+    """A folder for files beside no output: TMPDIR, else /var/tmp, which is on a disk where /tmp may be in memory."""
+    lasting = Path("/var/tmp")
+    if "TMPDIR" not in os.environ and os.access(lasting, os.W_OK):
+        return lasting
+    return Path(tempfile.gettempdir())
 
 
 def _tensors(values: Iterable[Any], depth: int) -> Iterator[torch.Tensor]:

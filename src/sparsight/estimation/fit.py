@@ -42,38 +42,38 @@ def fit_batch(sparse: str | Path, samples: Sequence[Sample], spec: RestoreSpec, 
     longest = _longest([samples[i] for i in range(min(len(samples), LOOKED_AT))], spec.rows)
     free = free_memory(spec.device) if free is None else free
     try:
-        chosen, needed = _fit(str(sparse), longest, spec, free)
+        fits, need = _fit(str(sparse), longest, spec, free)
     except Exception as error:  # any code of a model may refuse to run without weights
         logger.info("%s: the memory of a step is not known: %s", sparse, first_line(error))
         return spec
-    if chosen != spec:
-        names = [f"batch_size={chosen.batch_size}", f"accumulate={chosen.accumulate}"]
-        names += ["gradient_checkpointing"] if chosen.gradient_checkpointing != spec.gradient_checkpointing else []
+    if fits != spec:
+        names = [f"batch_size={fits.batch_size}", f"accumulate={fits.accumulate}"]
+        names += ["gradient_checkpointing"] if fits.gradient_checkpointing != spec.gradient_checkpointing else []
         warnings.warn(
-            f"restore: {', '.join(names)}, since {spec.rows} samples at once would take {needed / 1e9:.1f} GB and "
+            f"restore: {', '.join(names)}, since {spec.rows} samples at once would take {need / 1e9:.1f} GB and "
             f"{free / 1e9:.1f} GB are free; the steps stay the same",
             Notice, stacklevel=3,
         )  # fmt: skip
-    return chosen
+    return fits
 
 
 def _fit(sparse: str, samples: list[Sample], spec: RestoreSpec, free: int) -> tuple[RestoreSpec, int]:
     """The settings that fit, and the bytes that the given ones would take."""
     record = read_record(sparse)
-    needed = _stage(sparse, record, samples, spec)
-    if needed.peak <= SHARE * free:
-        return spec, needed.peak
-    found = {spec.gradient_checkpointing: needed}
+    need = _stage(sparse, record, samples, spec)
+    if need.peak <= SHARE * free:
+        return spec, need.peak
+    costs = {spec.gradient_checkpointing: need}
     for rows, again in _ways(spec):
-        chosen = _divided(spec, rows, again)
-        if again not in found:
-            found[again] = _stage(sparse, record, samples, _divided(spec, spec.rows, again))
-        grows = sum(found[again].memory.get(term, 0) for term in GROW)
-        if found[again].peak - grows * (1 - rows / spec.rows) > SHARE * free:  # a trace takes seconds
+        fits = _divided(spec, rows, again)
+        if again not in costs:
+            costs[again] = _stage(sparse, record, samples, _divided(spec, spec.rows, again))
+        grows = sum(costs[again].memory.get(term, 0) for term in GROW)
+        if costs[again].peak - grows * (1 - rows / spec.rows) > SHARE * free:  # a trace takes seconds
             continue
-        if _stage(sparse, record, samples, chosen).peak <= SHARE * free:
+        if _stage(sparse, record, samples, fits).peak <= SHARE * free:
             break
-    return chosen, needed.peak
+    return fits, need.peak
 
 
 def _ways(spec: RestoreSpec) -> list[tuple[int, bool]]:

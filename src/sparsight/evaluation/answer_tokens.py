@@ -28,13 +28,13 @@ def answer_token_metrics(
     End tokens count. Sums over all batches are divided once; logits are in float32. Cost: one forward per batch. With
     `blocks` all batches go through one block before the next, so that each is needed once; `park` takes what they hold.
     """
-    found: dict[int, tuple[int, float, int]] = {}  # by batch: right tokens, surprise, tokens
+    sums: dict[int, tuple[int, float, int]] = {}  # by batch: right tokens, surprise, tokens
 
     def judge(place: int, batch: Batch, output: Any) -> None:
         logits, labels = select_answers(output.logits, batch.inputs["labels"], batch.shifted)
         log_p = logits.float().log_softmax(-1)
         surprise = -float(log_p.gather(1, labels[:, None]).double().sum())
-        found[place] = int((log_p.argmax(-1) == labels).sum()), surprise, len(labels)
+        sums[place] = int((log_p.argmax(-1) == labels).sum()), surprise, len(labels)
 
     with evaluating(model), torch.no_grad():
         if blocks is None:
@@ -47,7 +47,7 @@ def answer_token_metrics(
                 model, blocks, [_inputs(batch) for batch in ready], lambda *_: None,
                 on_output=lambda place, output: judge(place, ready[place], output), park=park,
             )  # fmt: skip
-    right, surprise, tokens = map(sum, zip(*(found[place] for place in sorted(found)), strict=True))
+    right, surprise, tokens = map(sum, zip(*(sums[place] for place in sorted(sums)), strict=True))
     return {"token_accuracy": right / tokens, "perplexity": math.exp(min(surprise / tokens, 700)), "tokens": tokens}
 
 

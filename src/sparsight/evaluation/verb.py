@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.calibration.gradients import evaluating
-from sparsight.calibration.park import Park
+from sparsight.calibration.park import Park, disk_folder
 from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import family_of, read_record
 from sparsight.data import Encoder, Sample, Samples, batches, read_with
@@ -170,7 +169,7 @@ def _tokens_by_block(model: str | Path, samples: Samples, spec: EvaluateSpec) ->
         encoder = Encoder(processor, network, max_length=spec.max_length, skip_bad=spec.skip_bad)
         usable = encoder.usable(samples)
         rehearse(network, encoder, usable)
-        park, ready = Park(Path(tempfile.gettempdir()), "auto", -(-len(usable) // spec.batch_size)), []
+        park, ready = Park(disk_folder(), "auto", -(-len(usable) // spec.batch_size)), []
         for batch in batches(usable, encoder, spec.batch_size):
             ready.append(batch.to(device_of(network)))
             park.tensors([ready[-1].inputs])

@@ -8,6 +8,7 @@ become its weights, and holds the same bits as in a model that is loaded whole.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sparsight.errors import SparsightError, first_line
+from sparsight.errors import Notice, SparsightError, first_line
 from sparsight.memory import give_back_memory, is_out_of_memory, main_device
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
@@ -229,8 +230,9 @@ def runnable(
     try:
         stream = Stream(path, dtype=dtype, device=device, family=family)
         stream.bring_outside()
-    except Unfit:
+    except Unfit as why:
         model = load_model(path, dtype=dtype, device=device)
+        warnings.warn(f"{path}: was loaded as a whole, since it cannot be block by block: {why}", Notice, stacklevel=2)
         yield model, anatomy(model, family)
         return
     with stream.run() as model:

@@ -32,16 +32,20 @@ class Collator:
         """The inputs of a batch of (number, sample)."""
         before = len(self.encoder.skipped)
         try:
-            inputs: dict[str, Any] = dict(self.encoder.encode([sample for _, sample in numbered]).inputs)
+            inputs = self._encode(numbered)
         except SparsightError as error:
-            if self.spare is None:  # else none of the samples was left
+            try:
+                inputs = self._encode([self.spare] if self.spare else numbered)
+            except SparsightError:
                 return {FAULT: str(error), "labels": torch.full((1, 1), -100)}
-            numbered = [self.spare]
-            inputs = dict(self.encoder.encode([self.spare[1]]).inputs)
-        if self.cache is not None:
-            inputs["taught"] = torch.cat([self.cache[number] for number, _ in numbered])
         inputs[SKIPPED] = self.encoder.skipped[before:]
         del self.encoder.skipped[before:]
+        return inputs
+
+    def _encode(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        inputs: dict[str, Any] = dict(self.encoder.encode([sample for _, sample in numbered]).inputs)
+        if self.cache is not None:
+            inputs["taught"] = torch.cat([self.cache[number] for number, _ in numbered])
         return inputs
 
 
