@@ -59,8 +59,9 @@ def test_less_memory_means_fewer_samples_then_checkpointing_and_the_same_steps(s
 def test_what_is_named_stays(sparse, scenes):
     spec, said = chosen(sparse, scenes, 1, batch_size=8)
     assert (spec, said) == (RestoreSpec(batch_size=8), [])
-    spec, _ = chosen(sparse, scenes, 1, gradient_checkpointing=True)
+    spec, said = chosen(sparse, scenes, 1, gradient_checkpointing=True)
     assert (spec.batch_size, spec.gradient_checkpointing) == (1, True)
+    assert "even so a step takes" in said[0]
 
 
 def test_a_small_model_is_not_looked_at(sparse, scenes):

@@ -42,7 +42,7 @@ def fit_batch(sparse: str | Path, samples: Sequence[Sample], spec: RestoreSpec, 
     longest = _longest([samples[i] for i in range(min(len(samples), LOOKED_AT))], spec.rows)
     free = free_memory(spec.device) if free is None else free
     try:
-        fits, need = _fit(str(sparse), longest, spec, free)
+        fits, need, least = _fit(str(sparse), longest, spec, free)
     except Exception as error:  # any code of a model may refuse to run without weights
         logger.info("%s: the memory of a step is not known: %s", sparse, first_line(error))
         return spec
@@ -51,29 +51,32 @@ def fit_batch(sparse: str | Path, samples: Sequence[Sample], spec: RestoreSpec, 
         names += ["gradient_checkpointing"] if fits.gradient_checkpointing != spec.gradient_checkpointing else []
         warnings.warn(
             f"restore: {', '.join(names)}, since {spec.rows} samples at once would take {need / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free; the steps stay the same",
+            f"{free / 1e9:.1f} GB are free; the steps stay the same"
+            + (f"; even so a step takes {least / 1e9:.1f} GB" if least > free else ""),
             Notice, stacklevel=3,
         )  # fmt: skip
     return fits
 
 
-def _fit(sparse: str, samples: list[Sample], spec: RestoreSpec, free: int) -> tuple[RestoreSpec, int]:
-    """The settings that fit, and the bytes that the given ones would take."""
+def _fit(sparse: str, samples: list[Sample], spec: RestoreSpec, free: int) -> tuple[RestoreSpec, int, int]:
+    """The settings that fit, or take least; the bytes that the given ones would take, and those that these take."""
     record = read_record(sparse)
     need = _stage(sparse, record, samples, spec)
     if need.peak <= SHARE * free:
-        return spec, need.peak
+        return spec, need.peak, need.peak
     costs = {spec.gradient_checkpointing: need}
     for rows, again in _ways(spec):
         fits = _divided(spec, rows, again)
         if again not in costs:
             costs[again] = _stage(sparse, record, samples, _divided(spec, spec.rows, again))
         grows = sum(costs[again].memory.get(term, 0) for term in GROW)
-        if costs[again].peak - grows * (1 - rows / spec.rows) > SHARE * free:  # a trace takes seconds
+        peak = costs[again].peak - round(grows * (1 - rows / spec.rows))
+        if peak > SHARE * free:  # a trace takes seconds
             continue
-        if _stage(sparse, record, samples, fits).peak <= SHARE * free:
+        peak = _stage(sparse, record, samples, fits).peak
+        if peak <= SHARE * free:
             break
-    return fits, need.peak
+    return fits, need.peak, peak
 
 
 def _ways(spec: RestoreSpec) -> list[tuple[int, bool]]:
