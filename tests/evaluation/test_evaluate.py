@@ -195,6 +195,9 @@ def test_scores_of_tokens_alone_are_kept_and_reported(zoo_folder, scenes, run, t
     code, _, said = run("eval", "model", "--data", scenes, "--metrics", "perplexitty")
     assert code == 2
     assert "unknown metric 'perplexitty'; did you mean perplexity" in said
+    code, _, said = run("eval", "./nowhere", "--data", scenes, "--metrics", "perplexity")
+    assert code == 2
+    assert "./nowhere: no such folder; give the folder of a model or a hub name" in said
 
 
 def test_wrong_requests_are_refused_before_the_model_runs():

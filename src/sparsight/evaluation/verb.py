@@ -22,7 +22,7 @@ from sparsight.evaluation.record import check_recordable, keep_evaluation
 from sparsight.fields import NEW_TOKENS
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import Anatomy
-from sparsight.model.load import check_device, load, load_processor
+from sparsight.model.load import check_device, load, load_processor, read_config
 from sparsight.model.skeleton import device_of
 from sparsight.model.source import NO_PROCESSOR
 from sparsight.model.stream import runnable
@@ -164,6 +164,7 @@ def _export(folder: str | Path, model: Any, processor: Any, spec: EvaluateSpec, 
 
 def _tokens_by_block(model: str | Path, samples: Samples, spec: EvaluateSpec) -> tuple[Any, Anatomy, Result, list[Sample]]:
     """Score the tokens of the right answers with one block in memory; the model, its anatomy, scores, the samples used."""
+    read_config(str(model))  # first, since it says what is wrong with a path
     processor = load_processor(model)
     with runnable(model, family_of(read_record(model), None), dtype=spec.dtype, device=spec.device) as (network, body):
         encoder = Encoder(processor, network, max_length=spec.max_length, skip_bad=spec.skip_bad)
