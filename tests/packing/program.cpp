@@ -1,5 +1,6 @@
 // Packs, expands and multiplies small matrices and prints the bits of every result, so that machines can be compared.
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -9,6 +10,8 @@ extern "C" int sparsight_product(const void*, int, const uint8_t*, const int64_t
                                  const void*, void*, int);
 extern "C" int sparsight_product_int8(const void*, const float*, int, const uint8_t*, const int64_t*, int64_t, int64_t,
                                       const void*, int64_t, const void*, void*, int);
+extern "C" int sparsight_product_tiles(const void*, const float*, const uint8_t*, const int64_t*, int64_t, int64_t,
+                                       const void*, int64_t, const void*, void*, int);
 extern "C" int sparsight_offsets(const uint8_t*, int64_t, int64_t, int64_t*);
 extern "C" int sparsight_pack_rows(const void*, int, int64_t, int64_t, uint8_t*, void*, int64_t*);
 extern "C" int sparsight_expand_rows(const void*, int, const uint8_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t,
@@ -18,7 +21,7 @@ static uint32_t next() { return state = state * 1664525u + 1013904223u; }
 int main() {
     for (int type = 0; type < 4; type++)  // 3: int8 with inputs of float32
         for (int64_t columns : {1, 7, 64, 100, 513})
-            for (int64_t tokens : {1, 3, 8}) {
+            for (int64_t tokens : {1, 3, 8, 40, 70}) {
                 const int64_t rows = 13;
                 const int size = type == 0 ? 4 : type == 3 ? 1 : 2, in = type == 3 ? 4 : size;
                 std::vector<uint8_t> W(rows * columns * size + 64), x(tokens * columns * in), bits(rows * ((columns + 7) / 8));
@@ -47,7 +50,20 @@ int main() {
                                                       x.data(), tokens, nullptr, out.data(), 1);
                 else sparsight_product(exact.data(), type, bits.data(), offset.data(), rows, columns, x.data(), tokens, nullptr,
                                        out.data(), 1);
-                for (uint8_t byte : out) std::printf("%02x", byte);
-                std::puts("");
+                if (type == 1) {  // matrix tiles add in another order, where there are some: they agree, and stay inside
+                    std::vector<uint8_t> tiles(out.size());
+                    const auto wide = [](const uint8_t* from) {
+                        const uint32_t b = uint32_t(from[1]) << 24 | uint32_t(from[0]) << 16;
+                        float v;
+                        std::memcpy(&v, &b, 4);
+                        return v;
+                    };
+                    if (sparsight_product_tiles(exact.data(), nullptr, bits.data(), offset.data(), rows, columns, x.data(),
+                                                tokens, nullptr, tiles.data(), 1))
+                        for (size_t i = 0; i < out.size(); i += 2)
+                            if (std::abs(wide(&tiles[i]) - wide(&out[i])) > 0.02f * (1 + std::abs(wide(&out[i])))) return 2;
+                }
+                if (tokens <= 8) for (uint8_t byte : out) std::printf("%02x", byte);
+                if (tokens <= 8) std::puts("");
             }
 }

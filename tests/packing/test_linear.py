@@ -173,7 +173,9 @@ def sums(library, dtype, int8):
     return torch.cat(results)
 
 
-SOURCES = [Path(build.__file__).parent / name for name in ("packed.cpp", "sparse.cpp", "sparse_int8.cpp", "threads.cpp")]
+NAMES = ("packed.cpp", "sparse.cpp", "sparse_int8.cpp", "threads.cpp", "tiles.cpp")
+SOURCES = [Path(build.__file__).parent / name for name in NAMES]
+NO_TILES = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
 COMPILER = shutil.which("g++")
 
 
@@ -184,7 +186,7 @@ def library_of(tmp_path_factory):
     def get(flags):
         if flags not in made:
             path = tmp_path_factory.mktemp("kernels") / "library.so"
-            command = [COMPILER, "-O2", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags.split(), "-o", path, *SOURCES]
+            command = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-pthread", *flags.split(), "-o", path, *SOURCES]
             subprocess.run(command, check=True, capture_output=True)
             made[flags] = library = ctypes.CDLL(str(path))
             kinds = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int}
@@ -205,11 +207,15 @@ def test_every_kind_of_instructions_gives_the_same_sums(dtype, int8, library_of)
         pytest.skip("the CPU has no AVX2")
     plain = sums(library_of("-march=native -DSPARSIGHT_PLAIN"), dtype, int8)
     assert torch.equal(sums(library_of("-march=x86-64-v3"), dtype, int8), plain)
-    native = sums(library_of("-march=native"), dtype, int8)
-    if dtype == torch.bfloat16 and not int8:  # AVX-512 adds in pairs
-        torch.testing.assert_close(native, plain, rtol=1e-2, atol=1e-2)
-    else:
-        assert torch.equal(native, plain)
+    native = sums(build.load(), dtype, int8)
+    bare = library_of(f"-march=native {' '.join(NO_TILES)}") if "amx_tile" in flags.split() else None
+    others = [native] if bare is None else [native, sums(bare, dtype, int8)]
+    for other in others:
+        if dtype == torch.bfloat16 and not int8:  # AVX-512 adds in pairs, or even and odd columns apart
+            torch.testing.assert_close(other, plain, rtol=1e-2, atol=1e-2)
+        else:
+            assert torch.equal(other, plain)
+    assert bare is None or not bare.sparsight_has_tiles()
 
 
 @pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
@@ -222,6 +228,35 @@ def test_the_kernels_compile_for_other_cpus():
         )
         if "bad value" not in done.stderr:  # an old compiler
             assert done.returncode == 0, done.stderr[:2000]
+
+
+needs_tiles = pytest.mark.skipif(
+    not kernels.has_tiles(torch.zeros(1, dtype=torch.bfloat16)), reason="the CPU has no matrix tiles"
+)
+
+
+@needs_tiles
+@pytest.mark.parametrize("form", ["packed", "int8", "dense"])
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (70, 2200)])
+def test_matrix_tiles_multiply(rows, columns, form):
+    for tokens in (9, 16, 17, 32, 40, 64, 65, 260):
+        linear = layer(rows, columns, torch.bfloat16, bias=tokens % 2 == 1)
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        sparse = SparseLinear.of(linear, int8=form == "int8")
+        W = sparse.dense(torch.float32) if form == "int8" else linear.weight
+        y = kernels.product(x, linear.weight, None, None, linear.bias) if form == "dense" else sparse(x)
+        assert close(y, x, W, linear.bias, torch.bfloat16), tokens
+
+
+@needs_tiles
+def test_matrix_tiles_and_those_of_torch_do_not_disturb_each_other():
+    linear = layer(300, 700, torch.bfloat16)
+    sparse, x = SparseLinear.of(linear), torch.randn(40, 700).bfloat16()
+    alone, ours = F.linear(x, linear.weight, linear.bias), sparse(x)
+    for tokens in (1, 3, 20, 40, 70, 40):
+        sparse(torch.randn(tokens, 700).bfloat16())
+        assert torch.equal(F.linear(x, linear.weight, linear.bias), alone)
+        assert torch.equal(sparse(x), ours)
 
 
 PROGRAM = Path(__file__).with_name("program.cpp")

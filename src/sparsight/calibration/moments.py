@@ -134,7 +134,14 @@ class Moments:
             weights = self.weigh({name: kind.count for name, kind in self.kinds.items()})
             if not isinstance(weights, Mapping) or not all(0 <= weights.get(k, -1.0) < float("inf") for k in self.kinds):
                 raise ValueError(f"the rule weighs {sorted(self.kinds)} as {weights!r}; it must give each a number from 0")
-        return sum((part(kind) * weights[name] for name, kind in self.kinds.items()), start=0)
+        if not self.kinds:
+            return 0
+        first, *others = self.kinds
+        total = part(self.kinds[first]) * weights[first]
+        for name in others:  # in place: of Gram matrices there is one more then, and not three
+            value = part(self.kinds[name])
+            total += value if weights[name] == 1 else value * weights[name]
+        return total
 
     @classmethod
     def pooled(cls, several: Sequence[Moments]) -> Moments:

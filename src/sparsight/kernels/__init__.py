@@ -12,13 +12,14 @@ import torch
 
 from sparsight.kernels.adapt import compress, expand, merge, pack, project, unpack
 from sparsight.kernels.build import library_for, load
-from sparsight.kernels.sparse import expand_rows, pack_rows, product, read, row_offsets
+from sparsight.kernels.sparse import expand_rows, has_tiles, pack_rows, product, read, row_offsets
 
 __all__ = [
     "add_gram",
     "compress",
     "expand",
     "expand_rows",
+    "has_tiles",
     "keep_largest",
     "keep_of_group",
     "load",

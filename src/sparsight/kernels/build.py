@@ -35,6 +35,8 @@ SIGNATURES = {  # q: 64-bit integer, i: integer, p: address, d: double
     "sparsight_offsets": "pqqp",
     "sparsight_product": "pippqqpqppi",
     "sparsight_product_int8": "ppippqqpqppi",
+    "sparsight_product_tiles": "ppppqqpqppi",
+    "sparsight_has_tiles": "",
     "sparsight_expand_rows": "pippqqqqpi",
     "sparsight_pack_rows": "piqqppp",
     "sparsight_read": "pqpi",

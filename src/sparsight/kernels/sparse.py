@@ -12,6 +12,7 @@ import torch
 from sparsight.kernels.build import DTYPES, library_for
 
 SIZES = (1, 2, 4)  # bytes of a value
+FEW, FEW_INT8 = 2, 8  # tokens, at most, that are multiplied without matrix tiles where there are some
 
 
 def pack_rows(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -54,6 +55,11 @@ def expand_rows(
     return True
 
 
+def has_tiles(x: torch.Tensor) -> bool:
+    """Whether products of inputs like x run by matrix tiles here, which are fast with many tokens, too."""
+    return (library := library_for(x, torch.bfloat16)) is not None and bool(library.sparsight_has_tiles())
+
+
 def product(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -65,8 +71,8 @@ def product(
     """x W^T + bias, (tokens, rows), of inputs x (tokens, columns), summed in float32 and rounded once.
 
     Values, x and bias have one dtype of `DTYPES`; with `scale` (rows,) float32, the values are int8, and x is rounded to
-    int8 with a scale per token and 256 columns. Without bits and offset W is the dense `values` (rows, columns): for
-    bfloat16, and for int8.
+    int8 with a scale per token and 256 columns, but not where matrix tiles multiply. Without bits and offset W is the
+    dense `values` (rows, columns): for bfloat16, and for int8.
     """
     if (library := library_for(x)) is None:
         return None
@@ -75,11 +81,13 @@ def product(
     out = torch.empty(tokens, rows, dtype=x.dtype)
     walk = (None, None) if bits is None or offset is None else (bits.data_ptr(), offset.data_ptr())
     sizes = (*walk, rows, columns, x.data_ptr(), tokens, None if bias is None else bias.data_ptr(), out.data_ptr())
-    threads, dtype = torch.get_num_threads(), DTYPES[x.dtype]
-    if scale is None:
-        success = library.sparsight_product(values.data_ptr(), dtype, *sizes, threads)
+    threads, scales = torch.get_num_threads(), None if scale is None else scale.data_ptr()
+    if tokens > (FEW if scale is None else FEW_INT8) and has_tiles(x):
+        success = library.sparsight_product_tiles(values.data_ptr(), scales, *sizes, threads)
+    elif scale is None:
+        success = library.sparsight_product(values.data_ptr(), DTYPES[x.dtype], *sizes, threads)
     else:
-        success = library.sparsight_product_int8(values.data_ptr(), scale.data_ptr(), dtype, *sizes, threads)
+        success = library.sparsight_product_int8(values.data_ptr(), scales, DTYPES[x.dtype], *sizes, threads)
     return out if success else None
 
 

@@ -16,17 +16,19 @@ from sparsight.errors import SparsightError
 from sparsight.kernels.build import DTYPES, library_for
 from sparsight.packing.tensor import Packed, row_offsets
 
-FEW, FEW_INT8 = 32, 64  # tokens, at most, that are multiplied with the packed weight; more are with dense tiles
+FEW, FEW_INT8 = 32, 64  # tokens, at most, that are multiplied with the packed weight; more are with dense rows
+MANY = 512  # the same where the CPU has matrix tiles
 SMALL = 1 << 19  # weights of a layer that fits into a cache, where torch is as fast or faster
-TILE = 256  # rows that are expanded at a time: into a cache, and from there multiplied
+TILE = 256  # rows that are expanded at a time: into a cache, and from there multiplied; with matrix tiles four times as many
 
 
 class SparseLinear(nn.Module):
     """y = x W^T + b with a packed W (out, in): its kept values, its bits and, for int8 values, a scale per row.
 
     For inference: no gradient reaches the weight. `weight` holds the kept values and not W; `dense` gives W. On a CPU up to
-    `FEW` tokens are multiplied with the packed weight itself, which reads fewer bytes; more tokens are multiplied with
-    tiles of `TILE` dense rows. Elsewhere, and without compiled kernels, W is expanded whole for every call.
+    `FEW` tokens are multiplied with the packed weight itself, which reads fewer bytes, and in bfloat16 `MANY` where the
+    CPU has matrix tiles; more tokens are multiplied with `TILE` dense rows at a time. Elsewhere, and without compiled
+    kernels, W is expanded whole for every call.
     """
 
     bias: nn.Parameter | None
@@ -175,12 +177,12 @@ def _of_tokens(
 ) -> torch.Tensor:  # fmt: skip
     alike = (values.dtype == x.dtype or scale is not None) and x.dtype in DTYPES and not x.is_cuda
     alike = alike and values.device == x.device and (bias is None or bias.dtype == x.dtype)
-    few = alike and x.shape[0] <= (FEW if scale is None else FEW_INT8)
+    few = alike and x.shape[0] <= _most(x, FEW if scale is None else FEW_INT8)
     if few and (y := kernels.product(x, values, bits, offset, bias, scale)) is not None:
         return y
     shape = (bits.shape[0], x.shape[-1])
     if alike and library_for(values, values.dtype) is not None:
-        tile = torch.empty(min(TILE, shape[0]), shape[1], dtype=values.dtype)
+        tile = torch.empty(min(_tile_rows(x), shape[0]), shape[1], dtype=values.dtype)
 
         def dense_rows(part: slice) -> torch.Tensor:
             W = tile[: part.stop - part.start]
@@ -194,14 +196,24 @@ def _of_tokens(
 def _by_tiles(
     x: torch.Tensor, rows: int, dense_rows: Callable[[slice], torch.Tensor], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x W^T + b with `TILE` dense rows of W at a time, in the dtype in which torch is fast."""
+    """x W^T + b with some dense rows of W at a time, in the dtype in which torch is fast."""
+    step = _tile_rows(x)
     wide = x.to(_fast(x.dtype))
     bias = None if bias is None else bias.to(wide.dtype)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
-    for first in range(0, rows, TILE):
-        part = slice(first, min(rows, first + TILE))
+    for first in range(0, rows, step):
+        part = slice(first, min(rows, first + step))
         out[:, part] = F.linear(wide, dense_rows(part).to(wide.dtype), None if bias is None else bias[part])
     return out
+
+
+def _most(x: torch.Tensor, few: int) -> int:
+    """How many tokens our own products take, which is `few` without matrix tiles."""
+    return MANY if kernels.has_tiles(x) else few
+
+
+def _tile_rows(x: torch.Tensor) -> int:
+    return TILE * 4 if kernels.has_tiles(x) else TILE
 
 
 @functools.cache
@@ -213,15 +225,15 @@ def _fast(dtype: torch.dtype) -> torch.dtype:
 class DenseLinear(nn.Linear):
     """An ordinary linear layer in bfloat16 that is multiplied faster than torch does it on a CPU, for inference.
 
-    Few tokens take our own dense product. More are multiplied in float32, a tile of rows at a time, on a CPU where torch
-    is slow in bfloat16; everywhere else it is `nn.Linear`.
+    Few tokens take our own dense product, and where the CPU has matrix tiles many do. On a CPU where torch is slow in
+    bfloat16 they are multiplied in float32, some rows at a time; everywhere else it is `nn.Linear`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
         W = self.weight
         ours = W.dtype == x.dtype == torch.bfloat16 and not W.is_cuda
-        ours = ours and (x.numel() <= FEW * self.in_features or _fast(x.dtype) != x.dtype)
+        ours = ours and (x.numel() <= _most(x, FEW) * self.in_features or _fast(x.dtype) != x.dtype)
         if not ours or (torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)):
             return super().forward(x)
         multiply = _multiply_dense if _plain(x) else dense_linear
@@ -237,7 +249,7 @@ def dense_linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) ->
 def _multiply_dense(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     tokens, W = x.reshape(-1, x.shape[-1]), W.contiguous()
     y: torch.Tensor | None
-    if tokens.shape[0] > FEW:
+    if tokens.shape[0] > _most(x, FEW):
         y = _by_tiles(tokens, W.shape[0], lambda part: W[part], bias)
     else:
         y = kernels.product(tokens, W, None, None, bias)
