@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/packing.py [OUT.csv]
 
-`packing.csv` is of a CPU with AVX-512, `packing-avx2.csv` (products only) of one with AVX2. Products are timed cold and in
-turn (`sparsight.packing.timing`); the model is a LLaVA with two language blocks of Llama width, random weights and 70 %
-zeros. Squeezed sizes are those of the embedded, trained model in bfloat16.
+`packing.csv` is of a CPU with AVX-512, `packing-amx.csv` of one with matrix tiles, too, `packing-avx2.csv` (products only)
+of one with AVX2. Products are timed cold and in turn (`sparsight.packing.timing`); the model is a LLaVA with two language
+blocks of Llama width, random weights and 70 % zeros. Squeezed sizes are those of the embedded, trained model in bfloat16.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def products(rows: list) -> None:
                 )
                 if "dense, ours" in ms:
                     rows.append((f"{name}, {tokens} tokens", "dense, ours / packed", ms["dense, ours"] / ms["packed"]))
+                    ratio = ms["dense int8, ours"] / ms["packed int8"]
+                    rows.append((f"{name}, {tokens} tokens", "dense int8, ours / packed int8", ratio))
             if speed:
                 share = sizes["packed"] / speed / (facts["ms"][1]["packed"] / 1e3)
                 rows.append((name, "share of the read roofline, 1 token", share))

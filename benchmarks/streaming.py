@@ -2,7 +2,8 @@
 
 The model is a random LLaVA in bfloat16: CLIP-L and BLOCKS language blocks of WIDTH x WIDTH. Each run is the command line's
 work in a process of its own, on one thread; memory is the largest anonymous memory (RssAnon), less that of the process
-once it has imported the library. The blocks that it is counted in are those of the language model, the largest.
+once it has imported the library. The blocks that it is counted in are those of the language model, the largest. With
+`--verbs prune verify reconstruct` the pruned folder is verified and then fitted to the dense model, block by block.
 
     python benchmarks/streaming.py model FOLDER [--blocks 32] [--width 2560]
     python benchmarks/streaming.py run FOLDER [--ways stream memory] [--samples 8] [--park never] ...
@@ -124,6 +125,18 @@ def child(verb: str, way: str, model: Path, out: Path, data: Path, settings: dic
         spec = PruneSpec.make(None, settings)
         loaded = load(model, dtype=spec.dtype) if way == "memory" else None
         prune_folder(model, out, spec, data=data, loaded=loaded)
+    elif verb == "reconstruct":  # of what was pruned before
+        from sparsight.restoring.fit import fit_folder
+        from sparsight.specs import RestoreSpec
+
+        fit_folder(
+            out,
+            out.with_name(out.name + "-fitted"),
+            RestoreSpec.make(None, settings),
+            data=data,
+            teacher=str(model),
+            overwrite=True,
+        )
     else:
         from sparsight.checkpoint.verify import verify
 
@@ -148,7 +161,9 @@ def measure(asked: argparse.Namespace, verb: str, way: str) -> list[Any]:
         from sparsight.demo.scenes import write
 
         write(data, "train", 192, seed=0)
-    words = ["child", verb, way, asked.folder if verb == "prune" else out, out, data, json.dumps(settings)]
+    if verb == "reconstruct":
+        settings = {"samples": asked.samples, "batch_size": asked.batch, "steps": 0, "reconstruct": 1}
+    words = ["child", verb, way, out if verb == "verify" else asked.folder, out, data, json.dumps(settings)]
     if verb == "prune":
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(out.name + ".unfinished"), ignore_errors=True)
@@ -184,7 +199,7 @@ def main() -> None:
     made.add_argument("--pixels", type=int, default=56)
     ran = commands.add_parser("run")
     ran.add_argument("folder", type=Path)
-    ran.add_argument("--verbs", nargs="+", default=["prune"], choices=("prune", "verify"))
+    ran.add_argument("--verbs", nargs="+", default=["prune"], choices=("prune", "verify", "reconstruct"))
     ran.add_argument("--ways", nargs="+", default=["stream", "memory"], choices=("stream", "memory"))
     ran.add_argument("--samples", type=int, default=8)
     ran.add_argument("--batch", type=int, default=2)

@@ -24,7 +24,7 @@ OURS, TORCH = "packed", "F.linear bfloat16"
 def time_layer(linear: nn.Linear, tokens: Sequence[int], repeats: int) -> dict[str, Any]:
     """Milliseconds of a call by form of the weight and number of tokens, and bytes of the forms; x and W in bfloat16.
 
-    **Forms**: `F.linear` in three dtypes, our dense product, packed, packed int8. A form that has no kernel here is
+    **Forms**: `F.linear` in three dtypes, our dense products, packed, packed int8. A form that has no kernel here is
     missing.
     """
     W = linear.weight.detach().to(torch.bfloat16)
@@ -56,7 +56,12 @@ def _forms(W: torch.Tensor, copies: int) -> dict[str, list[Callable[[torch.Tenso
         name = str(dtype).removeprefix("torch.")
         add(f"F.linear {name}", lambda V, x: F.linear(x.to(V.dtype), V), partial(W.to, dtype, copy=True))
     if kernels.product(W[:1], W, None, None) is not None:
+        codes = Packed.int8(W.masked_fill(W == 0, 1))  # without a zero, so that every code is kept
         add("dense, ours", lambda V, x: kernels.product(x, V, None, None), W.clone)
+        add(
+            "dense int8, ours", lambda V, x: kernels.product(x, V, None, None, None, codes.scale),
+            lambda: codes.values.view(W.shape).clone(),
+        )  # fmt: skip
     linear = nn.Linear(W.shape[1], len(W), bias=False, device="meta")
     linear.weight = nn.Parameter(W, requires_grad=False)
     add(OURS, lambda layer, x: layer(x), lambda: SparseLinear.of(linear))
