@@ -175,7 +175,9 @@ def measure(asked: argparse.Namespace, verb: str, way: str) -> list[Any]:
     stream = Stream(asked.folder)
     sizes = [sum(p.nbytes for p in block.module.parameters()) for block in stream.anatomy.blocks]
     name = f"LLaVA {stream.anatomy.parameters / 1e9:.2f} B, {len(sizes)} blocks"
-    files = subprocess.run(f"cat {out}/*.safetensors | sha256sum", shell=True, capture_output=True, text=True).stdout[:12]
+    written = out.with_name(out.name + "-fitted") if verb == "reconstruct" else out
+    digest = ["sh", "-c", f"cat {written}/*.safetensors | sha256sum"]
+    files = subprocess.run(digest, capture_output=True, text=True).stdout[:12]
     row = [
         datetime.date.today(), torch.__version__, name, f"{max(sizes) / 1e6:.0f}", verb, way, asked.samples, asked.batch,
         asked.park, f"{got['anonymous'] / 1e6:.0f}", f"{got['anonymous'] / max(sizes):.1f}", f"{got['cpu']:.0f}",

@@ -59,6 +59,7 @@ def reconstruct(
                     loss = (real(i, first(calls[i]())).float() - wish[i].float()).square().sum() * (len(order) / scale)
                     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
                 adam.step({id(p): grad for p, grad in zip(parameters, grads, strict=True)})
+                del grads
     after = _error(calls, wish, real, scale)
     if not after < before:
         for layer, W in zip(layers, start, strict=True):
@@ -112,13 +113,14 @@ class _MaskedAdam:
         self.adam = torch.optim.Adam([{"params": [W]} for W in self.weights], betas=(0.9, 0.95))
 
     def step(self, grads: Mapping[int, torch.Tensor | None]) -> None:
+        """One step, a layer at a time, so that one gradient in float32 is there."""
         cosine = 0.5 * (1 + math.cos(math.pi * self.count / self.steps))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * cosine
         for layer, W, keep in zip(self.layers, self.weights, self.keeps, strict=True):
             W.grad = _own(grads[id(layer.parameter)], layer).float() * keep
-        self.adam.step()
-        for layer, W, keep in zip(self.layers, self.weights, self.keeps, strict=True):
+            self.adam.step()  # of this layer: the others have no gradient
+            W.grad = None
             layer.write(W * keep)
         self.count += 1
 
