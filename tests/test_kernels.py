@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +95,24 @@ def test_the_gram_matrix_of_bfloat16_inputs_is_summed_in_float32(tokens, columns
         pytest.skip("no bfloat16 products on this CPU")
     expected = (1 + X.double().T @ X.double()).triu()
     assert float((G.triu() - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") and kernels.has_tiles(torch.zeros(1, dtype=torch.bfloat16))),
+    reason="needs g++ and a CPU with matrix tiles",
+)
+def test_the_gram_matrix_without_matrix_tiles(tmp_path):
+    library = tmp_path / "gram.so"
+    sources = [Path(kernels.__file__).parent / name for name in ("gram.cpp", "threads.cpp")]
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-pthread", "-march=native", "-mno-amx-tile", "-mno-amx-bf16"]
+    subprocess.run(["g++", *flags, "-mno-amx-int8", "-o", library, *sources], check=True)
+    gram = ctypes.CDLL(str(library)).sparsight_gram
+    gram.argtypes = [{"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int}[letter] for letter in "pqqqpi"]
+    X = torch.randn(1100, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, plain = torch.zeros(130, 130), torch.zeros(130, 130)
+    assert kernels.add_gram(X, ours)
+    assert gram(X.data_ptr(), *X.shape, X.stride(0), plain.data_ptr(), 2) == 1
+    torch.testing.assert_close(ours.triu(), plain.triu(), rtol=1e-4, atol=1e-2)
 
 
 def test_moments_of_bfloat16_inputs_are_the_same_with_and_without_kernels(monkeypatch):

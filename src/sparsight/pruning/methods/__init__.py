@@ -80,7 +80,9 @@ class Update:
     cost: Cost | None = None
 
 
-_SPARSEGPT = Cost(lambda out, n: out * n * n, lambda out, n: 8 * n * n, factor=True)  # scratch: a copy and L, beside the factor
+_SPARSEGPT = Cost(
+    lambda out, n: out * n * n, lambda out, n: 8 * n * n, factor=True
+)  # scratch: a copy and L, beside the factor
 _SWAPS = Cost(lambda out, n: 2 * out * n * n, lambda out, n: 13 * out * n + 4 * n * n)  # the exchanges are no products
 _PCG = Cost(lambda out, n: 64 * 2 * out * n * n, lambda out, n: 33 * out * n + 4 * n * n)  # 64 iterations, the demo's mean
 
