@@ -51,7 +51,7 @@ def reconstruct(
         return before, before
     start = [layer.weight.clone() for layer in layers]
     with _trainable(layers) as parameters:
-        adam = _MaskedAdam(layers, epochs * len(order))
+        adam = _MaskedAdam(layers, start, epochs * len(order))
         for _ in range(epochs):
             for place in torch.randperm(len(order), generator=generator).tolist():
                 i = order[place]
@@ -100,16 +100,12 @@ def parent(name: str, block: nn.Module, layer: Layer) -> nn.Module:
 
 
 class _MaskedAdam:
-    """Adam on float32 copies of the layers' weights, with a cosine schedule; the zeros stay."""
+    """Adam on float32 copies of the layers' weights, with a cosine schedule; what is zero in `start` stays zero."""
 
-    def __init__(self, layers: Sequence[Layer], steps: int) -> None:
-        self.layers, self.steps, self.count = layers, steps, 0
-        self.weights = [layer.weight.float().clone() for layer in layers]
-        self.keeps = [W != 0 for W in self.weights]
-        self.rates = [
-            RATE * float(W[keep].square().mean().sqrt()) if bool(keep.any()) else 0.0
-            for W, keep in zip(self.weights, self.keeps, strict=True)
-        ]
+    def __init__(self, layers: Sequence[Layer], start: Sequence[torch.Tensor], steps: int) -> None:
+        self.layers, self.start, self.steps, self.count = layers, start, steps, 0
+        self.weights = [W.float().clone() for W in start]
+        self.rates = [RATE * float(W[W != 0].square().mean().sqrt()) if bool(W.any()) else 0.0 for W in self.weights]
         self.adam = torch.optim.Adam([{"params": [W]} for W in self.weights], betas=(0.9, 0.95))
 
     def step(self, grads: Mapping[int, torch.Tensor | None]) -> None:
@@ -117,8 +113,9 @@ class _MaskedAdam:
         cosine = 0.5 * (1 + math.cos(math.pi * self.count / self.steps))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * cosine
-        for layer, W, keep in zip(self.layers, self.weights, self.keeps, strict=True):
-            W.grad = _own(grads[id(layer.parameter)], layer).float() * keep
+        for layer, W, start in zip(self.layers, self.weights, self.start, strict=True):
+            keep = start != 0
+            W.grad = _own(grads[id(layer.parameter)], layer).float().mul_(keep)
             self.adam.step()  # of this layer: the others have no gradient
             W.grad = None
             layer.write(W * keep)
