@@ -109,6 +109,10 @@ def test_demo_names_in_every_verb(run, tmp_path):
     assert record["base_model"] == str(MODELS["llava"])
     code, _, err = run("prune", "demo:lava", "x", "--data", "demo:train")
     assert (code, "model: there is no 'demo:lava'; did you mean llava?" in err) == (2, True)
+    for verb, why in (("pack", "holds no weight with zeros"), ("unpack", "is not packed"), ("bench", "with zeros to time")):
+        code, _, err = run(verb, "demo:llava", *(["other"] if verb != "bench" else []))
+        assert code == 2
+        assert why in err
     code, _, err = run("eval", "demo:llava", "--data", "demo:exam")
     assert (code, "data: there is no 'demo:exam'" in err) == (2, True)
 

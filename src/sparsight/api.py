@@ -245,7 +245,8 @@ def pack(
     from sparsight.checkpoint.pack import pack_folder
 
     check_paths(sparse=sparse, out=out)
-    return pack_folder(sparse, out, PackSpec.make(spec, settings), overwrite=overwrite, resume=resume, progress=progress)
+    spec = PackSpec.make(spec, settings)
+    return pack_folder(places(sparse=sparse)[0], out, spec, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def unpack(
@@ -263,7 +264,7 @@ def unpack(
     from sparsight.checkpoint.pack import unpack_folder
 
     check_paths(packed=packed, out=out)
-    return unpack_folder(packed, out, overwrite=overwrite, resume=resume, progress=progress)
+    return unpack_folder(places(packed=packed)[0], out, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def bench(
@@ -286,7 +287,7 @@ def bench(
     from sparsight.evaluation.bench import bench_folder
 
     check_paths(folder=folder)
-    return bench_folder(folder, BenchSpec.make(spec, settings), record=record, progress=progress)
+    return bench_folder(places(folder=folder)[0], BenchSpec.make(spec, settings), record=record, progress=progress)
 
 
 def estimate(
