@@ -245,8 +245,8 @@ def pack(
     from sparsight.checkpoint.pack import pack_folder
 
     check_paths(sparse=sparse, out=out)
-    spec = PackSpec.make(spec, settings)
-    return pack_folder(places(sparse=sparse)[0], out, spec, overwrite=overwrite, resume=resume, progress=progress)
+    (sparse,) = places(sparse=sparse)
+    return pack_folder(sparse, out, PackSpec.make(spec, settings), overwrite=overwrite, resume=resume, progress=progress)
 
 
 def unpack(

@@ -57,9 +57,10 @@ def reconstruct(
                 i = order[place]
                 with torch.enable_grad():
                     loss = (real(i, first(calls[i]())).float() - wish[i].float()).square().sum() * (len(order) / scale)
-                    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-                adam.step({id(p): grad for p, grad in zip(parameters, grads, strict=True)})
-                del grads
+                    grads = dict(
+                        zip(map(id, parameters), torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
+                    )
+                adam.step(grads)
     after = _error(calls, wish, real, scale)
     if not after < before:
         for layer, W in zip(layers, start, strict=True):
@@ -108,14 +109,18 @@ class _MaskedAdam:
         self.rates = [RATE * float(W[W != 0].square().mean().sqrt()) if bool(W.any()) else 0.0 for W in self.weights]
         self.adam = torch.optim.Adam([{"params": [W]} for W in self.weights], betas=(0.9, 0.95))
 
-    def step(self, grads: Mapping[int, torch.Tensor | None]) -> None:
-        """One step, a layer at a time, so that one gradient in float32 is there."""
+    def step(self, grads: dict[int, torch.Tensor | None]) -> None:
+        """One step, a layer at a time, so that one gradient in float32 is there; `grads` is empty in the end."""
+        last = {id(layer.parameter): layer for layer in self.layers}  # experts share a parameter
         cosine = 0.5 * (1 + math.cos(math.pi * self.count / self.steps))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * cosine
         for layer, W, start in zip(self.layers, self.weights, self.start, strict=True):
             keep = start != 0
-            W.grad = _own(grads[id(layer.parameter)], layer).float().mul_(keep)
+            own = id(layer.parameter)
+            grad = grads.pop(own) if last[own] is layer else grads[own]
+            W.grad = _own(grad, layer).float().mul_(keep)
+            del grad
             self.adam.step()  # of this layer: the others have no gradient
             W.grad = None
             layer.write(W * keep)
