@@ -289,7 +289,7 @@ def test_nothing_is_read_or_written_outside(tmp_path):
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("the compiler has no address sanitizer")
     done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:2000]
+    assert done.returncode == 0, (done.returncode, done.stderr[:2000])
 
 
 def test_the_dense_product_of_one_bfloat16_matrix():
