@@ -6,6 +6,9 @@
 #include <vector>
 #include <cstdint>
 #include <cstring>
+#if defined(__AMX_TILE__)
+#include <immintrin.h>
+#endif
 extern "C" int sparsight_product(const void*, int, const uint8_t*, const int64_t*, int64_t, int64_t, const void*, int64_t,
                                  const void*, void*, int);
 extern "C" int sparsight_product_int8(const void*, const float*, int, const uint8_t*, const int64_t*, int64_t, int64_t,
@@ -16,6 +19,24 @@ extern "C" int sparsight_offsets(const uint8_t*, int64_t, int64_t, int64_t*);
 extern "C" int sparsight_pack_rows(const void*, int, int64_t, int64_t, uint8_t*, void*, int64_t*);
 extern "C" int sparsight_expand_rows(const void*, int, const uint8_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t,
                                      void*, int);
+
+// Whether a thread that multiplies by tiles has its own configuration of tiles back afterwards.
+template <class Product> bool keeps_its_configuration(const Product& product) {
+#if defined(__AMX_TILE__)
+    alignas(64) uint8_t own[64] = {1}, after[64] = {};
+    for (int i = 0; i < 3; i++) own[16 + 2 * i] = uint8_t(8 + 4 * i), own[48 + i] = uint8_t(3 + i);
+    __asm__ volatile("" : : "r"(own), "r"(after) : "memory");
+    _tile_loadconfig(own);
+    product();
+    _tile_storeconfig(after);
+    __asm__ volatile("" : : "r"(own), "r"(after) : "memory");
+    _tile_release();
+    return !std::memcmp(own, after, sizeof own);
+#else
+    return product(), true;
+#endif
+}
+
 static uint32_t state = 1;
 static uint32_t next() { return state = state * 1664525u + 1013904223u; }
 int main() {
@@ -58,10 +79,17 @@ int main() {
                         std::memcpy(&v, &b, 4);
                         return v;
                     };
-                    if (sparsight_product_tiles(exact.data(), nullptr, bits.data(), offset.data(), rows, columns, x.data(),
-                                                tokens, nullptr, tiles.data(), 1))
-                        for (size_t i = 0; i < out.size(); i += 2)
-                            if (std::abs(wide(&tiles[i]) - wide(&out[i])) > 0.02f * (1 + std::abs(wide(&out[i])))) return 2;
+                    const auto product = [&] {
+                        return sparsight_product_tiles(exact.data(), nullptr, bits.data(), offset.data(), rows, columns, x.data(),
+                                                       tokens, nullptr, tiles.data(), 1);
+                    };
+                    if (product()) {
+                        for (size_t i = 0; i < out.size(); i += 2)  // a NaN is none of these
+                            if (!(std::abs(wide(&tiles[i]) - wide(&out[i])) <= 0.02f * (1 + std::abs(wide(&out[i]))))) return 2;
+                        sparsight_product_tiles(exact.data(), nullptr, bits.data(), offset.data(), rows, columns, x.data(), 0,
+                                                nullptr, tiles.data(), 1);
+                        if (!keeps_its_configuration(product)) return 3;
+                    }
                 }
                 if (tokens <= 8) for (uint8_t byte : out) std::printf("%02x", byte);
                 if (tokens <= 8) std::puts("");

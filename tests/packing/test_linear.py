@@ -289,7 +289,7 @@ def test_nothing_is_read_or_written_outside(tmp_path):
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("the compiler has no address sanitizer")
     done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:2000]
+    assert done.returncode == 0, (done.returncode, done.stderr[:2000])
 
 
 def test_the_dense_product_of_one_bfloat16_matrix():
@@ -383,6 +383,28 @@ def test_our_dense_layer_is_an_ordinary_one(tokens):
     linear(x.requires_grad_()).sum().backward()  # and still trains
     assert x.grad is not None
     assert linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_our_dense_layer_compiles_in_one_graph(tokens):
+    linear, x = nn.Linear(700, 900).bfloat16(), torch.randn(tokens, 700).bfloat16()
+    network = nn.Sequential(linear, nn.ReLU())
+    use_own_products(network)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(network, fullgraph=True, backend="aot_eager")(x), network(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_bias_of_another_dtype_is_not_read_as_bfloat16(tokens):
+    linear, x = nn.Linear(700, 900).bfloat16(), torch.randn(tokens, 700).bfloat16()
+    linear.bias = nn.Parameter(linear.bias.float())
+    use_own_products(nn.Sequential(linear))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        linear(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, linear.weight, linear.bias)
+        assert torch.equal(linear(x), expected)
 
 
 def test_inputs_that_want_a_gradient_do_not_lose_it_unsaid():

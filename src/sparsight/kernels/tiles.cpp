@@ -294,6 +294,7 @@ extern "C" int sparsight_product_tiles(const void* values, const float* scale, c
                                        void* out, int threads) {
 #if defined(SPARSIGHT_TILES)
     if (!may_use_tiles()) return 0;
+    if (!tokens) return 1;  // tiles without columns are refused by the CPU
     const Matrix m{values, bits, offset, rows, columns};
     const Sums sums{(uint16_t*)out, (const uint16_t*)bias, scale, rows};
     const auto run = scale ? (bits ? multiply_by_tiles<int8_t, false> : multiply_by_tiles<int8_t, true>)

@@ -35,6 +35,7 @@ class TileUse {
             own.bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * tokens);
             own.rows[i] = HIGH;
         }
+        ordered();  // what is written so far comes before: the compiler knows of eight bytes of a configuration
         _tile_storeconfig(&before_);
         ordered();
         _tile_loadconfig(&own);

@@ -216,6 +216,10 @@ def _tile_rows(x: torch.Tensor) -> int:
     return TILE * 4 if kernels.has_tiles(x) else TILE
 
 
+def _ours_is_faster(x: torch.Tensor) -> bool:
+    return x.numel() <= _most(x, FEW) * x.shape[-1] or _fast(x.dtype) != x.dtype
+
+
 @functools.cache
 def _fast(dtype: torch.dtype) -> torch.dtype:
     """In which dtype torch is fastest with many tokens here: without AVX-512, 16-bit products take several times as long."""
@@ -233,7 +237,9 @@ class DenseLinear(nn.Linear):
         """x (..., in) -> (..., out)."""
         W = self.weight
         ours = W.dtype == x.dtype == torch.bfloat16 and not W.is_cuda
-        ours = ours and (x.numel() <= _most(x, FEW) * self.in_features or _fast(x.dtype) != x.dtype)
+        ours = ours and (self.bias is None or self.bias.dtype == x.dtype)
+        # torch.compile cannot ask for tiles: it takes the operator, which looks at the number of tokens itself
+        ours = ours and (torch.compiler.is_compiling() or _ours_is_faster(x))
         if not ours or (torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)):
             return super().forward(x)
         multiply = _multiply_dense if _plain(x) else dense_linear
@@ -248,11 +254,11 @@ def dense_linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) ->
 
 def _multiply_dense(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     tokens, W = x.reshape(-1, x.shape[-1]), W.contiguous()
-    y: torch.Tensor | None
-    if tokens.shape[0] > _most(x, FEW):
-        y = _by_tiles(tokens, W.shape[0], lambda part: W[part], bias)
-    else:
+    y: torch.Tensor | None = None
+    if tokens.shape[0] <= _most(x, FEW):
         y = kernels.product(tokens, W, None, None, bias)
+    elif _fast(x.dtype) != x.dtype:
+        y = _by_tiles(tokens, W.shape[0], lambda part: W[part], bias)
     return F.linear(x, W, bias) if y is None else y.view(*x.shape[:-1], W.shape[0])
 
 
