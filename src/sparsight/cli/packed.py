@@ -83,8 +83,8 @@ def bench_tables(facts: Mapping[str, Any]) -> list[Any]:
     made.append(f"Files of weights: {load['bytes']:,} bytes{' (packed)' if load['packed_folder'] else ''}; {seconds}.")
     if slower:
         made.append(
-            "Slower where a weight fits into a cache, since there is nothing to read less of, and for many tokens at once, "
-            "since each weight is then used often and arithmetic decides, not memory."
+            "Slower where a weight fits into a cache, since there is nothing to read less of, and on some CPUs for many "
+            "tokens at once, since each weight is then used often and arithmetic decides, not memory."
         )
     return made
 

@@ -109,7 +109,7 @@ class _MaskedAdam:
         self.rates = [RATE * float(W[W != 0].square().mean().sqrt()) if bool(W.any()) else 0.0 for W in self.weights]
         self.adam = torch.optim.Adam([{"params": [W]} for W in self.weights], betas=(0.9, 0.95))
 
-    def step(self, grads: dict[int, torch.Tensor | None]) -> None:
+    def step(self, grads: dict[int, Any]) -> None:
         """One step, a layer at a time, so that one gradient in float32 is there; `grads` is empty in the end."""
         last = {id(layer.parameter): layer for layer in self.layers}  # experts share a parameter
         cosine = 0.5 * (1 + math.cos(math.pi * self.count / self.steps))
