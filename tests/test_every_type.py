@@ -19,7 +19,7 @@ MOST_USED = (
 STOPS = {  # the step that a type does not get through, and what is said there
     "chameleon": ("restore", "changes its logits behind the output head"),
     "diffusion_gemma": ("restore", "training needs labels, and batch 0 has none"),
-    "evolla": ("save", "the model could not be loaded: Unrecognized configuration class"),  # by transformers' own classes
+    "evolla": ("reload", "Unrecognized configuration class"),  # by transformers' own classes
     "pi0": ("restore", "training needs labels, and batch 0 has none"),
     "shieldgemma2": ("save", "weights missing from the files"),  # transformers renames them when it saves
 }
@@ -34,7 +34,7 @@ def check(kind, tmp_path):
     step, says = STOPS[kind]
     assert row.failed is not None
     assert row.failed[0] == step
-    assert row.failed[1].startswith("SparsightError: ")
+    assert step == "reload" or row.failed[1].startswith("SparsightError: ")  # stock transformers loads
     assert says in row.failed[1]
 
 

@@ -15,6 +15,7 @@ constexpr int64_t CHUNKS = 4;                   // tiles that are expanded befor
 constexpr int64_t BLOCK = CHUNKS * WIDE;
 constexpr int64_t FEW_GROUPS = 4, MOST_GROUPS = 16;  // of tokens, that rows are expanded for each time; that share a panel
 constexpr int64_t PANEL = 64;                        // chunks of a panel, which stays in the second cache
+constexpr int64_t MOST_ROWS = 4096;                  // whose sums are kept between panels
 
 inline __m512i brains(__m512i values) { return values; }
 inline __m512i brains(__m256i codes) {  // exact: eight bits
@@ -269,8 +270,11 @@ void multiply_by_tiles(const Matrix& m, const uint16_t* x, int64_t tokens, const
                 }
             return;
         }
-        for (int64_t group = 0; group < in.groups; group += MOST_GROUPS)
-            multiply_many<Value, ALL>(m, first, last, in, group, std::min(in.groups, group + MOST_GROUPS), sums);
+        for (int64_t row = first; row < last; row += MOST_ROWS)
+            for (int64_t group = 0; group < in.groups; group += MOST_GROUPS) {
+                const int64_t end = std::min(in.groups, group + MOST_GROUPS);
+                multiply_many<Value, ALL>(m, row, std::min(last, row + MOST_ROWS), in, group, end, sums);
+            }
     });
 }
 
