@@ -139,7 +139,7 @@ def test_interrupted_processes_end_and_go_on(folder, tmp_path):
     words = ("-m", "sparsight", "prune", folder / "llava", out, "--data", folder / "texts", "--samples", 10)
     words += ("--batch-size", 2, "--method", "sparsegpt", "--sparsity", "language=0.6")
     work = launched(2, *words, start_new_session=True)
-    while not list(many.unfinished(out).glob("*.safetensors")):
+    while not list((many.unfinished(out) / "done").glob("*.json")):
         assert work.poll() is None, work.communicate()
         time.sleep(0.002)
     os.killpg(work.pid, signal.SIGINT)  # what Ctrl-C does

@@ -71,5 +71,5 @@ def test_accelerate_launch_on_the_command_line(folder):
     launch(sys.executable, "-m", "sparsight", *alone, *how, "--batch-size", 4)
     assert_alike(folder, "one/cli", "ddp/cli")
     done = launch(*launcher, *where, code=1)
-    assert done.stderr.count("sparsight: ") == 1
+    assert done.stderr.count("sparsight: ") == 1, done.stderr
     assert "ddp/cli: exists and is not empty" in done.stderr
