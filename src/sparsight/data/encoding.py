@@ -81,7 +81,7 @@ def is_encoder_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False) or config.get_text_config().is_encoder_decoder)
 
 
-FIRST = 4096  # training samples that are tried before the work begins
+FIRST = 5000  # training samples that are tried before the work begins; the demo has 4,800
 CHECKED = 8  # samples encoded at once to see whether they can be
 Reason = str | SparsightError | None  # why a sample cannot be taken
 Write = Callable[[Any, Sequence[Sample], Any], dict[str, Tensor]]
