@@ -277,10 +277,9 @@ def bench(
 ) -> dict[str, Any]:
     """Time a sparse model on this CPU, dense and packed: its layers, tokens per second, memory and load.
 
-    Layers at 2:4 are also timed on a CUDA device where there is one.
-
     Dense and packed are timed in turn, in bfloat16, with weights that no cache holds, by the threads that torch has. Where
-    packed is slower, it says so. With `record`, the report of this folder shows them in a figure.
+    packed is slower, it says so. Layers at 2:4 are also timed on a CUDA device where there is one. With `record`, the
+    report of this folder shows them in a figure.
 
     **Raises** `SparsightError` for a model without zeros.
     """

@@ -17,7 +17,7 @@ from sparsight.packing.tensor import Packed
 
 COLD = 1 << 28  # bytes of copies that are used in turn, so that none is in a cache when its turn comes
 MOST_COPIES = 16
-OURS, TORCH = "packed", "F.linear bfloat16"
+OURS, TORCH, DENSE_INT8 = "packed", "F.linear bfloat16", "dense int8, ours"
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def _forms(W: torch.Tensor, copies: int) -> dict[str, list[Callable[[torch.Tenso
         codes = Packed.int8(W.masked_fill(W == 0, 1))  # without a zero, so that every code is kept
         add("dense, ours", lambda V, x: kernels.product(x, V, None, None), W.clone)
         add(
-            "dense int8, ours", lambda V, x: kernels.product(x, V, None, None, None, codes.scale),
+            DENSE_INT8, lambda V, x: kernels.product(x, V, None, None, None, codes.scale),
             lambda: codes.values.view(W.shape).clone(),
         )  # fmt: skip
     linear = nn.Linear(W.shape[1], len(W), bias=False, device="meta")
