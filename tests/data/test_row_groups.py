@@ -1,8 +1,12 @@
 """Of parquet files only the groups of rows that hold the samples which are asked for are read; nothing else changes."""
 
 import io
+import subprocess
+import sys
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -40,8 +44,13 @@ def shards(tmp_path):
 def reads(monkeypatch):
     """The groups of rows that are read, in their order."""
     seen = []
-    inner = parquet.ParquetFile.read_row_group
-    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, i: seen.append(i) or inner(self, i))
+    inner = parquet.ParquetFile.iter_batches
+
+    def noted(self, *, row_groups, **how):
+        seen.extend(row_groups)
+        return inner(self, row_groups=row_groups, **how)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", noted)
     return seen
 
 
@@ -80,6 +89,49 @@ def test_rows_and_columns(shards):
     assert rows.column("other") == []
     with pytest.raises(IndexError):
         rows[12]
+
+
+def test_a_group_is_read_in_parts(tmp_path, monkeypatch):
+    path = tmp_path / "one.parquet"
+    parquet.write_table(pa.table({"n": range(1000), "text": [str(i) * 100 for i in range(1000)]}), path)
+    monkeypatch.setattr("sparsight.data.row_groups.PART", 10_000)
+    rows = RowGroups([str(path), str(path)])
+    assert [rows[i]["n"] for i in (0, 5, 999, 1000, 1998, 998, 3)] == [0, 5, 999, 0, 998, 998, 3]
+    assert 1 <= len(rows._part) < 500
+
+
+@pytest.mark.parametrize("written", ["datasets", "arrow"])
+def test_drawn_samples_are_all_that_stays_in_memory(written, tmp_path):
+    """1,500 photos in a file, 50 of them drawn, in a process of its own; growth in MB, without what is imported."""
+    noise = np.random.default_rng(0)
+    small = [Image.fromarray(noise.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480)) for _ in range(5)]
+    files = [io.BytesIO() for _ in small]
+    for file, image in zip(files, small, strict=True):
+        image.save(file, "JPEG", quality=98)
+    cells = [{"bytes": files[i % 5].getvalue() + bytes(str(i), "ascii"), "path": f"{i}.jpg"} for i in range(1500)]
+    columns = {"image": cells, "question": ["what?"] * 1500, "answer": ["noise"] * 1500}
+    path = tmp_path / "photos.parquet"
+    if written == "datasets":
+        text = datasets.Value("string")
+        kinds = datasets.Features({"image": datasets.Image(), "question": text, "answer": text})
+        datasets.Dataset.from_dict(columns, features=kinds).to_parquet(path)
+    else:
+        parquet.write_table(pa.table(columns), path)
+    assert path.stat().st_size > 100 * 2**20
+    script = """
+import sys, datasets, pyarrow.parquet
+from sparsight.data import read
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1000
+before = held()
+samples = read(sys.argv[1], limit=50, seed=1)
+assert {sample.load_images()[0].size for sample in samples} == {(640, 480)}
+print(len(samples), held() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    count, growth = map(float, done.stdout.split())
+    assert count == 50
+    assert growth <= 50
 
 
 def test_images_of_a_table_are_not_kept(shards):

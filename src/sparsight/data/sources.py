@@ -17,6 +17,7 @@ from sparsight.checks import check_name
 from sparsight.data.images import BadRecord, Find, finder
 from sparsight.data.json_rows import json_rows, jsonl_rows
 from sparsight.data.records import Parsed, parse
+from sparsight.data.row_groups import release
 from sparsight.data.sample import Sample
 from sparsight.data.tables import Rows, dataset_rows
 from sparsight.errors import LINE, Notice, SparsightError, first_line, quote
@@ -218,11 +219,14 @@ def read(
             2,
         )
     ignored = Counter(key for each in usable for key in each.ignored)
-    return Samples(
+    samples = Samples(
         tuple(each.sample for each in usable), str(opened), _fingerprint(usable), skipped, opened.split,
         dict(ignored.most_common()), sum(each.empty for each in usable), tuple(each.images for each in usable),
         opened.task, late,
     )  # fmt: skip
+    del opened, rows  # with the rows of a table that were read last
+    release()
+    return samples
 
 
 def read_with(source: str | Path | Source | None, spec: Any, *, held_out: bool = False, **how: Any) -> Samples:
