@@ -45,7 +45,11 @@ class RowGroups(Sequence[Mapping[str, Any]]):
             self._open(place)
         while self._part is None or index >= self._start + len(self._part):
             self._start += len(self._part or ())
-            self._part = next(self._parts)
+            try:
+                self._part = next(self._parts)
+            except BaseException:
+                self._place = -1  # the next row begins anew
+                raise
         return self._part.slice(index - self._start, 1).to_pylist()[0]
 
     def _open(self, place: int) -> None:
