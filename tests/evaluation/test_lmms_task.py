@@ -89,6 +89,12 @@ def test_a_benchmark_is_asked_in_the_words_of_the_model(zoo_folder, tmp_path):
     assert Task(tmp_path / "vqa").settings["generation_kwargs"]["num_beams"] == 5
 
 
+def test_a_benchmark_that_needs_all_samples_says_how_many_there_are(zoo_folder, tmp_path):
+    OFFICIAL["mme"](tmp_path / "mme")
+    api.evaluate(zoo_folder("llava"), tmp_path / "mme", task="mme", max_new_tokens=1, export_task=tmp_path / "task")
+    assert [json.loads(target)["total"] for _, _, target in Task(tmp_path / "task").asked()] == [6] * 6
+
+
 def odd_pictures(folder):
     """Pictures that Pillow does not open as RGB and upright, and one that it does."""
     noise = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)

@@ -135,3 +135,25 @@ def test_a_task_of_another_version_is_refused(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SparsightError, match="is of the task 'vqav9', which is none of vqav2, okvqa"):
         read_log(path)
+
+
+@pytest.mark.parametrize("known_by", ["target", "results"])
+def test_a_part_of_mme_is_refused(known_by, run, tmp_path):
+    """Its scores are sums of categories, and those of a part look like those of a weak model."""
+    rows = []
+    for i in range(4):
+        target = {"id": f"count/1#{i}", "kind": "count", "prompt": "?", "answers": [["yes"], ["no"]][i % 2], "task": "mme"}
+        target |= {"total": 4} if known_by == "target" else {}
+        rows.append({"doc_id": i, "target": json.dumps(target), "filtered_resps": "yes"})
+    path = tmp_path / "20260101_000000_samples_sparsight_mme.jsonl"
+    if known_by == "results":
+        counts = {"sparsight_mme": {"original": 4, "effective": 2}}
+        (tmp_path / "20260101_000000_results.json").write_text(json.dumps({"n-samples": counts}))
+    for count in (4, 2):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        code, _, err = run("report", path, "--out", tmp_path / f"{count}.html")
+        assert (code, (tmp_path / f"{count}.html").exists()) == ((0, True) if count == 4 else (2, False)), err
+    assert err == (
+        f"sparsight: {path}: has 2 of the 4 samples of mme, which scores questions about an image together; run lmms-eval "
+        "on all of them, without --limit and --offset\n"
+    )

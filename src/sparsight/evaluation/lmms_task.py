@@ -24,6 +24,7 @@ from sparsight.data.pixels import converts, opened
 from sparsight.data.sample import PLACEHOLDER, Sample
 from sparsight.errors import Notice, SparsightError, quote
 from sparsight.files import write_text
+from sparsight.tasks import TASKS
 from sparsight.tasks.wording import Decoding
 
 SAMPLES, PICTURES, SPLIT = "samples.jsonl", "images", "test"
@@ -119,11 +120,12 @@ def write_task(
     alpha = converts(processor)
     check_samples(samples)
     name = "sparsight_" + re.sub(r"\W+", "_", target.name)
+    total = {"total": len(samples)} if task and TASKS[task].complete else {}  # by which a log of a part is known
     with atomic_folder(target) as new:
         (new / PICTURES).mkdir()
         with (new / SAMPLES).open("w", encoding="ascii") as file:
             for sample in samples:
-                file.write(json.dumps(_line(sample, new, alpha, task)) + "\n")
+                file.write(json.dumps({**_line(sample, new, alpha, task), **total}) + "\n")
         text = YAML.format(name=name, split=SPLIT, samples=SAMPLES, tokens=way.max_new_tokens, beams=way.beams)
         write_text(new / f"{name}.yaml", text)
         write_text(new / "utils.py", UTILS)

@@ -49,6 +49,9 @@ def read_log(path: str | Path) -> Log:
     samples = [_own_sample(row) for row in rows]
     texts = [_text(row["filtered_resps"]).strip() for row in rows]
     own = [sample for sample in samples if sample is not None]
+    date, _, name = path.stem.partition("_samples_")
+    results = path.with_name(f"{date}_results.json")
+    facts = read_json(results, "delete it, or run lmms-eval again") if name and results.is_file() else {}
     if len(own) == len(rows):
         names = sorted({json.loads(row["target"]).get("task") or "" for row in rows})
         if len(names) > 1 or names[0] not in ("", *TASKS):
@@ -57,12 +60,11 @@ def read_log(path: str | Path) -> Log:
                 "the version that exported the task"
             )
         task = TASKS.get(names[0])
+        if task is not None and task.complete:
+            _check_all(path, rows, names[0], facts.get("n-samples"))
         result = score(own, texts, metrics_of(own, None, task), task=task)
     else:
         result = _foreign(path, rows, texts)
-    date, _, name = path.stem.partition("_samples_")
-    results = path.with_name(f"{date}_results.json")
-    facts = read_json(results, "delete it, or run lmms-eval again") if name and results.is_file() else {}
     day = f"{date[:4]}-{date[4:6]}-{date[6:8]}" if date[:8].isdigit() else ""
     return Log(
         name or path.stem, str(facts.get("model_name") or path.resolve().parent.name), str(facts.get("model_source") or ""),
@@ -93,6 +95,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise SparsightError(f"{path}: is empty; {ADVICE}")
     return [rows[number] for number in sorted(rows)]
+
+
+def _check_all(path: Path, rows: Sequence[Mapping[str, Any]], task: str, counts: Any) -> None:
+    """Refuse the log of a part of a task whose scores need all samples, as lmms-eval's limit leaves it.
+
+    How many there are stands in the targets, and in the `counts` of lmms-eval's results.
+    """
+    own = [json.loads(row["target"]).get("total") for row in rows[:1]]
+    theirs = [each.get("original") for each in counts.values() if isinstance(each, dict)] if isinstance(counts, dict) else []
+    whole = max((count for count in (*own, *(theirs if len(theirs) == 1 else ())) if isinstance(count, int)), default=0)
+    if len(rows) < whole:
+        raise SparsightError(
+            f"{path}: has {len(rows):,} of the {whole:,} samples of {task}, which scores questions about an image together; "
+            "run lmms-eval on all of them, without --limit and --offset"
+        )
 
 
 def _own_sample(row: Mapping[str, Any]) -> Sample | None:
