@@ -46,6 +46,22 @@ def test_version(run):
     assert run("--version") == (0, "0.1.0\n", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["diff", "A"], "diff: b is missing (folder of another model, as the dense one); see sparsight diff --help"),
+        (["run"], "run: recipe is missing (YAML file); see sparsight run --help"),
+        (["merge"], "No such command 'merge'; give one of inspect, plan, prune, restore, eval, verify, ask, diff, "),
+        (["prun"], "No such command 'prun'. Did you mean 'prune', 'run'?"),
+    ],
+)
+def test_what_is_missing_on_the_command_line_is_said(words, line, run):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"sparsight: {line}")
+    assert err.count("\n") == 1
+
+
 def test_inspect(run, zoo_folder):
     code, out, _ = run("inspect", zoo_folder("llava"), "--layers")
     assert code == 0

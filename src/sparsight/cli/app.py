@@ -6,6 +6,7 @@ interrupted by Ctrl-C, 143 by SIGTERM.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import warnings
@@ -87,7 +88,7 @@ def main() -> None:
             except (Interrupted, KeyboardInterrupt, typer.Abort) as stop:
                 code = _interrupted(stop)
             except _USAGE as error:
-                code = _fail(error.format_message(), 2)
+                code = _fail(_usage_line(error), 2)
             except PermissionError as error:
                 code = _fail(f"{error.filename}: {error.strerror}; give a file or folder that this user may use", 2)
             except Exception:
@@ -99,6 +100,19 @@ def main() -> None:
                 raise
             code = _interrupted(error)  # the signal came while another error, often its own consequence, was handled
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_line(error: Any) -> str:
+    """The line of wrong usage: of an argument that is missing what it is, and of a command that there is not the others."""
+    line = error.format_message()
+    context, argument = getattr(error, "ctx", None), getattr(error, "param", None)
+    if line.startswith("No such command") and line.endswith("."):  # without a name that is like it
+        return f"{line.rstrip('.')}; give one of {', '.join((*COMMANDS, 'demo'))}"
+    if context is None or argument is None or not line.startswith("Missing argument"):
+        return line
+    what = re.split(r"[;:.] ", getattr(argument, "help", None) or "a value")[0].rstrip(".")
+    what = what if what[1:2].isupper() else what[:1].lower() + what[1:]
+    return f"{context.info_name}: {argument.name} is missing ({what}); see sparsight {context.info_name} --help"
 
 
 def _stop(stop: KeyboardInterrupt) -> None:
