@@ -62,6 +62,37 @@ def test_what_is_missing_on_the_command_line_is_said(words, line, run):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("inspect nowhere", "nowhere: no such folder; give the folder of a model or a hub name such as owner/model"),
+        ("verify nowhere", "nowhere: no such folder"),
+        ("bench nowhere", "nowhere: no such folder"),
+        ("diff nowhere b", "nowhere: no such folder"),
+        ("unpack nowhere out", "nowhere: no such folder"),
+        ("eval owner/model --data no.jsonl", "no.jsonl: no such file or folder"),
+        ("restore owner/model out --data no.parquet", "no.parquet: "),
+        ("prune owner/model full", "full: exists and is not empty; choose another folder, or add --overwrite"),
+        ("pack owner/model full", "full: exists and is not empty"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(words, line, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    script = """
+import sys
+from sparsight.cli.app import main
+try:
+    main()
+finally:
+    print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script, *words.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+    assert done.stderr.startswith(f"sparsight: {line}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_inspect(run, zoo_folder):
     code, out, _ = run("inspect", zoo_folder("llava"), "--layers")
     assert code == 0

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsight.arguments import anatomy_of, check_folder_data, check_recipe, in_memory_spec, is_folder, need, places
+from sparsight.arguments import anatomy_of, check_folder_data, check_recipe, in_memory_spec, is_folder, need, paths, places
 from sparsight.checks import check_paths
 from sparsight.looks import ask as ask
 from sparsight.looks import diff as diff
@@ -218,9 +218,9 @@ def verify(
 
     **Raises** `SparsightError` if there is nothing to compare with.
     """
+    model, against = places(model=model, against=against)
     from sparsight.checkpoint.verify import verify
 
-    model, against = places(model=model, against=against)
     return verify(model, against, family=family)
 
 
@@ -242,10 +242,9 @@ def pack(
 
     **Raises** `SparsightError`, one line, for a folder without zeros and for damaged files.
     """
+    sparse, out = paths(sparse=sparse, out=out)
     from sparsight.checkpoint.pack import pack_folder
 
-    check_paths(sparse=sparse, out=out)
-    (sparse,) = places(sparse=sparse)
     return pack_folder(sparse, out, PackSpec.make(spec, settings), overwrite=overwrite, resume=resume, progress=progress)
 
 
@@ -261,10 +260,10 @@ def unpack(
 
     **Raises** `SparsightError`, one line, for a folder that is not packed and for damaged files.
     """
+    packed, out = paths(packed=packed, out=out)
     from sparsight.checkpoint.pack import unpack_folder
 
-    check_paths(packed=packed, out=out)
-    return unpack_folder(places(packed=packed)[0], out, overwrite=overwrite, resume=resume, progress=progress)
+    return unpack_folder(packed, out, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def bench(
@@ -283,10 +282,10 @@ def bench(
 
     **Raises** `SparsightError` for a model without zeros.
     """
+    (folder,) = paths(folder=folder)
     from sparsight.evaluation.bench import bench_folder
 
-    check_paths(folder=folder)
-    return bench_folder(places(folder=folder)[0], BenchSpec.make(spec, settings), record=record, progress=progress)
+    return bench_folder(folder, BenchSpec.make(spec, settings), record=record, progress=progress)
 
 
 def estimate(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsight.checks import check_paths, need_packages
+from sparsight.checks import check_paths, check_place, need_packages
 from sparsight.errors import SparsightError
 from sparsight.shared_spec import FamilySpec
 
@@ -17,15 +17,31 @@ from sparsight.shared_spec import FamilySpec
 def places(**values: Any) -> tuple[Any, ...]:
     """The values, with folders for `demo:` names.
 
-    **Raises** `SparsightError` for a `demo:` name that there is not, and for what needs a package that is missing.
+    **Raises** `SparsightError` for a `demo:` name that there is not, for what needs a package that is missing, and for a
+    model's folder and a file of data that are not there: before torch is imported.
     """
     for field in ("data", "held_out"):
         _check_dataset(values.get(field))
+        _check_file(values.get(field))
+    for field in ("model", "sparse", "packed", "folder"):
+        check_place(values.get(field))
     if not any(isinstance(value, str) and value.startswith("demo:") for value in values.values()):
         return tuple(values.values())
     from sparsight.recipe import embedded
 
     return tuple(embedded(field, value) for field, value in values.items())
+
+
+def paths(**values: Any) -> tuple[Any, ...]:
+    """The values, which must be paths, as `places` gives them. **Raises** as it does, and for what is no path."""
+    check_paths(**values)
+    return places(**values)
+
+
+def _check_file(data: Any) -> None:
+    """Refuse, by a `SparsightError`, a file of data that is not there."""
+    if isinstance(data, str | Path) and Path(data).suffix in (".jsonl", ".json", ".parquet") and not Path(data).exists():
+        raise SparsightError(f"{data}: no such file or folder")
 
 
 def _check_dataset(data: Any) -> None:

@@ -159,3 +159,12 @@ def plain_value(value: Any) -> Any:
 def whole_name(model: str | Path) -> str:
     """The name of a model in a record: the absolute path of a folder, or a hub name."""
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+
+
+def check_place(model: Any) -> None:
+    """Refuse, by a `SparsightError`, a path that is not there; a name of one's own and of a model may be on the Hub."""
+    if not isinstance(model, str | Path) or not (where := str(model)).strip() or where.startswith("demo:"):
+        return
+    with contextlib.suppress(OSError):  # a name too long, no permission: said where it is read
+        if not Path(where).exists() and (where.startswith((".", "/", "~")) or where.count("/") != 1):
+            raise SparsightError(f"{where}: no such folder; give the folder of a model or a hub name such as owner/model")

@@ -1,12 +1,13 @@
-"""Write files as a whole or not at all, with the modes that the user's umask gives."""
+"""Write files as a whole or not at all, with the modes that the user's umask gives; what a folder to write to must be."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,34 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_each(inner, change) for inner in value]
     return change(value) if isinstance(value, str) else value
+
+
+def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:
+    """The output folder, where a link leads to; touches nothing.
+
+    **Raises** `SparsightError` for one that would lose something, as one of the `inputs`.
+    """
+    out = Path(folder)
+    try:
+        out = Path(os.path.realpath(out)) if out.is_symlink() else out
+        if out.is_symlink():  # a loop, of which `resolve` says nothing from Python 3.13 on
+            raise OSError(errno.ELOOP, "a loop of links")
+        if out.is_file():
+            raise SparsightError(f"{out}: is a file; give a folder to write to")
+        blocking = next((parent for parent in out.parents if parent.is_file()), None)
+        if blocking:
+            raise SparsightError(f"{out}: {blocking} is a file; give a folder to write to")
+        if os.path.ismount(out):
+            raise SparsightError(f"{out}: is a mount point and cannot be replaced; give a folder inside it")
+        for given in inputs:
+            if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(out.resolve()):
+                raise SparsightError(f"{out}: holds what is read ({given}); give another folder to write to")
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add `overwrite`")
+            if not (out / "config.json").is_file():
+                raise SparsightError(f"{out}: is not a model folder, so `overwrite` does not delete it; choose another")
+    except (OSError, RuntimeError) as error:  # a loop of links is the latter
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise SparsightError(f"{str(out)[:80]}: cannot be a folder ({reason}); choose another") from error
+    return out

@@ -31,10 +31,10 @@ def ask(
 
     **Raises** `SparsightError`, one line, for a picture, a model or a setting that cannot be used.
     """
+    model, against = places(model=model, against=against)
+    spec = EvaluateSpec(max_new_tokens=max_new_tokens, beams=beams, dtype=dtype, device=device)
     from sparsight.evaluation.ask import answer
 
-    spec = EvaluateSpec(max_new_tokens=max_new_tokens, beams=beams, dtype=dtype, device=device)
-    model, against = places(model=model, against=against)
     models = [model] if against is None else [model, against]
     return {"question": question, "answers": [answer(each, image, question, spec, processor) for each in models]}
 
@@ -49,7 +49,7 @@ def diff(
 
     **Raises** `SparsightError` for models of other layers.
     """
+    a, b = places(model=a, against=b)
     from sparsight.checkpoint.diff import diff
 
-    a, b = places(model=a, against=b)
     return diff(a, b, family=family)

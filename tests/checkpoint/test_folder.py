@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsight import SparsightError, api, recipe
-from sparsight.checkpoint.folder import atomic_folder, check_output, read_recipe, read_record
+from sparsight.checkpoint.folder import atomic_folder, read_recipe, read_record
+from sparsight.files import check_output
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 

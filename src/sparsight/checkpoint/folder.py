@@ -8,13 +8,11 @@ to load such a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from sparsight.checkpoint.card import model_card
 from sparsight.checkpoint.parts import PartFiles
 from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError, first_line
-from sparsight.files import make_beside, read_json, set_modes, with_home, without_home
+from sparsight.files import check_output, make_beside, read_json, set_modes, with_home, without_home
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
@@ -210,37 +208,6 @@ def family_of(record: Mapping[str, Any] | None, family: str | None = None) -> Fa
     """The family that settings name, else the one on record; None where the table knows the model."""
     family = family or (record or {}).get("family")
     return Family.parse(family) if family else None
-
-
-def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:
-    """The output folder, where a link leads to; touches nothing.
-
-    **Raises** `SparsightError` for one that would lose something, as one of the `inputs`.
-    """
-    out = Path(folder)
-    try:
-        out = Path(os.path.realpath(out)) if out.is_symlink() else out
-        if out.is_symlink():  # a loop, of which `resolve` says nothing from Python 3.13 on
-            raise OSError(errno.ELOOP, "a loop of links")
-        if out.is_file():
-            raise SparsightError(f"{out}: is a file; give a folder to write to")
-        blocking = next((parent for parent in out.parents if parent.is_file()), None)
-        if blocking:
-            raise SparsightError(f"{out}: {blocking} is a file; give a folder to write to")
-        if os.path.ismount(out):
-            raise SparsightError(f"{out}: is a mount point and cannot be replaced; give a folder inside it")
-        for given in inputs:
-            if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(out.resolve()):
-                raise SparsightError(f"{out}: holds what is read ({given}); give another folder to write to")
-        if out.is_dir() and any(out.iterdir()):
-            if not overwrite:
-                raise SparsightError(f"{out}: exists and is not empty; choose another folder, or add `overwrite`")
-            if not (out / "config.json").is_file():
-                raise SparsightError(f"{out}: is not a model folder, so `overwrite` does not delete it; choose another")
-    except (OSError, RuntimeError) as error:  # a loop of links is the latter
-        reason = getattr(error, "strerror", None) or "a loop of links"
-        raise SparsightError(f"{str(out)[:80]}: cannot be a folder ({reason}); choose another") from error
-    return out
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ import torch
 
 from sparsight import kernels
 from sparsight.checkpoint.card import packed_card, unpacked_card
-from sparsight.checkpoint.folder import atomic_folder, check_output, read_record, source_of
+from sparsight.checkpoint.folder import atomic_folder, read_record, source_of
 from sparsight.checkpoint.lock import INSIDE, locked
 from sparsight.checkpoint.unfinished import unfinished
 from sparsight.errors import Notice, SparsightError, first_line
-from sparsight.files import read_json, replace_file, without_home, write_json
+from sparsight.files import check_output, read_json, replace_file, without_home, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
 from sparsight.model.files import check_files
 from sparsight.packing.headers import header_entry, header_text, in_order

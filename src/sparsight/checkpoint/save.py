@@ -8,7 +8,6 @@ from typing import Any
 from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
-    check_output,
     family_of,
     plan_of_zeros,
     read_plan,
@@ -20,6 +19,7 @@ from sparsight.checkpoint.lock import locked
 from sparsight.checkpoint.verify import recorded_plan
 from sparsight.checks import check_paths, whole_name
 from sparsight.errors import SparsightError
+from sparsight.files import check_output
 from sparsight.model.anatomy import anatomy
 from sparsight.model.source import check_model
 from sparsight.version import VERSION

@@ -20,9 +20,12 @@ from sparsight.cli.flags import add_fields, flag, with_flags
 from sparsight.cli.output import check_eval, show, write_eval
 from sparsight.cli.progress import progress_display
 from sparsight.errors import SparsightError
+from sparsight.files import check_output
 from sparsight.options import Argument, Option, options, types_of
 from sparsight.shared_spec import SharedSpec
 from sparsight.specs import SPECS, PruneSpec, RestoreSpec
+
+WRITERS = ("prune", "restore", "pack", "unpack", "search")  # commands that write a folder, new or replaced
 
 Values = dict[str, Any]
 Shown = tuple[Any, Sequence[Any], bool]  # facts for --json, what is printed else, whether all is well
@@ -75,6 +78,8 @@ def make(name: str, command: Command) -> Callable[..., None]:
         shown = command.instead(values)
         if shown is not None:
             return _end(shown, as_json)
+        if name in WRITERS:  # before torch is imported
+            check_output(values["out"], values["overwrite"])
         verb = getattr(api, command.verb)  # as it is now
         own = {key: value for key, value in values.items() if key not in extras}
         if command.quiet:

@@ -18,12 +18,12 @@ from typing import Any
 
 from PIL import Image
 
-from sparsight.checkpoint.folder import atomic_folder, check_output
+from sparsight.checkpoint.folder import atomic_folder
 from sparsight.checks import check_paths
 from sparsight.data.pixels import converts, opened
 from sparsight.data.sample import PLACEHOLDER, Sample
 from sparsight.errors import Notice, SparsightError, quote
-from sparsight.files import write_text
+from sparsight.files import check_output, write_text
 from sparsight.tasks import TASKS
 from sparsight.tasks.wording import Decoding
 

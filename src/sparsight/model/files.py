@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from sparsight.checks import check_place
 from sparsight.errors import LINE, SparsightError, first_line, quote
 from sparsight.packing.headers import read_header
 from sparsight.packing.shards import INDEX, METHOD, SINGLE, check_layout
@@ -68,8 +69,7 @@ def _check_files(where: str, folder: Path) -> None:
         _check_shards(folder, headers)
     elif folder.exists():
         raise SparsightError(f"{where}: is a file; give the folder of a model or a hub name")
-    elif where.startswith((".", "/", "~")) or where.count("/") != 1:
-        raise SparsightError(f"{where}: no such folder; give the folder of a model or a hub name such as owner/model")
+    check_place(where)
 
 
 def check_config(where: str, config: dict[str, Any]) -> None:

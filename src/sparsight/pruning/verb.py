@@ -18,7 +18,6 @@ from sparsight.calibration.rehearsal import rehearse
 from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
-    check_output,
     family_of,
     read_plan,
     read_recipe,
@@ -34,6 +33,7 @@ from sparsight.checks import name_of, whole_name
 from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
+from sparsight.files import check_output
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy

@@ -17,7 +17,6 @@ from sparsight import distributed
 from sparsight.checkpoint.folder import (
     Record,
     atomic_folder,
-    check_output,
     read_metrics,
     read_plan,
     read_recipe,
@@ -34,6 +33,7 @@ from sparsight.checks import whole_name
 from sparsight.data import read_with
 from sparsight.data.own_batches import OwnBatches, as_samples_or_batches
 from sparsight.errors import SparsightError
+from sparsight.files import check_output
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import AUTO, enough_memory, peak_memory
 from sparsight.model.anatomy import Anatomy

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sparsight.checkpoint.folder import Record, atomic_folder, check_output, read_record, sparsity_record, write_model
+from sparsight.checkpoint.folder import Record, atomic_folder, read_record, sparsity_record, write_model
 from sparsight.checkpoint.lock import locked
 from sparsight.checks import whole_name
 from sparsight.errors import SparsightError
 from sparsight.evaluation.evaluate import Result, headline
+from sparsight.files import check_output
 from sparsight.memory import enough_memory
 from sparsight.model.load import check_device
 from sparsight.progress import Progress
