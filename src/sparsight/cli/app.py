@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsight.checks import need_packages
-from sparsight.cli.commands import COMMANDS, LazyHelp, make
+from sparsight.cli.commands import COMMANDS, LazyHelp, make, verb_parameters
 from sparsight.cli.flags import with_flags
 from sparsight.cli.output import launched_rank, show
 from sparsight.cli.progress import progress_display
@@ -110,9 +110,12 @@ def _usage_line(error: Any) -> str:
         return f"{line.rstrip('.')}; give one of {', '.join((*COMMANDS, 'demo'))}"
     if context is None or argument is None or not line.startswith("Missing argument"):
         return line
-    what = re.split(r"[;:.] ", getattr(argument, "help", None) or "a value")[0].rstrip(".")
+    name = context.info_name
+    known = verb_parameters(COMMANDS[name].verb) if name in COMMANDS else []  # some versions of typer lose the help
+    texts = [parameter.default.help for parameter in known if parameter.name == argument.name]
+    what = re.split(r"[;:.] ", texts[0] if texts else "a value")[0].rstrip(".")
     what = what if what[1:2].isupper() else what[:1].lower() + what[1:]
-    return f"{context.info_name}: {argument.name} is missing ({what}); see sparsight {context.info_name} --help"
+    return f"{name}: {argument.name} is missing ({what}); see sparsight {name} --help"
 
 
 def _stop(stop: KeyboardInterrupt) -> None:
