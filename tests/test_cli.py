@@ -73,6 +73,7 @@ def test_what_is_missing_on_the_command_line_is_said(words, line, run):
         ("eval owner/model --data no.jsonl", "no.jsonl: no such file or folder"),
         ("restore owner/model out --data no.parquet", "no.parquet: "),
         ("prune owner/model full", "full: exists and is not empty; choose another folder, or add --overwrite"),
+        ("ask owner/model no.png why", "--image: no.png is no file; give a picture"),
         ("pack owner/model full", "full: exists and is not empty"),
     ],
 )

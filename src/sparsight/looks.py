@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from sparsight.arguments import places
+from sparsight.errors import SparsightError
 from sparsight.options import Argument
 from sparsight.specs import EvaluateSpec
 
@@ -31,6 +33,10 @@ def ask(
 
     **Raises** `SparsightError`, one line, for a picture, a model or a setting that cannot be used.
     """
+    if not question.strip():
+        raise SparsightError("`question`: is empty; ask something")
+    if isinstance(image, str | Path) and not Path(image).is_file():  # before torch is imported
+        raise SparsightError(f"`image`: {image} is no file; give a picture")
     model, against = places(model=model, against=against)
     spec = EvaluateSpec(max_new_tokens=max_new_tokens, beams=beams, dtype=dtype, device=device)
     from sparsight.evaluation.ask import answer

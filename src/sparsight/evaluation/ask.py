@@ -24,10 +24,8 @@ from sparsight.specs import EvaluateSpec
 def answer(model: Any, image: Any, question: str, spec: EvaluateSpec, processor: Any = None) -> dict[str, Any]:
     """What a model in a folder or in memory writes: {"model", "answer", "seconds"}, the time without that of loading.
 
-    **Raises** `SparsightError` for a picture that cannot be read, an empty question, and what the model cannot take.
+    **Raises** `SparsightError` for a picture that cannot be read, and for what the model cannot take.
     """
-    if not question.strip():
-        raise SparsightError("`question`: is empty; ask something")
     sample = Sample("the question", (picture(image),), (Turn(question.strip(), ("?",)),))
     named = isinstance(model, str | Path)
     if named:
@@ -53,8 +51,6 @@ def picture(image: Any) -> Stored:
     if isinstance(image, Image.Image):
         return image
     path = Path(image)
-    if not path.is_file():
-        raise SparsightError(f"`image`: {path} is no file; give a picture")
     try:
         return finder(path.resolve().parent)(path.name)[0]
     except BadRecord as error:
