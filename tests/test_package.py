@@ -163,7 +163,7 @@ finally:
         ("sweep figures/fixed-sum out", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
         ("prune demo:llava x --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
         ("plan demo:llava --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
-        ("restore a b --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
+        ("restore own/a b --data demo:train", "demo:train needs scikit-learn: pip install 'sparsight[demo]'"),
         ("search demo:llava x --data demo:train --held-out demo:test", "demo:train needs scikit-learn"),
         ("eval demo:llava --data demo:test", "demo:test needs scikit-learn: pip install 'sparsight[demo]'"),
         ("eval demo:llava --data lmms-lab/VQAv2", "lmms-lab/VQAv2: reading it needs datasets: pip install 'sparsight"),
@@ -174,10 +174,10 @@ finally:
         ("eval demo:llava --task gqa --data tables", "tables: reading it needs datasets: pip install 'sparsight[data]'"),
         ("report tables", "the report needs matplotlib: pip install 'sparsight[report]'"),
         (
-            "restore a b --data x.jsonl --report-to tensorboard",
+            "restore own/a b --data x.jsonl --report-to tensorboard",
             "--report-to: tensorboard needs tensorboardX or tensorboard: pip install tensorboardX",
         ),
-        ("prune a b --report-to wandb", "--report-to: wandb needs wandb: pip install wandb"),
+        ("prune own/a b --report-to wandb", "--report-to: wandb needs wandb: pip install wandb"),
         ("report x", "x: is not there; give folders that eval --record or sweep has written to"),
         ("run llava-1.5-7b", "--out: is missing; give a folder for the results, or add --cost"),
         ("run llava-1.5-7b --cost", "llava-1.5-7b: data: train.jsonl is not there, and the cost is that of its samples"),
@@ -187,6 +187,7 @@ def test_what_is_missing_is_said_before_torch_is_imported(words, line, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "tables" / "data").mkdir(parents=True)
     (tmp_path / "tables" / "data" / "test.parquet").touch()
+    (tmp_path / "x.jsonl").touch()
     missing = "sklearn,matplotlib,datasets,tensorboard,tensorboardX,wandb"
     command = [sys.executable, "-c", WITHOUT, missing, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
