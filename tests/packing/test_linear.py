@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import io
 import os
@@ -230,12 +231,14 @@ def test_the_kernels_compile_for_other_cpus():
             assert done.returncode == 0, done.stderr[:2000]
 
 
-needs_tiles = pytest.mark.skipif(
-    not kernels.has_tiles(torch.zeros(1, dtype=torch.bfloat16)), reason="the CPU has no matrix tiles"
-)
+@pytest.fixture(scope="module")
+def tiles():
+    """Skip where the CPU has no matrix tiles; asked here, since the answer takes a compilation."""
+    if not kernels.has_tiles(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("the CPU has no matrix tiles")
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("form", ["packed", "int8", "dense"])
 @pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (70, 2200)])
 def test_matrix_tiles_multiply(rows, columns, form):
@@ -248,7 +251,7 @@ def test_matrix_tiles_multiply(rows, columns, form):
         assert close(y, x, W, linear.bias, torch.bfloat16), tokens
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 def test_matrix_tiles_and_those_of_torch_do_not_disturb_each_other():
     linear = layer(300, 700, torch.bfloat16)
     sparse, x = SparseLinear.of(linear), torch.randn(40, 700).bfloat16()
@@ -364,6 +367,24 @@ def test_autocast_of_an_int8_layer_with_a_bias_of_another_dtype():
         y, expected = SparseLinear.of(linear, int8=True)(x), linear(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_autocast_gives_the_dtype_that_an_ordinary_layer_gives(tokens, dtype, given):
+    linear, x = layer(96, 300, torch.bfloat16), torch.randn(tokens, 300).to(given)
+    ours = nn.Sequential(copy.deepcopy(linear))
+    ours[0].__class__ = DenseLinear
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        if given == torch.float64:  # no autocast takes it
+            with pytest.raises(RuntimeError, match="dtype"):
+                linear(x)
+            return
+        expected = linear(x)
+        for y in (SparseLinear.of(linear)(x), ours(x)):
+            assert y.dtype == expected.dtype == dtype
+            torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
 def test_an_int8_layer_of_the_meta_device_is_made_anew():

@@ -19,6 +19,7 @@ from sparsight.errors import Notice, OutOfMemory, SparsightError
 from sparsight.memory import AUTO, is_out_of_memory, main_device
 from sparsight.model.discover import discover
 from sparsight.model.files import check_config, check_files, check_unexpected, stored_dtypes
+from sparsight.packing.linear import has_packed_layers
 from sparsight.packing.reader import errors, register
 
 LARGE = 50_000_000  # parameters; a smaller model is quick in any dtype
@@ -82,6 +83,9 @@ def load_model(
             raise SparsightError(f"{where}: the model could not be loaded: {reason}") from error
     model, info = loaded
     check_loaded(where, model, info, dtype, str(main_device(device)))
+    if packed is True and not has_packed_layers(model):
+        note = "every packed layer is so small that it is faster dense; all are expanded; `packed='all'` keeps them packed"
+        warnings.warn(Notice(f"{where}: {note}"), stacklevel=2)
     if spread:
         return model.eval()
     try:

@@ -77,8 +77,11 @@ class SparseLinear(nn.Module):
             raise SparsightError(
                 f"inputs of {x.shape[-1]} features were given to a packed layer that takes {self.in_features}"
             )
+        bias: torch.Tensor | None = self.bias
+        if (dtype := _autocast_dtype(x)) is not None:  # as F.linear under autocast
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         multiply = _multiply if _plain(x) else sparse_linear
-        return multiply(x, self.weight, self.weight_bits, self.weight_scale, self.bias, self._where())
+        return multiply(x, self.weight, self.weight_bits, self.weight_scale, bias, self._where())
 
     def count(self) -> None:
         """Count where the values of each row begin, once for these bits; the first product does it, if nothing else did."""
@@ -149,6 +152,12 @@ def sparse_linear(
 @sparse_linear.register_fake
 def _(x: Any, values: Any, bits: Any, scale: Any, bias: Any, offset: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], bits.shape[0])
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that an autocast wants a product with x to have; None where it leaves x as it is."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
 
 
 def _plain(x: torch.Tensor) -> bool:
@@ -237,7 +246,7 @@ class DenseLinear(nn.Linear):
         """x (..., in) -> (..., out)."""
         W = self.weight
         ours = W.dtype == x.dtype == torch.bfloat16 and not W.is_cuda
-        ours = ours and (self.bias is None or self.bias.dtype == x.dtype)
+        ours = ours and (self.bias is None or self.bias.dtype == x.dtype) and _autocast_dtype(x) in (None, x.dtype)
         # torch.compile cannot ask for tiles: it takes the operator, which looks at the number of tokens itself
         ours = ours and (torch.compiler.is_compiling() or _ours_is_faster(x))
         if not ours or (torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)):
