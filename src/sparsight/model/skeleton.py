@@ -6,7 +6,9 @@ those of `from_pretrained`, and buffers that no file holds have the values that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def load_skeleton(
 ) -> tuple[Any, Shards]:  # fmt: skip
     """The model of a folder or hub name without weights, in eval mode, and its files; buffers are on `device`.
 
-    `device` None: the model will not run.
+    `device` None: the model will not run, and its buffers have no values.
 
     **Raises** `SparsightError` as `load_model` does, and `Unfit` where transformers gives no model without weights.
     """
@@ -66,8 +68,10 @@ def load_skeleton(
     model.eval()
     model.config.name_or_path = model.name_or_path = where
     _tie(model, shards)
+    if device is None:
+        return model, shards
     try:
-        _compute_buffers(model, device or "cpu")
+        _compute_buffers(model, device)
         if model.can_generate():
             model.generation_config = _read_generation_config(where)
     except AttributeError as error:
@@ -75,6 +79,18 @@ def load_skeleton(
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in model.state_dict()]:
         raise Unfit(f"the values of {left[0]} are not known without its weights")
     return model, shards
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Inside, Python does not look for cycles: among the many small objects of a model it finds none, and takes time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def without_data(form: tuple[torch.dtype, tuple[int, ...]]) -> torch.Tensor:

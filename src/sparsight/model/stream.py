@@ -22,7 +22,7 @@ from sparsight.memory import give_back_memory, is_out_of_memory, main_device
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import load_model, quiet
-from sparsight.model.skeleton import META, Unfit, load_skeleton, stored_names, without_data
+from sparsight.model.skeleton import META, Unfit, collector_paused, load_skeleton, stored_names, without_data
 
 try:
     from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
@@ -59,8 +59,9 @@ class Stream:
         if LACKS:
             raise Unfit(LACKS)
         self.device = main_device(device or "cpu")
-        self.model, self.shards = load_skeleton(path, dtype=dtype, device=device and str(self.device))
-        self.anatomy = self._watch(anatomy(self.model, family))
+        with collector_paused():
+            self.model, self.shards = load_skeleton(path, dtype=dtype, device=device and str(self.device))
+            self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
         self.sources: dict[str, Callable[[], Tensors]] = {}
         self.keep: str | None = None
