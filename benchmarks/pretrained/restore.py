@@ -38,6 +38,8 @@ GRID: dict[str, dict[str, Any]] = {  # beside `steps` and `batch_size`, what is 
     "answer": {"reduction": "answer"},
     "root, 120 steps": {"reduction": "root", "steps": 120},
     "120 steps": {"steps": 120},
+    # what `restore` does with no option, from weights in bfloat16: a pass over the data in steps of 32
+    "one epoch": {"steps": None, "batch_size": 8, "accumulate": 4, "dtype": "bfloat16"},
 }
 COLUMNS = (
     *("date", "torch", "cpu", "setting", "row", "steps", "batch_size", "lr", "kl", "reduction"),
@@ -105,11 +107,11 @@ def score(folder: Path, measured: Path, fixed: dict[str, Any]) -> dict[str, str]
 
 def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixed: dict[str, Any]) -> None:
     """Restore a sparse folder by one row of the grid, and keep what it scores."""
-    how = {"steps": STEPS, "batch_size": SIZE, **GRID[row]}
+    how = {"steps": STEPS, "batch_size": SIZE, "dtype": "float32", **GRID[row]}
     began = time.perf_counter()
     done = sparsight.restore(
-        sparse, work / "restored", data=folder / "data" / "restore.jsonl", teacher=folder, dtype="float32",
-        overwrite=True, **how,
+        sparse, work / "restored", data=folder / "data" / "restore.jsonl", teacher=folder, overwrite=True,
+        **how,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     scores = score(folder, work / "restored", fixed)
@@ -117,7 +119,8 @@ def restore(folder: Path, sparse: Path, setting: str, row: str, work: Path, fixe
     assert dense is not None
     assert pruned is not None
     spec, lr = sparsight.RestoreSpec(**how), done.metrics["restore"]["lr"]
-    cells = {"steps": spec.steps, "batch_size": spec.batch_size, "lr": lr, "kl": spec.kl}
+    curve = done.metrics["restore"]["curve"]
+    cells = {"steps": spec.steps or curve[-1]["step"], "batch_size": spec.rows * spec.accumulate, "lr": lr, "kl": spec.kl}
     cells |= {"reduction": spec.reduction, "restore_s": f"{seconds:.0f}"}
     shares = {
         "regained": share(float(dense["exact"]), float(pruned["exact"]), float(scores["exact"])),
