@@ -2,9 +2,9 @@
 
 Each tool runs in a process of its own (the peer in its own environment) on one model folder and one file of batches, both
 made here, in turns. Measured is the peak of resident memory, and the time of pruning: of the peer without loading and
-saving, of ours with both, which go block by block. Then the results are compared: the share of mask entries that agree, and
-the largest difference of kept weights relative to their size, in the first block (which sees the same inputs in both) and
-over all.
+saving; ours reads and writes block by block, so its time is printed with that, and without it behind. Then the results are
+compared: the share of mask entries that agree, and the largest difference of kept weights relative to their size, in the
+first block (which sees the same inputs in both) and over all.
 
     python -m venv ENV && ENV/bin/pip install -r benchmarks/peers/requirements.txt
     python benchmarks/peers/race.py --peer ENV/bin/python [--size small|300m] [--dtype bfloat16] [--runs 1]
@@ -109,19 +109,24 @@ def main() -> None:
             peer = best["llm-compressor"]
             for name, found in best.items():
                 peak = min(r["peak"] for r in runs[name])
+                alone = found["seconds"] - found.get("files", 0.0)
                 print(
                     f"{method:>10}  {name:<16}{found['seconds']:8.1f} s  {peer['seconds'] / found['seconds']:5.2f}x   "
-                    f"peak {peak / 2**30:.2f} GiB, {peak / min(r['peak'] for r in runs['llm-compressor']):.2f}x"
+                    f"peak {peak / 2**30:.2f} GiB, {peak / min(r['peak'] for r in runs['llm-compressor']):.2f}x   "
+                    f"without files {alone:.1f} s, {peer['seconds'] / alone:.2f}x"
                 )
-                rows.append([method, name, f"{found['seconds']:.1f}", f"{peak / 2**30:.2f}"])
+                rows.append([method, name, f"{found['seconds']:.1f}", f"{peak / 2**30:.2f}", f"{alone:.1f}"])
             for what, value in compare(best["ours, block"]["out"], peer["out"]).items():
                 print(f"{'':>12}{what}: {value:.6f}")
-                rows.append([method, what, f"{value:.6f}", ""])
+                rows.append([method, what, f"{value:.6f}", "", ""])
     path = HERE / f"race-{asked.size}-{asked.dtype}.csv"
     with path.open("w", newline="") as file:
         fixed = [datetime.date.today(), torch.__version__, torch.get_num_threads()]
         csv.writer(file).writerows(
-            [["date", "torch", "threads", "method", "what", "seconds or value", "peak GiB"], *([*fixed, *r] for r in rows)]
+            [
+                ["date", "torch", "threads", "method", "what", "seconds or value", "peak GiB", "seconds without files"],
+                *([*fixed, *r] for r in rows),
+            ]
         )
 
 

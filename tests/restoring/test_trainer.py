@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +181,49 @@ def test_held_out_samples_are_never_trained_on(sparse, scenes):
     assert all(set(one) == learned for one in passes)
     assert passes[0] != passes[1] != passes[2]
     assert passes[0] == [Shuffled(order.numbered, 9, seed=3)[i][1].id for i in range(9)]
+
+
+def test_the_samples_of_a_step_stand_by_length(sparse, scenes):
+    """So that the batches that a step is divided into have little padding; which samples a step has stays the same."""
+    samples = [replace(sample, images=sample.images if i % 3 else ()) for i, sample in enumerate(list(read(scenes))[:11])]
+    numbered = list(enumerate(samples))
+    drawn, sorted_ = Shuffled(numbered, 24, seed=3), Shuffled(numbered, 24, seed=3, step=6)
+    for first in range(0, 24, 6):
+        step = [sorted_[i] for i in range(first, first + 6)]
+        assert sorted(i for i, _ in step) == sorted(drawn[i][0] for i in range(first, first + 6))
+        sizes = [(len(one.images), len(one.system + one.turns[0].prompt + one.turns[0].answer)) for _, one in step]
+        assert sizes == sorted(sizes, reverse=True)
+    assert [i for i, _ in map(sorted_.__getitem__, (7, 2, 23))] == [[i for i, _ in sorted_][place] for place in (7, 2, 23)]
+
+
+def test_divided_steps_are_the_same_steps_with_less_padding(zoo_folder, scenes, tmp_path):
+    api.prune(zoo_folder("llava"), tmp_path / "sparse", data=scenes, samples=8)
+    rows = [{"prompt": "what? " * (1 + 40 * (i % 2)), "answer": "a"} for i in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes, curves, weights = {}, {}, {}
+    encode = Encoder.encode
+    for accumulate in (1, 4):
+        seen = sizes[accumulate] = []
+
+        def noted(self, given, seen=seen):
+            batch = encode(self, given)
+            seen.append(tuple(batch.inputs["labels"].shape))
+            return batch
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Encoder, "encode", noted)
+            how = {"steps": 2, "batch_size": 8 // accumulate, "accumulate": accumulate, "lr": 1e-3, "clip": 0.0}
+            done = api.restore(tmp_path / "sparse", tmp_path / f"out{accumulate}", data=tmp_path / "data.jsonl", **how)
+        curves[accumulate] = [row["ce"] for row in done.metrics["restore"]["curve"]]
+        weights[accumulate] = load_file(tmp_path / f"out{accumulate}" / "model.safetensors")
+    assert curves[4] == pytest.approx(curves[1], rel=1e-4)
+    learned = {
+        accumulate: [rows * width for rows, width in sizes[accumulate] if rows == 8 // accumulate] for accumulate in (1, 4)
+    }
+    assert (len(learned[1]), len(learned[4])) == (2, 8)
+    assert sum(learned[4]) < 0.7 * sum(learned[1])
+    for name, W in weights[1].items():
+        torch.testing.assert_close(weights[4][name], W, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
