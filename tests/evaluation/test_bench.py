@@ -82,6 +82,12 @@ def test_a_record_is_a_figure_of_the_report(timed, tmp_path):
     heights = [bar.get_height() for bar in above.patches]
     assert sorted(heights) == sorted(ms for each in facts["layers"][-5:] for ms in each["ms"]["1"].values())
     assert len(below.patches) == 2 * len(facts["generate"])
+    low, high = above.get_ylim()
+    assert low < min(heights) < max(heights) < high
+    marks = [
+        label.get_text() for label, at in zip(above.get_yticklabels(), above.get_yticks(), strict=True) if low < at < high
+    ]
+    assert len([mark for mark in marks if mark]) >= 2, marks  # also where all bars lie in one decade
 
 
 def test_a_record_of_other_weights_or_a_damaged_one_is_no_figure(timed, tmp_path):

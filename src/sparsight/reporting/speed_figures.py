@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sparsight.packing.timing import OURS, TORCH
 from sparsight.reporting.runs import ScoredModel
@@ -34,6 +34,9 @@ def speed(run: ScoredModel) -> Figure:
         above, below = figure.subplots(2, 1)
         _bars(above, shapes, looks)
         above.set_yscale("log")
+        above.set_ylim(min(time for times in shapes.values() for time in times.values()) / 2, None)
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # where all bars lie between 1 and 10, too
+        above.yaxis.set_major_formatter(FuncFormatter(lambda time, _: f"{time:g}"))
         above.yaxis.set_minor_formatter(NullFormatter())
         above.set_ylabel("ms of a product, one token")
         above.set_xlabel("weight (rows x columns)")
