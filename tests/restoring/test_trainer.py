@@ -15,9 +15,10 @@ from sparsight.data import Encoder, read
 from sparsight.data.encoding import select_answers
 from sparsight.errors import Interrupted, NotWritten
 from sparsight.restoring.checkpoints import last_checkpoint, seal
+from sparsight.restoring.order import Shuffled
 from sparsight.restoring.side_effects import checkpointed_blocks
 from sparsight.restoring.student import make_student
-from sparsight.restoring.trainer import Shuffled, peak_rate, train
+from sparsight.restoring.trainer import peak_rate, train
 from sparsight.specs import RestoreSpec
 
 
