@@ -369,6 +369,14 @@ def test_autocast_of_an_int8_layer_with_a_bias_of_another_dtype():
     torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
+def test_layers_take_inputs_without_data():
+    linear, x = layer(96, 300, torch.bfloat16), torch.empty(2, 300, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad():
+        assert SparseLinear.of(linear).to("meta")(x).shape == (2, 96)
+        linear.__class__ = DenseLinear
+        assert linear.to("meta")(x).shape == (2, 96)
+
+
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -157,7 +157,9 @@ def _(x: Any, values: Any, bits: Any, scale: Any, bias: Any, offset: Any) -> tor
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that an autocast wants a product with x to have; None where it leaves x as it is."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):  # which does not know the meta device
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _plain(x: torch.Tensor) -> bool:
