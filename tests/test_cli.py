@@ -75,6 +75,9 @@ def test_what_is_missing_on_the_command_line_is_said(words, line, run):
         ("prune owner/model full", "full: exists and is not empty; choose another folder, or add --overwrite"),
         ("ask owner/model no.png why", "--image: no.png is no file; give a picture"),
         ("pack owner/model full", "full: exists and is not empty"),
+        ("pack full full", "full: holds what is read (full); give another folder to write to"),
+        ("prune owner/model full --data full/x", "full: holds what is read (full/x)"),
+        (f"ask owner/model {'why' * 100} why", "--image: whywhy"),
     ],
 )
 def test_what_is_not_there_is_said_before_torch_is_imported(words, line, tmp_path):
@@ -92,6 +95,14 @@ finally:
     assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
     assert done.stderr.startswith(f"sparsight: {line}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_a_name_of_data_that_is_too_long_is_said_in_one_line(suffix, run, tmp_path, zoo_folder):
+    name = f"{'long' * 100}.{suffix}"
+    assert refused(
+        run("prune", zoo_folder("llava"), tmp_path / "out", "--data", name), f"sparsight: {name[:100]}", "cannot be read"
+    )
 
 
 def test_inspect(run, zoo_folder):

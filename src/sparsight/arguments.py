@@ -40,8 +40,11 @@ def paths(**values: Any) -> tuple[Any, ...]:
 
 def _check_file(data: Any) -> None:
     """Refuse, by a `SparsightError`, a file of data that is not there."""
-    if isinstance(data, str | Path) and Path(data).suffix in (".jsonl", ".json", ".parquet") and not Path(data).exists():
-        raise SparsightError(f"{data}: no such file or folder")
+    if not isinstance(data, str | Path) or Path(data).suffix not in (".jsonl", ".json", ".parquet"):
+        return
+    with contextlib.suppress(OSError):  # a name too long, no permission: said where it is read
+        if not Path(data).exists():
+            raise SparsightError(f"{data}: no such file or folder")
 
 
 def _check_dataset(data: Any) -> None:

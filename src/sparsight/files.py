@@ -119,6 +119,14 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether there is a file or folder; a name that is too long, and one that may not be looked at, is that of none."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
 def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()) -> Path:
     """The output folder, where a link leads to; touches nothing.
 
@@ -137,7 +145,7 @@ def check_output(folder: str | Path, overwrite: bool = False, inputs: Sequence[s
         if os.path.ismount(out):
             raise SparsightError(f"{out}: is a mount point and cannot be replaced; give a folder inside it")
         for given in inputs:
-            if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(out.resolve()):
+            if given is not None and is_there(given) and Path(given).resolve().is_relative_to(out.resolve()):
                 raise SparsightError(f"{out}: holds what is read ({given}); give another folder to write to")
         if out.is_dir() and any(out.iterdir()):
             if not overwrite:

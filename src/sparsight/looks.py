@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from sparsight.arguments import places
-from sparsight.errors import SparsightError
+from sparsight.errors import LINE, SparsightError
+from sparsight.files import is_there
 from sparsight.options import Argument
 from sparsight.specs import EvaluateSpec
 
@@ -35,8 +36,8 @@ def ask(
     """
     if not question.strip():
         raise SparsightError("`question`: is empty; ask something")
-    if isinstance(image, str | Path) and not Path(image).is_file():  # before torch is imported
-        raise SparsightError(f"`image`: {image} is no file; give a picture")
+    if isinstance(image, str | Path) and not (is_there(image) and Path(image).is_file()):  # before torch is imported
+        raise SparsightError(f"`image`: {str(image)[:LINE]} is no file; give a picture")
     model, against = places(model=model, against=against)
     spec = EvaluateSpec(max_new_tokens=max_new_tokens, beams=beams, dtype=dtype, device=device)
     from sparsight.evaluation.ask import answer

@@ -26,6 +26,7 @@ from sparsight.shared_spec import SharedSpec
 from sparsight.specs import SPECS, PruneSpec, RestoreSpec
 
 WRITERS = ("prune", "restore", "pack", "unpack", "search")  # commands that write a folder, new or replaced
+READ = ("model", "sparse", "packed", "data")  # what they read, which must not lie in it
 
 Values = dict[str, Any]
 Shown = tuple[Any, Sequence[Any], bool]  # facts for --json, what is printed else, whether all is well
@@ -79,7 +80,7 @@ def make(name: str, command: Command) -> Callable[..., None]:
         if shown is not None:
             return _end(shown, as_json)
         if name in WRITERS:  # before torch is imported
-            check_output(values["out"], values["overwrite"])
+            check_output(values["out"], values["overwrite"], [values.get(key) for key in READ])
         verb = getattr(api, command.verb)  # as it is now
         own = {key: value for key, value in values.items() if key not in extras}
         if command.quiet:
