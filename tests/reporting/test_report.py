@@ -269,15 +269,16 @@ def test_record_needs_a_folder_of_ones_own(models, run):
     assert not (models / "elsewhere").exists()
 
 
-def test_record_where_nothing_can_be_written(models, monkeypatch):
+def test_record_where_nothing_can_be_written(models, monkeypatch, tmp_path):
     from sparsight.evaluation import record
 
     def refuse(**_):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(record.tempfile, "TemporaryFile", refuse)
+    (tmp_path / "not even read.jsonl").write_text("not JSON")
     with pytest.raises(SparsightError, match=r"`record`: .* cannot be written to \(Read-only file system\); copy the model"):
-        api.evaluate(models / "dense", data="not even read.jsonl", record=True)
+        api.evaluate(models / "dense", data=tmp_path / "not even read.jsonl", record=True)
 
 
 def test_recorded_elsewhere(zoo_folder, scenes, tmp_path):
