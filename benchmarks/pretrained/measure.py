@@ -14,8 +14,7 @@ import sparsight
 from sparsight.data import read
 from sparsight.evaluation import evaluate
 
-# another kind of CPU builds another model, from the same seed
-CPU = torch.backends.cpu.get_cpu_capability() + (" tiles" if torch.cpu._is_amx_tile_supported() else "")
+CPU = torch.backends.cpu.get_cpu_capability()  # another kind of it builds another model, from the same seed
 
 
 class Measure:
