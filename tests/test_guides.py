@@ -58,6 +58,7 @@ def less(text):
     return re.sub(r"steps: \d+", "steps: 2", text)
 
 
+@pytest.mark.filterwarnings("ignore:.*every packed layer is so small:sparsight.errors.Notice")  # those of a tiny model
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_a_guide_does_what_it_says(guide, desk, monkeypatch, capsys):
     for kind, block in blocks(guide.read_text()):

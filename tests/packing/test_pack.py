@@ -496,7 +496,7 @@ def test_a_folder_inside_the_one_that_is_copied(sparse, tmp_path, run):
 
 def test_a_packed_model_is_saved_after_a_forward(sparse, tmp_path):
     sparsight.pack(sparse("llava"), tmp_path / "packed")
-    model = load_model(tmp_path / "packed", packed=True)
+    model = load_model(tmp_path / "packed", packed="all")
     with torch.no_grad():
         model(input_ids=torch.tensor([[5, 6, 7]]))
     model.save_pretrained(tmp_path / "again")
