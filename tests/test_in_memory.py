@@ -361,6 +361,7 @@ def test_batches_go_with_a_model_in_memory_only(built, zoo_folder, tmp_path):
     _, processor, own = built("llava")
     with pytest.raises(SparsightError, match=r"^`data`: list is no data source; batches of your own need a model in memory"):
         sparsight.prune(zoo_folder("llava"), tmp_path / "out", data=own)
+    (tmp_path / "mine.jsonl").touch()
     with pytest.raises(SparsightError, match=r"^`processor`: a folder holds its own"):
         sparsight.evaluate(zoo_folder("llava"), tmp_path / "mine.jsonl", processor=processor)
     assert not (tmp_path / "out").exists()

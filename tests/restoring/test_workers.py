@@ -48,7 +48,7 @@ def test_workers_by_option(run, sparse, scenes):
     words = ("restore", sparse, "out", "--data", scenes, "--steps", 1, "--batch-size", 2, "--samples", 4)
     code, _, err = run(*words, "--workers", 2)
     assert (code, "forked" in err) == (0, False), err
-    code, _, err = run(*words, "--workers", -1)
+    code, _, err = run("restore", sparse, "another", *words[3:], "--workers", -1)
     assert (code, err) == (2, "sparsight: --workers: -1 is not a whole number of at least 0\n")
 
 
