@@ -32,10 +32,11 @@ class Part:
     def of(cls, kind: str, X: torch.Tensor, gram: bool, dense: torch.Tensor | None = None) -> Part:
         """Sum inputs X (tokens, in) of one kind; with `gram` keep X and `dense`, not copies where they are contiguous."""
         sums, wide = X.sum(0, dtype=torch.float32), X.float()
-        spread = wide.var(0, correction=0) * X.shape[0]
-        if not gram:
-            return cls(kind, X.shape[0], sums, spread, wide.square().sum(0), None)
-        return cls(kind, X.shape[0], sums, spread, None, X.contiguous(), dense)
+        squares = None if gram else wide.square().sum(0)
+        # in two passes: `var` by columns takes ten times as long
+        centred = wide.sub_(sums / X.shape[0]) if wide is not X else wide - sums / X.shape[0]
+        spread = centred.square_().sum(0)
+        return cls(kind, X.shape[0], sums, spread, squares, X.contiguous() if gram else None, dense if gram else None)
 
 
 @dataclass(frozen=True)
