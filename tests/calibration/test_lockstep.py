@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from dataclasses import replace
 
@@ -135,6 +136,23 @@ def test_stages_equal_the_exact_procedure_layer_by_layer(name):
     assert record.block_errors == {}
 
 
+def test_a_walk_over_layers_lets_the_inputs_of_the_layer_before_go():
+    """The inputs of an MLP's last layer are the widest: no batch's is left once all have reached the next block."""
+    model, processor = zoo.build("llava")
+    ready = calibration(model, processor)
+    body = anatomy(model)
+    wide = model.config.text_config.intermediate_size
+    shapes = [(*batch.inputs["input_ids"].shape, wide) for batch in ready]
+    left = []
+
+    def look(module, inputs):
+        left.append(sum(type(found) is torch.Tensor and tuple(found.shape) in shapes for found in gc.get_objects()))
+
+    model.get_submodule("model.language_model.layers.1.input_layernorm").register_forward_pre_hook(look)
+    prune(model, body, make_plan(body, sparsity=0.5), ready, propagate="layer")
+    assert left[-1] == 0 < len(left)
+
+
 class Toy(nn.Module):
     """Two blocks, with whatever a test wants around them."""
 
@@ -151,6 +169,22 @@ class Toy(nn.Module):
 
     def hooks(self):
         return sum(len(block._forward_pre_hooks) for block in self.blocks)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_batch_that_went_on_leaves_nothing_behind(twice):
+    toy = Toy(lambda self, x: self.blocks[1](self.blocks[0](x + 0)))
+    earlier, left = [], []
+
+    def look(module, inputs):
+        left.append(sum(ref() is not None for ref in earlier))
+        earlier.append(weakref.ref(inputs[0]))
+
+    toy.blocks[0].register_forward_pre_hook(look)
+    batches = [{"x": torch.ones(2, 4)} for _ in range(3)]
+    how = {"ahead": lambda name, i, run: run()} if twice else {}
+    lockstep(toy, toy.named(), batches, lambda name, block, calls: None, **how)
+    assert left == [0] * (6 if twice else 3)
 
 
 def inputs(n=3):

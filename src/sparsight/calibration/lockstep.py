@@ -103,7 +103,9 @@ def lockstep(
                 with _own_thread_state():
                     visit(*blocks[place], calls)
                 left.discard(blocks[place][0])
-                walk.go_on(calls)
+                waiting = [*calls]
+                del calls  # they hold the inputs of every batch, which each batch lets go as it goes on
+                walk.go_on(waiting)
         finally:
             walk.close()
             first.close()
@@ -158,8 +160,10 @@ class _Walk:
 
     def go_ahead(self, place: int, ahead: Ahead) -> None:
         """Let the batches that wait at a block go on through it, each by a call of `ahead`."""
-        for i, call in self.calls(place).items():
-            ahead(self.blocks[place][0], i, partial(self._through, i, place, call))
+        calls = self.calls(place)
+        while calls:
+            i = next(iter(calls))
+            ahead(self.blocks[place][0], i, partial(self._through, i, place, calls.pop(i)))
 
     def _through(self, i: int, place: int, call: Call) -> Any:
         """Let one batch go on through the block it waits at; return the block's output."""

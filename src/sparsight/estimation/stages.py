@@ -171,7 +171,6 @@ def prune(model: Shapes, work: Work) -> Stage:
         if work.streamed and _parks(waiting, work):
             parked = max(parked, waiting + batches * model.calibration)
         kept = 1 if parked else batches
-        # with `layer` the inputs of a stop are kept until the next other ones, so that q, k and v share their moments
         targets = 0 if work.propagate == "layer" else (min(ERROR_BATCHES, batches) + 1) * stop.output
         moments[stop.name] = {
             **_walked(model, layers[0].block if layers else stop.name, work),

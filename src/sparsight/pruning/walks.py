@@ -7,6 +7,7 @@ which checks the method's result and measures its error.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.moments import Moments, pool, real_tokens
 from sparsight.calibration.observe import inputs_of_layers
 from sparsight.calibration.tokens import dropped_tokens
+from sparsight.memory import give_back_memory
 from sparsight.model.anatomy import Layer
 from sparsight.pruning.across_processes import everywhere, prune_all, turns
 from sparsight.pruning.permute import permute_block
@@ -164,7 +166,7 @@ class LayerWalk:
         for layer in work.layers:
             self.layers.setdefault(stop_name(layer), []).append(layer)
         self.stops, self.until = self._stops(), [*self.layers]
-        self.inputs: list[torch.Tensor] = []  # of the last stop: q, k and v are fed the very same tensors
+        self.inputs: list[weakref.ref[torch.Tensor]] = []  # of the last stop: q, k and v are fed the very same tensors
         self.moments: Moments | None = None
 
     def _stops(self) -> list[tuple[str, nn.Module]]:
@@ -199,6 +201,7 @@ class LayerWalk:
                     add_to(facts, prune_all([x for x in experts if x.name in moments], moments, work.prune))
                 self.moments = None
             work.finish_stop(name, layers, facts)
+            give_back_memory()
         work.report(name, len(self.layers))
 
     def finish(self) -> None:
@@ -224,6 +227,8 @@ class LayerWalk:
         inputs = [call.args[0] if call.args else call.keywords["input"] for call in calls.values()]
         same = [*distributed.all_gather(_same(inputs, self.inputs))]
         if self.moments is None or not all(same):
+            self.moments = None  # those of the layer before, which are as large
+            give_back_memory()  # activations are freed between those that live
             here = dict(zip(calls, inputs, strict=True))
             standing = everywhere(calls)
             watch = self.work.watch([layer], len(standing))
@@ -232,7 +237,7 @@ class LayerWalk:
                     with watch.during(self.work.batches[i].padding):
                         watch.see(layer, here[i])
                 watch.exchange()
-            self.inputs, self.moments = inputs, watch.moments[layer.name]
+            self.inputs, self.moments = [weakref.ref(X) for X in inputs], watch.moments[layer.name]
         return self.moments
 
 
@@ -260,5 +265,5 @@ def token_counts(moments: Moments) -> dict[str, int]:
     return {name: kind.count for name, kind in moments.kinds.items()}
 
 
-def _same(these: Sequence[torch.Tensor], those: Sequence[torch.Tensor]) -> bool:
-    return len(these) == len(those) and all(a is b for a, b in zip(these, those, strict=True))
+def _same(these: Sequence[torch.Tensor], those: Sequence[weakref.ref[torch.Tensor]]) -> bool:
+    return len(these) == len(those) and all(a is b() for a, b in zip(these, those, strict=True))
