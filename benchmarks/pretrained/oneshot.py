@@ -1,8 +1,8 @@
 """What one-shot pruning costs the model that `build.py` made: exact match on held-out questions, perplexity of its text.
 
-Vision and language are pruned alike, in float32, with 64 samples of `calibration.jsonl` (three of four are questions
-and captions about photos, the rest passages of text); `--components language` prunes the language model alone. A row is
-measured on 200 of the held-out questions, drawn by a seed, and on 64 of the held-out passages.
+Vision and language are pruned alike, in float32 or as `--dtype` says, with 64 samples of `calibration.jsonl` (three of
+four are questions and captions about photos, the rest passages of text); `--components language` prunes the language model
+alone. A row is measured on 200 of the held-out questions, drawn by a seed, and on 64 of the held-out passages.
 
     python benchmarks/pretrained/oneshot.py MODEL [--settings "60 %" "2:4"] [--recipes wanda alps] [--components language]
 
@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alps + reconstruct 4": {"method": "alps", "reconstruct": 4},
 }
 COLUMNS = (
-    *("date", "torch", "cpu", "components", "setting", "recipe", "samples", "questions", "passages"),
+    *("date", "torch", "cpu", "dtype", "components", "setting", "recipe", "samples", "questions", "passages"),
     *("exact", "low", "high", "perplexity", "zeros", "error", "prune_s", "measure_s"),
 )
 FILE = Path(__file__).with_name("oneshot.csv")
@@ -54,12 +54,14 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["60 %", "2:4", "50 %", "70 %"])
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--components", nargs="+", choices=("vision", "language"), default=["vision", "language"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--passages", type=int, default=64)
     given = parser.parse_args()
     fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    size = {"cpu": CPU, **{name: str(getattr(given, name)) for name in ("samples", "questions", "passages")}}
+    size = {"cpu": CPU, "dtype": given.dtype}
+    size |= {name: str(getattr(given, name)) for name in ("samples", "questions", "passages")}
     size["components"] = "+".join(given.components)
     cells = [("-", "dense"), *((setting, recipe) for setting in given.settings for recipe in given.recipes)]
     for setting, recipe in cells:
@@ -77,7 +79,7 @@ def main() -> None:
 
 def run(given: argparse.Namespace, setting: str, recipe: str) -> dict[str, str]:
     """Prune a fresh copy of the model, and measure it."""
-    model, processor = sparsight.load(given.model, dtype="float32")
+    model, processor = sparsight.load(given.model, dtype=given.dtype)
     measure = Measure(given.model, processor, given.questions, given.passages)
     cells = {}
     if recipe != "dense":

@@ -121,12 +121,10 @@ def report(
     recipe: Mapping[str, Any],
     rows: Callable[[], Sequence[Mapping[str, float]]],
 ) -> None:
-    """Tell trackers of work that is done: the recipe, and one row of values per step; without trackers nothing is asked for.
+    """Tell trackers of work that is done: the recipe, and one row of values per step.
 
     A tracker that fails costs a notice and nothing else.
     """
-    if not trackers:
-        return
     try:
         arguments = RunArguments(
             output_dir=str(folder), report_to=list(trackers), run_name=name, project=PROJECT, use_cpu=True, disable_tqdm=True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ from sparsight.pruning.loop import check_finite, check_walk, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.way import open_way
 from sparsight.specs import PlanSpec, PruneSpec
-from sparsight.trackers import pruning_rows, report
 
 
 def check_prune(spec: PruneSpec, data: Any = True) -> tuple[Composition, Any]:
@@ -114,7 +112,7 @@ def prune_model(
         record = prune(model, body, plan, ready, method=composition, seed=spec.seed, progress=progress)
     record.plan, record.method = record.pruned(plan), describe(spec)
     record.skipped_samples = skipped
-    report(spec.report_to, Path(), "prune", {"prune": spec.facts()}, partial(pruning_rows, record, body))
+    tell_trackers(spec, Path(), "prune", {"prune": spec.facts()}, record, body)
     return record
 
 
@@ -191,12 +189,22 @@ def prune_folder(
             )
             with atomic_folder(target, overwrite) as new:
                 write_model(network, processor, written, new, journal.files)
-                report(spec.report_to, new, target.name, recipe, partial(pruning_rows, record, body))
+                tell_trackers(spec, new, target.name, recipe, record, body)
             return written
 
         written = distributed.on_main(write)
     distributed.barrier()
     return written
+
+
+def tell_trackers(
+    spec: PruneSpec, folder: Path, name: str, recipe: Mapping[str, Any], record: PruneRecord, body: Anatomy
+) -> None:  # fmt: skip
+    """Tell the trackers of `report_to` what was pruned; transformers' trainer is imported for them alone."""
+    if spec.report_to:
+        from sparsight.trackers import pruning_rows, report
+
+        report(spec.report_to, folder, name, recipe, lambda: pruning_rows(record, body))
 
 
 def survey(body: Anatomy, plan: Plan, recorded: Mapping[str, Pattern]) -> dict[str, Pattern]:
