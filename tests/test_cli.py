@@ -97,6 +97,18 @@ finally:
     assert done.stderr.count("\n") == 1
 
 
+def test_prune_imports_no_trainer(zoo_folder, tmp_path):
+    """Nor does plan; together they are half a second that only trackers and restoration need."""
+    script = """
+import sys
+import sparsight
+sparsight.prune(sys.argv[1], sys.argv[2], method="magnitude", sparsity=0.5)
+print(sorted({"peft", "transformers.trainer_callback"} & set(sys.modules)))
+"""
+    words = [sys.executable, "-c", script, zoo_folder("llava"), tmp_path / "sparse"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 def test_a_name_of_data_that_is_too_long_is_said_in_one_line(suffix, run, tmp_path, zoo_folder):
     name = f"{'long' * 100}.{suffix}"
