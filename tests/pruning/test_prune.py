@@ -380,6 +380,26 @@ def test_training_flags_are_put_back_one_by_one():
     assert [m.training for m in model.modules()] == before
 
 
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.parametrize(
+    ("again", "found"), [({"sparsity": 0.3}, 0.5), ({"sparsity": 0.6}, None), ({"pattern": "2:4"}, 0.55)]
+)
+def test_layers_that_were_sparser_before_are_listed(again, found, with_data):
+    model, body, _, _ = pruned(sparsity=0.5, method="magnitude")
+    ready = calibration(model, zoo.build("llava")[1]) if with_data else []
+    record = prune(model, body, make_plan(body, **again), ready, method="magnitude")
+    if found is None:
+        assert record.sparser == {}
+    else:
+        assert record.sparser.keys() == {layer.name for layer in body.layers if layer.component != "connector"}
+        assert all(value >= found for value in record.sparser.values())
+        assert all(value == layer_sparsity(body[name].weight) for name, value in record.sparser.items())
+
+
+def layer_sparsity(W):
+    return 1 - int(W.count_nonzero()) / W.numel()
+
+
 def test_a_layer_that_the_loss_does_not_see_is_scored_as_wanda_does_and_listed():
     """LLaVA's last vision block does not reach the output."""
     _, body, plan, record = pruned(method="snip")

@@ -156,6 +156,11 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if fitted := list(facts["reconstructed"].values()):
         before, after = (sum(pair[i] for pair in fitted) / len(fitted) for i in (0, 1))
         lines.append(f"Reconstruction: mean relative distance of blocks from the dense model {before:.3f} -> {after:.3f}")
+    if sparser := facts.get("sparser"):
+        most = max(sparser, key=lambda name: sparser[name])
+        lines.append(
+            f"More zeros than planned in {len(sparser)} layers, at most {sparser[most]:.1%} in {most}; zeros stay zeros"
+        )
     if facts["permuted"]:
         lines.append(f"Channels regrouped in front of {len(facts['permuted'])} layers")
     if facts["damping"]:

@@ -123,9 +123,10 @@ def prune(
         for block in anatomy.blocks_with(set(plan)):
             layers = work.of_block(block.name)
             if not work.recall(block.name, layers):
+                facts: dict[str, Any] = {}
                 for layer in layers:
-                    work.prune_without_data(layer)
-                work.finish_stop(block.name, layers, {})
+                    add_to(facts, work.prune_without_data(layer))
+                work.finish_stop(block.name, layers, facts)
     work.record.seconds = time.perf_counter() - began
     work.record.memory = peak_memory(device_of(model))
     return work.record

@@ -15,11 +15,13 @@ class PruneRecord:
 
     `tokens` counts the calibration tokens of each block (of each layer with `propagate=layer`) per kind, without padding.
     `unreached` lists layers that no calibration token reached, which stay dense; `pooled` experts with too few tokens,
-    pruned with the moments of all; `ungraded` layers on which the loss does not depend, which `snip` and `fisher` score as
-    Wanda does; `permuted` layers whose input channels were reordered. `damping` has the damping of Gram matrices that needed
-    more than 1 % of their mean diagonal; `reconstructed` the relative distance of each fitted block's outputs from the dense
-    model's, before and after; `memory` the process's peak in bytes. `data` says what was read of the samples, where that is
-    not all (`Samples.facts`). `plan` and `method` describe the pruning of a model in memory, for `save` and `verify`.
+    pruned with the moments of all; `ungraded` layers on which the loss does not depend, which `snip` and `fisher` score
+    as Wanda does; `permuted` layers whose input channels were reordered. `sparser` has the sparsity of layers that end
+    with more zeros than planned, as those that were sparse before; `damping` the damping of Gram matrices that needed
+    more than 1 % of their mean diagonal; `reconstructed` the relative distance of each fitted block's outputs from the
+    dense model's, before and after; `memory` the process's peak in bytes. `data` says what was read of the samples, where
+    that is not all (`Samples.facts`). `plan` and `method` describe the pruning of a model in memory, for `save` and
+    `verify`.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
@@ -28,6 +30,7 @@ class PruneRecord:
     unreached: list[str] = field(default_factory=list)
     pooled: list[str] = field(default_factory=list)
     ungraded: list[str] = field(default_factory=list)
+    sparser: dict[str, float] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
     reconstructed: dict[str, tuple[float, float]] = field(default_factory=dict)
     permuted: list[str] = field(default_factory=list)

@@ -22,6 +22,8 @@ from sparsight.pruning.journal import Journal
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.streamed import StreamJournal
 
+SPARSER = 0.01  # of a layer's weights, from which on more zeros than planned are said
+
 
 @dataclass
 class Work:
@@ -121,15 +123,23 @@ class Work:
             facts["damping"] = {layer.name: moments.damping}
         if moments.sensitivity is not None and not moments.sensitivity.square.any():
             facts["ungraded"] = [layer.name]
-        return facts
+        return facts | self.sparser(layer)
 
-    def prune_without_data(self, layer: Layer) -> None:
-        """Prune one layer in place by its weights alone."""
+    def sparser(self, layer: Layer) -> dict[str, Any]:
+        """The sparsity of a pruned layer, where it is more than planned by `SPARSER`: zeros stay that were there before."""
+        W = layer.weight
+        found = 1 - int(torch.count_nonzero(W)) / W.numel()
+        planned = self.plan[layer.name].zeros(layer.shape) / W.numel()
+        return {"sparser": {layer.name: found}} if found > planned + SPARSER else {}
+
+    def prune_without_data(self, layer: Layer) -> dict[str, Any]:
+        """Prune one layer in place by its weights alone; return what is to be said of it."""
         pruned = self.composition.prune(
             layer.weight, None, self.plan[layer.name], generator=self.generator(layer.name)
         )  # fmt: skip
         self.check_kept(layer, pruned)
         layer.write(pruned)
+        return self.sparser(layer)
 
     def check_kept(self, layer: Layer, pruned: Any) -> None:
         """**Raises** `SparsightError` for a pruned weight (out, in) that breaks the pattern or the method's `mask_only`."""
