@@ -83,11 +83,21 @@ class SparseLinear(nn.Module):
         multiply = _multiply if _plain(x) else sparse_linear
         return multiply(x, self.weight, self.weight_bits, self.weight_scale, bias, self._where())
 
-    def count(self) -> None:
-        """Count where the values of each row begin, once for these bits; the first product does it, if nothing else did."""
-        bits = self.weight_bits
-        if not bits.is_meta and (self._known is None or self._known[0] is not bits):
-            self._known = bits, self.packed.offset()
+    def count(self, packed: Packed | None = None) -> None:
+        """Count where the values of each row begin, once for these bits; the first product does it, if nothing else did.
+
+        `packed` is a weight that the layer will be given. **Raises** `SparsightError` for bits of other values.
+        """
+        packed = self.packed if packed is None else packed
+        if not packed.bits.is_meta and not self._knows(packed.bits):
+            self._known = packed.bits, packed.offset()
+
+    def _knows(self, bits: torch.Tensor) -> bool:
+        """Whether these bits were counted: the same memory, which is kept."""
+        if self._known is None:
+            return False
+        known = self._known[0]
+        return known is bits or (known.data_ptr(), known.shape, known.device) == (bits.data_ptr(), bits.shape, bits.device)
 
     def _where(self) -> torch.Tensor:
         """Where the values of each row begin; empty where torch.compile looks at a layer that has not counted."""
@@ -101,10 +111,10 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = None if self.weight_scale is None else self.weight_scale.detach()
-        counts = self._known is not None
         result = super()._apply(fn, recurse)
-        self._known, after = None, self.weight_scale
-        if counts:
+        after = self.weight_scale
+        if self._known is not None and not self._knows(self.weight_bits):
+            self._known = None
             self.count()
         if before is not None and after is not None and after.dtype != before.dtype:  # float32, whatever the rest becomes
             self.weight_scale = nn.Parameter(before.to(after.device), requires_grad=False)

@@ -227,7 +227,7 @@ class Expand(ConversionOps):
                 continue
             kept = self._cast(unsqueeze(values[0]) if values[0].dtype == torch.uint8 else values[0]).reshape(-1)
             if bits and len(kept) == len(layer.weight):  # else the report says more
-                Packed(kept, bits[0], (layer.out_features, layer.in_features), scale[0] if scale else None).offset()
+                layer.count(Packed(kept, bits[0], (layer.out_features, layer.in_features), scale[0] if scale else None))
             result |= {name: [kept]} | {name + part: other for part, other in ((BITS, bits), (SCALE, scale)) if other}
         return result
 
