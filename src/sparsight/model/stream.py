@@ -100,6 +100,11 @@ class Stream:
         """The tensors without data; asked for before any part is loaded."""
         return {part: self._tensors(names) for part, names in self._names.items()}
 
+    @cached_property
+    def _whole(self) -> Tensors:
+        """The state of the whole model without data."""
+        return self._tensors(name for names in self._names.values() for name in names)
+
     def _tensors(self, names: Any) -> Tensors:
         return {name: self.model.get_parameter_or_buffer(name) for name in names}
 
@@ -161,6 +166,7 @@ class Stream:
         """Put the tensors of a checkpoint into the model; the names that did not come."""
         conversions = self.model._weight_conversions  # those of the whole model, which a part may not need
         settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions or [])
+        self.model.state_dict = lambda: self._whole  # asked for names and dtypes once per part, and slow to make
         try:
             with quiet():
                 info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
@@ -169,6 +175,7 @@ class Stream:
                 raise
             raise Unfit(first_line(error)) from error
         finally:
+            del self.model.state_dict
             self.model._weight_conversions = conversions
         if info.conversion_errors:
             raise Unfit(first_line(next(iter(info.conversion_errors.values()))))

@@ -6,6 +6,7 @@ import json
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,16 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file.
+    """The header of a safetensors file; one that was read before is not read again while the file is the same.
 
     **Raises** `SparsightError` for a file that is cut short or damaged, `OSError` for one that cannot be read.
     """
-    whole = path.stat().st_size
+    facts = path.stat()
+    return _read_header(path, facts.st_size, (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns))
+
+
+@lru_cache(maxsize=8)
+def _read_header(path: Path, whole: int, version: tuple[int, ...]) -> Header:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
