@@ -353,6 +353,25 @@ def test_other_bits_are_counted_anew():
     torch.testing.assert_close(sparse(x), F.linear(x, other.weight, other.bias))
 
 
+def test_bits_of_other_memory_are_counted_anew_and_of_the_same_are_not():
+    """A parameter that goes to a GPU or comes back stays the same object; only its memory is another."""
+    one, other = layer(16, 32, torch.float32, 0), layer(16, 32, torch.float32, 0)
+    with torch.no_grad():
+        one.weight[:8] = 0
+        other.weight[8:] = 0
+    x = torch.randn(2, 32)
+    sparse, expected = SparseLinear.of(one), SparseLinear.of(other)
+    sparse(x)
+    bits, where = sparse.weight_bits, sparse._known[1]
+    sparse.float()
+    assert sparse._known[1] is where
+    there = {id(p): q.detach() for p, q in zip(sparse.parameters(), expected.parameters(), strict=True)}
+    sparse._apply(lambda p: there[id(p)])
+    assert sparse.weight_bits is bits
+    torch.testing.assert_close(sparse(x), F.linear(x, other.weight, other.bias))
+    sparse.to_empty(device="cpu")  # whatever there is in this memory
+
+
 def test_strided_parts():
     linear, x = layer(13, 100, torch.float32), torch.randn(3, 100)
     packed = Packed.of(linear.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 
 from sparsight import Pattern, SparsightError, anatomy
 from sparsight.allocation.plan import make_plan
+from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.moments import real_tokens
 from sparsight.calibration.observe import Watch
 from sparsight.calibration.tokens import TOKENS, find_tokens
 from sparsight.pruning.journal import Journal
-from sparsight.pruning.loop import prune
+from sparsight.pruning.loop import collect_moments, prune
 from sparsight.pruning.permute import best_order
 from sparsight.pruning.reconstruct import first
+from sparsight.pruning.walks import LayerWalk
 
 import zoo
 from layers import case
@@ -398,6 +401,44 @@ def test_layers_that_were_sparser_before_are_listed(again, found, with_data):
 
 def layer_sparsity(W):
     return 1 - int(W.count_nonzero()) / W.numel()
+
+
+def test_moments_of_experts_are_gone_before_others_are_gathered(monkeypatch):
+    """They are one Gram matrix per expert: those of two tensors would be twice as many."""
+    made, left = [], []
+
+    def watched(gather):
+        def gather_and_count(walk, layers, calls):
+            if isinstance(layers, list):
+                left.append(sum(ref() is not None for ref in made))
+            found = gather(walk, layers, calls)
+            made.extend(map(weakref.ref, found.values() if isinstance(found, dict) else [found]))
+            return found
+
+        return gather_and_count
+
+    for name in ("_moments", "_moments_of_experts"):
+        monkeypatch.setattr(LayerWalk, name, watched(getattr(LayerWalk, name)))
+    pruned("qwen3-vl-moe", sparsity=0.5, method="sparsegpt", propagate="layer")
+    assert left == [0] * 3 * 2  # blocks, tensors
+
+
+def test_moments_of_a_cache_are_gone_before_others_are_read(monkeypatch, tmp_path):
+    model, processor = zoo.build("llava")
+    body, ready, cache = anatomy(model), calibration(model, processor), MomentCache(tmp_path)
+    collect_moments(model, body, ready, cache)
+    made, left, load = [], [], MomentCache.load
+
+    def load_and_count(*args):
+        left.append(sum(ref() is not None for ref in made))
+        found = load(*args)
+        made.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(MomentCache, "load", load_and_count)
+    plan = make_plan(body, sparsity=0.5)
+    prune(model, body, plan, ready, propagate="dense", cache=cache)
+    assert left == [0] * len(body.blocks_with(set(plan)))
 
 
 def test_a_layer_that_the_loss_does_not_see_is_scored_as_wanda_does_and_listed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -94,10 +95,7 @@ class SparseLinear(nn.Module):
 
     def _knows(self, bits: torch.Tensor) -> bool:
         """Whether these bits were counted: the same memory, which is kept."""
-        if self._known is None:
-            return False
-        known = self._known[0]
-        return known is bits or (known.data_ptr(), known.shape, known.device) == (bits.data_ptr(), bits.shape, bits.device)
+        return self._known is not None and (self._known[0] is bits or _same_memory(self._known[0], bits))
 
     def _where(self) -> torch.Tensor:
         """Where the values of each row begin; empty where torch.compile looks at a layer that has not counted."""
@@ -111,11 +109,13 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = None if self.weight_scale is None else self.weight_scale.detach()
+        bits = self.weight_bits.detach()  # on the way to a GPU and back the parameter stays the same object
         result = super()._apply(fn, recurse)
         after = self.weight_scale
-        if self._known is not None and not self._knows(self.weight_bits):
+        if self._known is not None and not _same_memory(bits, self.weight_bits):
             self._known = None
-            self.count()
+            with suppress(SparsightError):  # of memory that nothing was written into yet; the first product says it
+                self.count()
         if before is not None and after is not None and after.dtype != before.dtype:  # float32, whatever the rest becomes
             self.weight_scale = nn.Parameter(before.to(after.device), requires_grad=False)
         return result
@@ -128,6 +128,10 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"sparsity={sparsity:.3f}, values={values}"
         )
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.device) == (b.data_ptr(), b.shape, b.device)
 
 
 def check_dense(model: nn.Module, field: str = "model") -> None:

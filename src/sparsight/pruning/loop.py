@@ -143,10 +143,11 @@ def prune_from_cache(work: Work, cache: MomentCache) -> None:
     blocks = work.anatomy.blocks_with(set(work.plan))
     for block in blocks:
         layers = work.of_block(block.name)
-        moments = cache.load(block.name, layers, work.composition.tokens.weigh)
         if not work.recall(block.name, layers):
+            moments = cache.load(block.name, layers, work.composition.tokens.weigh)
             facts = start_facts(block.name, layers, moments)
             add_to(facts, prune_all([layer for layer in layers if layer.name in moments], moments, work.prune))
+            del moments  # before those of the next block are read
             work.finish_stop(block.name, layers, facts)
         work.report(block.name, len(blocks))
     work.check_reached()

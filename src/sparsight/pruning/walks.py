@@ -195,11 +195,9 @@ class LayerWalk:
                 moments = {name: self._moments(layers[0], calls)}
                 add_to(facts, prune_all(layers, moments, work.prune) | {"tokens": {name: token_counts(moments[name])}})
             else:
+                self.moments = None  # those of the layer before
                 for experts in _by_tensor(layers):
-                    moments = self._moments_of_experts(experts, calls)
-                    add_to(facts, start_facts(name, experts, moments))
-                    add_to(facts, prune_all([x for x in experts if x.name in moments], moments, work.prune))
-                self.moments = None
+                    add_to(facts, self._prune_experts(name, experts, calls))
             work.finish_stop(name, layers, facts)
             give_back_memory()
         work.report(name, len(self.layers))
@@ -209,6 +207,13 @@ class LayerWalk:
         if isinstance(self.work.journal, StreamJournal):
             self.work.journal.close()
         self.work.check_reached()
+
+    def _prune_experts(self, name: str, experts: list[Layer], calls: Mapping[int, Call]) -> dict[str, Any]:
+        """Prune the experts of one tensor, whose moments are gone before those of the next one are gathered."""
+        moments = self._moments_of_experts(experts, calls)
+        facts = start_facts(name, experts, moments)
+        add_to(facts, prune_all([x for x in experts if x.name in moments], moments, self.work.prune))
+        return facts
 
     def _moments_of_experts(self, layers: Sequence[Layer], calls: Mapping[int, Call]) -> dict[str, Moments]:
         """The moments of the experts of one tensor: one run of their module."""
