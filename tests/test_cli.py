@@ -102,6 +102,7 @@ def test_prune_imports_no_trainer(zoo_folder, tmp_path):
     script = """
 import sys
 import sparsight
+sparsight.plan(sys.argv[1], sparsity=0.5)
 sparsight.prune(sys.argv[1], sys.argv[2], method="magnitude", sparsity=0.5)
 print(sorted({"peft", "transformers.trainer_callback"} & set(sys.modules)))
 """

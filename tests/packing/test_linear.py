@@ -353,6 +353,18 @@ def test_other_bits_are_counted_anew():
     torch.testing.assert_close(sparse(x), F.linear(x, other.weight, other.bias))
 
 
+def test_a_copy_of_a_loaded_layer_has_its_bits_once():
+    linear = nn.Linear(64, 32)
+    layer = SparseLinear.empty(linear, int(linear.weight.count_nonzero()))
+    packed = Packed.of(linear.weight)
+    layer.count(packed)
+    layer.weight, layer.weight_bits = (nn.Parameter(t, requires_grad=False) for t in (packed.values, packed.bits))
+    layer.count()
+    other = copy.deepcopy(layer)
+    assert other._known[0] is other.weight_bits
+    assert torch.equal(other._known[1], packed.offset())
+
+
 def test_bits_of_other_memory_are_counted_anew_and_of_the_same_are_not():
     """A parameter that goes to a GPU or comes back stays the same object; only its memory is another."""
     one, other = layer(16, 32, torch.float32, 0), layer(16, 32, torch.float32, 0)

@@ -159,7 +159,7 @@ def prune_notes(metrics: Mapping[str, Any], out: str) -> list[str]:
     if sparser := facts.get("sparser"):
         most = max(sparser, key=lambda name: sparser[name])
         lines.append(
-            f"More zeros than planned in {len(sparser)} layers, at most {sparser[most]:.1%} in {most}; zeros stay zeros"
+            f"More zeros than planned, since zeros stay zeros: {sparser[most]:.1%} in {most}, layers: {len(sparser)}"
         )
     if facts["permuted"]:
         lines.append(f"Channels regrouped in front of {len(facts['permuted'])} layers")

@@ -90,8 +90,9 @@ class SparseLinear(nn.Module):
         `packed` is a weight that the layer will be given. **Raises** `SparsightError` for bits of other values.
         """
         packed = self.packed if packed is None else packed
-        if not packed.bits.is_meta and not self._knows(packed.bits):
-            self._known = packed.bits, packed.offset()
+        if not packed.bits.is_meta:
+            offset = self._known[1] if self._known is not None and self._knows(packed.bits) else packed.offset()
+            self._known = packed.bits, offset  # these very bits, so that a copy of the layer has them once
 
     def _knows(self, bits: torch.Tensor) -> bool:
         """Whether these bits were counted: the same memory, which is kept."""

@@ -79,6 +79,8 @@ class BlockWalk:
                 parents = {layer.name: parent(name, block, layer) for layer in layers}
                 facts["permuted"] = permute_block(layers, work.plan, moments, work.sensitivity, parents, calls, generator)
             add_to(facts, prune_all(layers, moments, work.prune))
+            del moments
+            give_back_memory()
             if epochs := composition.reconstruct:
                 wish = outputs if self.dense else targets
                 errors = reconstruct(layers, calls, wish, partial(self._real, component=component), epochs, generator)
