@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
     "60 %": {"sparsity": 0.6},
     "70 %": {"sparsity": 0.7},
+    "80 %": {"sparsity": 0.8},
     "2:4": {"pattern": "2:4"},
 }
 RECIPES: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ FILE = Path(__file__).with_name("oneshot.csv")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["60 %", "2:4", "50 %", "70 %"])
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["60 %", "2:4", "50 %", "70 %", "80 %"])
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--components", nargs="+", choices=("vision", "language"), default=["vision", "language"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
