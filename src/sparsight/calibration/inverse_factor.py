@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import torch
 
+from sparsight.masks.counts import is_finite
+
 WORST_DAMPING = 10.0
 OUTLIER = 10.0  # medians: what a column counts at most in the mean diagonal
 SMALL = 128  # rows below which a triangular matrix is inverted in one call
@@ -30,7 +32,7 @@ def inverse_factor(gram: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
     damping is raised tenfold. Costs 2/3 of a product of two such matrices, and three copies of one.
     **Raises** `ValueError` on NaN and infinity, and if damping by 10 is not enough (then `gram` is no Gram matrix).
     """
-    if not torch.isfinite(gram).all():
+    if not is_finite(gram):
         raise ValueError("the Gram matrix holds NaN or infinity: the layer's inputs do, or overflow when squared")
     A = gram.float().flip(0, 1)  # (in, in), reversed; a copy
     size = column_sizes(gram).flip(0)

@@ -27,6 +27,7 @@ from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError, first_line
 from sparsight.files import check_output, make_beside, read_json, set_modes, with_home, without_home
 from sparsight.masks.bits import mask_hash, weight_hash
+from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
 from sparsight.model.families import Family
@@ -69,7 +70,7 @@ def sparsity_record(
         if layer.name not in plan:
             continue
         W = layer.weight
-        zeros = int((W == 0).sum())
+        zeros = count_zeros(W)
         layers[layer.name] = {
             "component": layer.component,
             "block": layer.block,
@@ -181,7 +182,7 @@ def plan_of_zeros(anatomy: Anatomy) -> dict[str, Pattern]:
     plan = {}
     for layer in anatomy.layers:
         W = layer.weight
-        zeros = W.numel() - int(torch.count_nonzero(W))
+        zeros = count_zeros(W)
         if zeros >= SPARSE_FROM * W.numel():
             plan[layer.name] = Pattern("tensor", zeros / W.numel())
     return plan

@@ -13,6 +13,7 @@ from sparsight.checkpoint.folder import Record, family_of, read_plan, read_recor
 from sparsight.checkpoint.pack import StoredLayer, stored_layers
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
+from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Layer, anatomy
 from sparsight.model.source import check_model
@@ -81,7 +82,7 @@ def verify(model: Any, against: Any = None, loaded: Any = None, family: str | No
             problems += _lost(W, *masks[name]) if name in masks else []
             problems += _broken(W, plan[name]) if plan and name in plan else []
             if name in counted:
-                count, total = count + int((W == 0).sum()), total + W.numel()
+                count, total = count + count_zeros(W), total + W.numel()
         if problems:
             differences[name] = problems
     return {
@@ -137,7 +138,7 @@ def _against_record(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern)
 
 def _of_weight(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern) -> list[str]:
     problems = []
-    zeros, dtype = int((W == 0).sum()), str(W.dtype).removeprefix("torch.")
+    zeros, dtype = count_zeros(W), str(W.dtype).removeprefix("torch.")
     exact = entry["weight"] is not None  # else rounded to int8, in another form than in memory
     if zeros != entry["zeros"] if exact else zeros < entry["zeros"]:
         problems.append(f"{zeros} zeros, recorded {entry['zeros']}")

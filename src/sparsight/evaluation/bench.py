@@ -21,6 +21,7 @@ from sparsight.data.sample import Sample, Turn
 from sparsight.errors import Notice, SparsightError
 from sparsight.evaluation.record import check_recordable
 from sparsight.files import read_json, write_json
+from sparsight.masks.counts import count_zeros
 from sparsight.model.anatomy import anatomy
 from sparsight.model.load import load, load_model
 from sparsight.packing.linear import SMALL, DenseLinear, SparseLinear
@@ -94,7 +95,7 @@ def _bench(folder: str | Path, spec: BenchSpec, progress: Progress | None) -> di
     for i, (shape, same) in enumerate(sorted(shapes.items(), key=lambda item: item[0][0] * item[0][1])):
         _tell(progress, f"{shape[0]} x {shape[1]}", i, steps)
         facts = time_layer(same[0], (*TOKENS, length), spec.repeats)
-        zeros = sum(int((linear.weight == 0).sum()) for linear in same)
+        zeros = sum(count_zeros(linear.weight) for linear in same)
         if (on_gpu := time_two_of_four(same[0].weight, spec.repeats)) is not None:
             facts["cuda"] = on_gpu
         facts["ms"] = {str(tokens): times for tokens, times in facts["ms"].items()}  # as in JSON

@@ -24,6 +24,7 @@ from sparsight.data.sources import Samples
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.evaluation.evaluate import Result
 from sparsight.files import read_json, with_home, without_home, write_json
+from sparsight.masks.counts import count_zeros
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.specs import EvaluateSpec
@@ -95,7 +96,7 @@ def weights_of(model: Any, family: Any = None, body: Anatomy | None = None) -> d
         return {"parameters": size, "bytes": stored, "packed_bytes": stored, "components": components}
     for component in COMPONENTS:
         layers = body.component(component)
-        counts = [(int((layer.weight == 0).sum()), layer.weight.numel(), layer.weight.element_size()) for layer in layers]
+        counts = [(count_zeros(layer.weight), layer.weight.numel(), layer.weight.element_size()) for layer in layers]
         saved += sum(saved_bytes(*each) for each in counts)
         if layers:
             zeros, parameters = (sum(each[i] for each in counts) for i in (0, 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -93,13 +94,22 @@ class Pattern:
 
     def holds(self, weight: torch.Tensor) -> bool:
         """Whether `weight` (out, in) has at least the pattern's zeros in every row, group of m, or the matrix."""
+        return self.surplus(weight) is not None
+
+    def surplus(self, weight: torch.Tensor) -> int | None:
+        """How many zeros `weight` (out, in) has beyond the pattern's; None where it does not hold the pattern."""
         zero = weight == 0
         rows, columns = weight.shape
         if self.kind == "row":
-            return bool((zero.sum(1) >= _nearest(self.sparsity * columns)).all())
-        if self.kind == "tensor":
-            return int(zero.sum()) >= self.zeros((rows, columns))
-        return bool((zero.view(rows, columns // self.m, self.m).sum(2) >= self.m - self.n).all())
+            enough = (zero.sum(1, dtype=torch.int32) >= _nearest(self.sparsity * columns)).all()
+        elif self.kind == "n:m":
+            counted = torch.uint8 if self.m < 256 else torch.int32
+            groups = zero.view(torch.uint8).to(counted).view(rows, -1, self.m).unbind(2)
+            enough = (reduce(torch.add, groups) >= self.m - self.n).all()
+        else:
+            enough = torch.ones(())
+        surplus = int(zero.count_nonzero()) - self.zeros((rows, columns))
+        return surplus if surplus >= 0 and bool(enough) else None
 
 
 def check_sparsity(value: float, field: str = "`sparsity`") -> float:

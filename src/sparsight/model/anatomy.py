@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsight.errors import SparsightError
+from sparsight.masks.counts import count_zeros
 from sparsight.model.discover import Discovery, Mark, discover
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
 from sparsight.model.matrices import is_linear, output_head, read_elsewhere, stack_of
@@ -78,7 +79,7 @@ class Layer:
     def sparse(self) -> bool:
         """Whether at least 1 % of the weights are zero; a dense layer may hold a few zeros, too."""
         size = self.weight.numel()
-        return size - int(torch.count_nonzero(self.weight)) >= SPARSE_FROM * size  # a sum of booleans makes a copy in int64
+        return count_zeros(self.weight) >= SPARSE_FROM * size
 
     def write(self, weight: torch.Tensor) -> None:
         """Copy `weight` (out, in) into the layer, in place, in the layer's own dtype and storage."""

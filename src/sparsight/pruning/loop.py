@@ -27,6 +27,7 @@ from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.park import Park
 from sparsight.errors import Notice, SparsightError
+from sparsight.masks.counts import is_finite
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
@@ -134,7 +135,7 @@ def prune(
 
 def check_finite(name: str, W: torch.Tensor) -> None:
     """Refuse the weights of a layer, by a `SparsightError`, if they hold NaN or infinity."""
-    if not torch.isfinite(W).all():
+    if not is_finite(W):
         raise SparsightError(f"{name}: the weights hold NaN or infinity; nothing was pruned")
 
 

@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsight import distributed
 from sparsight.allocation.plan import Plan, PlannedModel, find_policy, make_plan, planned_budget
 from sparsight.calibration.park import Park
@@ -33,6 +31,7 @@ from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import SparsightError
 from sparsight.files import check_output
+from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
@@ -217,7 +216,7 @@ def survey(body: Anatomy, plan: Plan, recorded: Mapping[str, Pattern]) -> dict[s
         W = layer.weight
         if layer.name in plan:
             check_finite(layer.name, W)
-        zeros = W.numel() - int(torch.count_nonzero(W))
+        zeros = count_zeros(W)
         if zeros and layer.name in recorded:
             before[layer.name] = recorded[layer.name]
         elif zeros >= SPARSE_FROM * W.numel():

@@ -13,6 +13,7 @@ from sparsight.allocation.plan import Plan
 from sparsight.calibration.moments import Moments
 from sparsight.calibration.observe import Watch
 from sparsight.errors import SparsightError
+from sparsight.masks.counts import is_finite
 from sparsight.model.anatomy import Anatomy, Block, Layer
 from sparsight.model.load import overflow_advice
 from sparsight.model.stream import Stream
@@ -113,7 +114,7 @@ class Work:
             pruned = steps.prune(W, moments, self.plan[layer.name], generator=self.generator(layer.name))
         except ValueError as error:  # a score or a factor that cannot be
             raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
-        self.check_kept(layer, pruned)
+        surplus = self.check_kept(layer, pruned)
         X = moments.sample().float()  # (k, in)
         difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
         reference = torch.linalg.norm(X @ W.float().T)
@@ -123,35 +124,44 @@ class Work:
             facts["damping"] = {layer.name: moments.damping}
         if moments.sensitivity is not None and not moments.sensitivity.square.any():
             facts["ungraded"] = [layer.name]
-        return facts | self.sparser(layer)
+        return facts | self.sparser(layer, surplus)
 
-    def sparser(self, layer: Layer) -> dict[str, Any]:
-        """The sparsity of a pruned layer, where it is more than planned by `SPARSER`: zeros stay that were there before."""
-        W = layer.weight
-        found = 1 - int(torch.count_nonzero(W)) / W.numel()
-        planned = self.plan[layer.name].zeros(layer.shape) / W.numel()
-        return {"sparser": {layer.name: found}} if found > planned + SPARSER else {}
+    def sparser(self, layer: Layer, surplus: int) -> dict[str, Any]:
+        """The sparsity of a layer where it is more than planned by `SPARSER`: zeros stay that were there before."""
+        out, columns = layer.shape
+        if surplus <= SPARSER * out * columns:
+            return {}
+        return {"sparser": {layer.name: (self.plan[layer.name].zeros(layer.shape) + surplus) / (out * columns)}}
 
     def prune_without_data(self, layer: Layer) -> dict[str, Any]:
         """Prune one layer in place by its weights alone; return what is to be said of it."""
         pruned = self.composition.prune(
             layer.weight, None, self.plan[layer.name], generator=self.generator(layer.name)
         )  # fmt: skip
-        self.check_kept(layer, pruned)
+        surplus = self.check_kept(layer, pruned)
         layer.write(pruned)
-        return self.sparser(layer)
+        return self.sparser(layer, surplus)
 
-    def check_kept(self, layer: Layer, pruned: Any) -> None:
-        """**Raises** `SparsightError` for a pruned weight (out, in) that breaks the pattern or the method's `mask_only`."""
+    def check_kept(self, layer: Layer, pruned: Any) -> int:
+        """The zeros of a pruned weight (out, in) beyond its pattern's.
+
+        **Raises** `SparsightError` for one that breaks the pattern or the method's `mask_only`.
+        """
         W, pattern = layer.weight, self.plan[layer.name]
         fits = isinstance(pruned, torch.Tensor) and (pruned.shape, pruned.dtype) == (W.shape, W.dtype)
-        if not fits or not pattern.holds(pruned) or not pruned.isfinite().all():
+        surplus = pattern.surplus(pruned) if fits else None
+        if surplus is None or not is_finite(pruned):
             raise SparsightError(
                 f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
                 f"{pattern}; put zeros where `pattern.keep(score)` is False"
             )
-        if self.composition.method.mask_only and not self.composition.update and not ((pruned == W) | (pruned == 0)).all():
+        if (
+            self.composition.method.mask_only
+            and not self.composition.update
+            and not (pruned == W).logical_or_(pruned == 0).all()
+        ):
             raise SparsightError(f"{layer.name}: the method changed kept weights; declare it with mask_only=False")
+        return surplus
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed and the name only."""

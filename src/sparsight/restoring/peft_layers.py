@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import pack
+from sparsight.masks.counts import is_finite
 from sparsight.model.anatomy import Layer
 from sparsight.model.matrices import stack_of
 from sparsight.restoring.adapters import ADAPTERS, Factors, effective, project
@@ -153,7 +154,7 @@ class MaskedTuner(nn.Module, BaseTunerLayer):
         if self.merged:
             raise ValueError("the adapter is merged already; unmerge it first")
         merged = self.effective()
-        if safe_merge and not all(bool(torch.isfinite(E).all()) for E in merged.values()):
+        if safe_merge and not all(is_finite(E) for E in merged.values()):
             raise ValueError("NaN or infinity in the merged weights; the adapter is broken")
         for name, E in merged.items():
             parameter = getattr(self.base_layer, name)

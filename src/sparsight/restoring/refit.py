@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparsight import distributed
+from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy
 from sparsight.progress import Progress
@@ -66,7 +67,7 @@ def refit(
             own[name].copy_(parameter)
     weights = {layer.name: layer.weight for layer in anatomy.layers if layer.name in targets}
     plan: dict[str, Pattern] = {
-        name: FixedPattern("tensor", int((W == 0).sum()) / W.numel(), weight=W) for name, W in weights.items()
+        name: FixedPattern("tensor", count_zeros(W) / W.numel(), weight=W) for name, W in weights.items()
     }  # fmt: skip
     composition = compose(Method(_put_in, needs=frozenset(), mask_only=False), reconstruct=epochs)
     fitted = [layer for layer in dense_anatomy.layers if layer.name in targets]
