@@ -18,7 +18,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 
 from sparsight.errors import Notice, SparsightError, first_line
-from sparsight.masks.counts import count_zeros
 
 RUNS = "runs"  # where transformers puts the log of tensorboard
 PROJECT = "sparsight"
@@ -99,7 +98,7 @@ def zeros_of(body: Any, names: Iterable[str]) -> dict[str, float]:
     for name in names:
         layer = body[name]
         zeros, parameters = counts.get(layer.component, (0, 0))
-        counts[layer.component] = (zeros + count_zeros(layer.weight), parameters + layer.weight.numel())
+        counts[layer.component] = (zeros + int((layer.weight == 0).count_nonzero()), parameters + layer.weight.numel())
     values: dict[str, float] = {}
     for component, (zeros, parameters) in counts.items():
         values |= {f"zeros/{component}": zeros, f"sparsity/{component}": zeros / parameters}

@@ -20,7 +20,6 @@ from sparsight.data import Encoder, batches
 from sparsight.data.encoding import FIRST, select_answers
 from sparsight.data.own_batches import OwnBatches
 from sparsight.errors import SparsightError
-from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import main_device
 from sparsight.model.anatomy import Anatomy, anatomy
@@ -269,7 +268,7 @@ def choose_mode(mode: str, modes: Mapping[str, Any], sparse: str, teacher: str) 
 def remaining_zeros(body: Anatomy, masks: Masks) -> dict[str, Pattern]:
     """The zeros that the pruned layers still hold; plain LoRA, merged, leaves about none."""
     layers = [layer for layer in body.layers if layer.name in masks]
-    return {layer.name: Pattern("tensor", count_zeros(layer.weight) / layer.weight.numel()) for layer in layers}
+    return {layer.name: Pattern("tensor", int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
 
 
 def adapter_targets(body: Anatomy, masks: Masks, spec: RestoreSpec, *, shared: bool = False) -> list[AdapterTarget]:
