@@ -7,6 +7,7 @@ import torch
 
 from sparsight import Pattern
 from sparsight.masks.counts import count_zeros, is_finite
+from sparsight.restoring.refit import FixedPattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -48,3 +49,18 @@ def test_the_zeros_beyond_a_pattern(pattern):
     full[5, (full[5] == 0).nonzero()[0]] = 1
     assert pattern.surplus(full) is None
     assert not pattern.holds(full)
+
+
+def test_the_zeros_of_an_existing_weight():
+    torch.manual_seed(0)
+    W = torch.randn(7, 13)
+    W[torch.rand(7, 13) < 0.6] = 0
+    pattern = FixedPattern("tensor", count_zeros(W) / W.numel(), weight=W)
+    assert pattern.surplus(2 * W) == 0
+    fewer, other = W.clone(), W.clone()
+    fewer.view(-1)[W.view(-1).nonzero()[:2]] = 0
+    assert pattern.surplus(fewer) == 2
+    other.view(-1)[(W.view(-1) == 0).nonzero()[0]] = 1  # as many zeros, but one of them elsewhere
+    other.view(-1)[W.view(-1).nonzero()[0]] = 0
+    assert pattern.surplus(other) is None
+    assert not pattern.holds(other)

@@ -31,9 +31,10 @@ class FixedPattern(Pattern):
 
     weight: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0), compare=False, repr=False)
 
-    def holds(self, weight: torch.Tensor) -> bool:
-        """Whether `weight` is zero wherever the existing weight is."""
-        return not bool(weight[self.weight == 0].any())
+    def surplus(self, weight: torch.Tensor) -> int | None:
+        """How many zeros `weight` has beyond those of the existing weight; None where it has lost one of these."""
+        lost = bool(weight[self.weight == 0].any())
+        return None if lost else count_zeros(weight) - count_zeros(self.weight)
 
 
 def _put_in(W: torch.Tensor, moments: Any, pattern: FixedPattern, generator: torch.Generator) -> torch.Tensor:
