@@ -1,26 +1,27 @@
 """What every method, refinement, update, token rule and policy costs on the demo models, one-shot: no restoration.
 
-Each recipe prunes vision and language of the dense model with 128 calibration samples (`propagate=block`, one sample per
-training scene) and answers held-out scenes whose digits were never trained on: exact match over questions and captions,
-with 95 % bootstrap intervals. `mean` is of questions and captions, its interval over scenes; `regained` the share of the
-points that Wanda with the uniform policy loses that a recipe does not lose, where those are 3 points or more.
+Each recipe prunes vision and language of the dense model with 128 calibration samples (`propagate=block`, drawn from those
+of 1,200 training scenes) and answers held-out scenes whose digits were never trained on: exact match over questions and
+captions, and the perplexity of the right answers. A seed draws the calibration samples and what is random in a method.
 
-    python benchmarks/quality.py [--model instructblip llava] [--settings "50 %" "2:4"] [--recipes wanda alps] [--scenes 300]
+    python benchmarks/quality.py [--model instructblip llava] [--settings "50 %" "2:4"] [--recipes wanda alps] [--seeds 0 1]
 
-Results: quality-MODEL.csv beside this file, one row per setting and recipe. What is there already is not measured again
-unless with `--again`; a plan that cannot be met is left out. `--table` prints the files as Markdown and measures nothing.
+Results: quality-MODEL.csv beside this file, one row per setting, recipe and seed. What is there already is not measured
+again unless with `--again`; a plan that cannot be met is left out. `--table` prints the files as Markdown and measures
+nothing: means with 95 % bootstrap intervals over seeds and scenes, and in parentheses the share of the points lost by Wanda
+with the uniform policy that a recipe regains, where those are 3 points or more and the share is above -100 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 
 from sparsight import anatomy, load
@@ -29,9 +30,7 @@ from sparsight.calibration.probe import Probe
 from sparsight.data import Encoder, batches, read
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.demo.tour import captions_and_questions
 from sparsight.errors import SparsightError
-from sparsight.evaluation import bootstrap, evaluate
 from sparsight.pruning.compose import policy_of
 from sparsight.pruning.loop import prune
 from sparsight.specs import PruneSpec
@@ -86,13 +85,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alps, sensitivity": {"method": "alps", "policy": "sensitivity"},
     "alps + reconstruct 16, sensitivity": {"method": "alps", "reconstruct": 16, "policy": "sensitivity"},
 }
-COLUMNS = [
-    *("date", "torch", "model", "setting", "recipe", "scenes"),
-    *("questions", "q_low", "q_high", "captions", "c_low", "c_high"),
-    *("mean", "low", "high", "regained", "error", "zeros", "s"),
-]
+COLUMNS = ("date", "torch", "commit", "model", "setting", "recipe", "seed", *rows.SCORES, "error", "zeros", "s", "right")
 HERE = Path(__file__).parent
-LOST = 3.0  # points; where Wanda loses less, the share of it that a recipe regains is noise
+SCENES = 300
 
 
 def fits(setting: str, recipe: dict[str, Any]) -> bool:
@@ -104,25 +99,29 @@ def fits(setting: str, recipe: dict[str, Any]) -> bool:
 class Bench:
     """One demo model, its calibration batches and its held-out scenes."""
 
-    def __init__(self, name: str, scenes: int, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         self.model, self.processor = load(MODELS[name], dtype="float32")
         self.anatomy = anatomy(self.model)
         self.dense = {key: value.clone() for key, value in self.model.state_dict().items()}
-        encoder = Encoder(self.processor, self.model)
-        train = write(folder / f"{name}-train", "train", 128, seed=0, questions_per_scene=1)
-        samples = encoder.usable(read(train, limit=128, seed=0))
-        self.calibration = list(batches(samples, encoder, 8))
-        self.test = encoder.usable(read(write(folder / f"{name}-test", "test", scenes, seed=7)))
-        self.measure = Probe(self.model, self.anatomy, self.calibration, seed=0)
+        self.encoder = Encoder(self.processor, self.model)
+        self.train = write(folder / f"{name}-train", "train", 1200, seed=0, questions_per_scene=1)
+        self.test = self.encoder.usable(read(write(folder / f"{name}-test", "test", SCENES, seed=7)))
 
-    def run(self, setting: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    def draw(self, seed: int) -> None:
+        """Take other calibration samples."""
+        self.model.load_state_dict(self.dense)
+        samples = self.encoder.usable(read(self.train, limit=128, seed=seed))
+        self.calibration, self.seed = list(batches(samples, self.encoder, 8)), seed
+        self.measure = Probe(self.model, self.anatomy, self.calibration, seed=seed)
+
+    def run(self, setting: dict[str, Any], recipe: dict[str, Any]) -> rows.Row:
         self.model.load_state_dict(self.dense)
         how = dict(recipe)
         setting = {**setting, **({"pattern": how.pop("pattern")} if "pattern" in how else {})}
         policy = policy_of(PruneSpec(method=how.get("method", "wanda"), policy=how.pop("policy", None)))
         began = time.perf_counter()
         plan = make_plan(self.anatomy, **setting, policy=policy, probe=self.measure)
-        record = prune(self.model, self.anatomy, plan, self.calibration, **how)
+        record = prune(self.model, self.anatomy, plan, self.calibration, seed=self.seed, **how)
         seconds = time.perf_counter() - began
         error = sum(record.layer_errors.values()) / max(1, len(record.layer_errors))
         zeros = sum(int((self.anatomy[n].weight == 0).sum()) for n in plan)
@@ -130,20 +129,8 @@ class Bench:
         size = sum(x.weight.numel() for x in layers)
         return {**self.score(), "error": f"{error:.4f}", "zeros": f"{zeros / size:.4f}", "s": f"{seconds:.1f}"}
 
-    def score(self) -> dict[str, Any]:
-        result = evaluate(self.model, self.processor, self.test, max_new_tokens=40, batch_size=64)
-        found = captions_and_questions(result)
-        halves = [
-            [row["scores"]["exact_match"] for row in result.predictions if (row["kind"] == "caption") == captions]
-            for captions in (False, True)
-        ]
-        mean = sum(sum(half) / len(half) for half in halves) / 2
-        questions = [(a + b) / 2 for a, b in zip(halves[0][::2], halves[0][1::2], strict=True)]  # two to a scene
-        low, high = bootstrap([(q + c) / 2 for q, c in zip(questions, halves[1], strict=True)])
-        cells = {"mean": mean, "low": low, "high": high}
-        for key, letter in (("questions", "q"), ("captions", "c")):
-            cells |= {key: found[key]["value"], f"{letter}_low": found[key]["low"], f"{letter}_high": found[key]["high"]}
-        return {key: f"{100 * value:.1f}" for key, value in cells.items()}
+    def score(self) -> rows.Row:
+        return rows.score(self.model, self.processor, self.test)
 
 
 def main() -> None:
@@ -151,73 +138,63 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
-    parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
-        print(markdown([row for name in asked.model for row in stored(name)]))
+        print("\n".join(markdown(name, rows.stored(file_of(name))) for name in asked.model))
         return
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.model:
-            bench = Bench(name, asked.scenes, Path(folder))
-            fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "model": name}
-            fixed["scenes"] = asked.scenes
-            keep({**fixed, "setting": "-", "recipe": "dense", **bench.score(), "zeros": "0"})
-            for setting in asked.settings:
-                for recipe in asked.recipes:
-                    there = any((r["setting"], r["recipe"]) == (setting, recipe) for r in stored(name))
-                    if not fits(setting, RECIPES[recipe]) or (there and not asked.again):
+            bench = Bench(name, Path(folder))
+            keep_row(name, "-", "dense", 0, bench.score() | {"zeros": "0"})
+            for seed in asked.seeds:
+                bench.draw(seed)
+                there = {(r["setting"], r["recipe"], r["seed"]) for r in rows.stored(file_of(name))}
+                for setting, recipe in ((s, r) for s in asked.settings for r in asked.recipes):
+                    if not fits(setting, RECIPES[recipe]) or ((setting, recipe, str(seed)) in there and not asked.again):
                         continue
                     try:
                         found = bench.run(SETTINGS[setting], RECIPES[recipe])
                     except SparsightError as error:
                         print(f"{name} {setting} {recipe}: {error}", flush=True)
                     else:
-                        keep({**fixed, "setting": setting, "recipe": recipe, **found})
+                        keep_row(name, setting, recipe, seed, found)
 
 
-def stored(model: str) -> list[dict[str, Any]]:
-    path = HERE / f"quality-{model}.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def file_of(model: str) -> Path:
+    return HERE / f"quality-{model}.csv"
 
 
-def keep(row: dict[str, Any]) -> None:
-    """Put a row into the file in place of its predecessor, and compute again what every recipe regained."""
-    print("  ".join(f"{row.get(c, '')!s:>8}" for c in COLUMNS[2:]), flush=True)
-    key = ("model", "setting", "recipe", "scenes")
-    rows = [r for r in stored(row["model"]) if [str(r[k]) for k in key] != [str(row[k]) for k in key]] + [row]
-    measured = [r for r in rows if r["recipe"] in ("dense", "wanda")]
-    base = {(r["model"], r["setting"], str(r["scenes"])): float(r["mean"]) for r in measured}
-    for r in rows:
-        dense, wanda = (base.get((r["model"], s, str(r["scenes"]))) for s in ("-", r["setting"]))
-        known = r["recipe"] != "dense" and dense is not None and wanda is not None and dense - wanda >= LOST
-        r["regained"] = f"{100 * (float(r['mean']) - wanda) / (dense - wanda):.0f}" if known else ""
-    with (HERE / f"quality-{row['model']}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+def keep_row(model: str, setting: str, recipe: str, seed: int, found: rows.Row) -> None:
+    row = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "commit": rows.commit(), "model": model}
+    row |= {"setting": setting, "recipe": recipe, "seed": str(seed), **found}
+    rows.keep(row, file_of(model), COLUMNS, ("setting", "recipe", "seed"))
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for model in dict.fromkeys(r["model"] for r in rows):
-        mine = [r for r in rows if r["model"] == model]
-        dense = next(r for r in mine if r["recipe"] == "dense")
-        settings = [s for s in SETTINGS if any(r["setting"] == s for r in mine)]
-        lines += [f"\n### {model}, dense {dense['mean']} [{dense['low']}, {dense['high']}]\n"]
-        lines += [f"| recipe | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
-        for recipe in (r for r in RECIPES if any(row["recipe"] == r for row in mine)):
-            cells = []
-            for setting in settings:
-                row = next((r for r in mine if (r["setting"], r["recipe"]) == (setting, recipe)), None)
-                regained = f" ({row['regained']} %)" if row and row["regained"] and int(row["regained"]) > -100 else ""
-                cells.append(f"{row['mean']} [{row['low']}, {row['high']}]{regained}" if row else "")
-            lines.append(f"| {recipe} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def markdown(model: str, measured: list[rows.Row]) -> str:
+    """Two tables: scores with intervals, and the perplexity of the right answers."""
+    cells: dict[tuple[str, str], list[rows.Row]] = {}
+    for row in measured:
+        cells.setdefault((row["setting"], row["recipe"]), []).append(row)
+    scores = {key: rows.by_scene(some, SCENES) for key, some in cells.items()}
+    dense = scores["-", "dense"]
+    text = {key: sum(float(row["perplexity"]) for row in some) / len(some) for key, some in cells.items()}
+    settings = [s for s in SETTINGS if any(s == setting for setting, _ in cells)]
+    recipes = [r for r in RECIPES if any(r == recipe for _, recipe in cells)]
+    head = [f"| recipe | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
+    lines = [f"#### {model}, dense {rows.cell(dense, dense, None)}", "", *head]
+    for recipe in recipes:
+        found = [(scores.get((s, recipe)), scores.get((s, "wanda"))) for s in settings]
+        lines.append(f"| {recipe} | {' | '.join('' if x is None else rows.cell(x, dense, wanda) for x, wanda in found)} |")
+    lines += ["", f"#### {model}, perplexity of the answers, dense {text['-', 'dense']:.4f}", "", *head]
+    for recipe in recipes:
+        values = [text.get((s, recipe)) for s in settings]
+        lines.append(
+            f"| {recipe} | {' | '.join('' if x is None else f'{x:.4f}' if x < 10 else f'{x:.4g}' for x in values)} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

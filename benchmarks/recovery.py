@@ -2,8 +2,9 @@
 
 Vision and language are pruned by Wanda (128 calibration samples) or by the method of a recipe; then every adapter gets the
 same training scenes, the same steps and the same teacher, and answers held-out scenes whose digits were never trained on:
-exact match over questions and captions. A seed draws the calibration samples, the training samples, their order and the
-first values of the adapters. 100 steps of 16; learning rates were chosen on samples held out from training.
+exact match over questions and captions, and the perplexity of the right answers. A seed draws the calibration samples, the
+training samples, their order and the first values of the adapters. 100 steps of 16; learning rates were chosen on samples
+held out from training.
 
     python benchmarks/recovery.py [--model instructblip llava] [--settings "2:4" "70 %"] [--recipes ...] [--seeds 0 1 2]
 
@@ -15,23 +16,20 @@ the paired differences between recipes, and measures nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rows
 import torch
 
 from sparsight import api, load
 from sparsight.data import Encoder, read
 from sparsight.demo import MODELS
 from sparsight.demo.scenes import write
-from sparsight.evaluation import evaluate
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
@@ -73,7 +71,7 @@ PAIRS = (
     ("reconstruct + sparselora", "wanda"),
     ("reconstruct + sparselora", "sparselora"),
 )
-COLUMNS = ("date", "torch", "commit", "model", "setting", "recipe", "seed", "questions", "captions", "mean", "s", "right")
+COLUMNS = ("date", "torch", "commit", "model", "setting", "recipe", "seed", *rows.SCORES, "s", "right")
 HERE = Path(__file__).parent
 
 
@@ -108,15 +106,9 @@ class Bench:
         seconds = time.perf_counter() - began
         return {**self.score(answered), "s": f"{seconds:.0f}"}
 
-    def score(self, folder: Path) -> dict[str, Any]:
+    def score(self, folder: Path) -> rows.Row:
         model, processor = load(folder, dtype="float32")
-        settings = {"metrics": ("exact_match",), "max_new_tokens": 40, "batch_size": 64}
-        answers = evaluate(model, processor, self.test, **settings).predictions
-        right = np.array([row["correct"] for row in answers])
-        captions = np.array([row["kind"] == "caption" for row in answers])
-        q, c = 100 * right[~captions].mean(), 100 * right[captions].mean()
-        bits = np.packbits(right).tobytes().hex()
-        return {"questions": f"{q:.1f}", "captions": f"{c:.1f}", "mean": f"{(q + c) / 2:.1f}", "right": bits}
+        return rows.score(model, processor, self.test)
 
 
 def main() -> None:
@@ -130,70 +122,39 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.table:
         for model in asked.model:
-            print(markdown(model, stored(model)))
+            print(markdown(model, rows.stored(file_of(model))))
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     for model in asked.model:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(model, Path(folder))
             cells = [("-", "dense", 0)]
             cells += [(x, r, seed) for seed in asked.seeds for x in asked.settings for r in asked.recipes]
-            there = {(row["setting"], row["recipe"], row["seed"]) for row in stored(model)}
+            there = {(row["setting"], row["recipe"], row["seed"]) for row in rows.stored(file_of(model))}
             for setting, recipe, seed in cells:
                 if asked.again or (setting, recipe, str(seed)) not in there:
-                    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "commit": commit}
+                    fixed = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "commit": rows.commit()}
                     cell = {"model": model, "setting": setting, "recipe": recipe, "seed": str(seed)}
-                    keep({**fixed, **cell, **bench.run(setting, recipe, seed)})
+                    found = {**fixed, **cell, **bench.run(setting, recipe, seed)}
+                    rows.keep(found, file_of(model), COLUMNS, ("setting", "recipe", "seed"))
 
 
-def stored(model: str) -> list[dict[str, str]]:
-    path = HERE / f"recovery-{model}.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def file_of(model: str) -> Path:
+    return HERE / f"recovery-{model}.csv"
 
 
-def keep(row: dict[str, str]) -> None:
-    """Put a row into the file in place of its predecessor."""
-    print("  ".join(row[c] for c in COLUMNS[3:-1]), flush=True)
-    key = ("setting", "recipe", "seed")
-    rows = [r for r in stored(row["model"]) if [r[k] for k in key] != [row[k] for k in key]] + [row]
-    with (HERE / f"recovery-{row['model']}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def by_scene(rows: Sequence[dict[str, str]]) -> np.ndarray:
-    """Scores (seeds, scenes, 2) in percent: of each scene its two questions and its caption."""
-    packed = [np.frombuffer(bytes.fromhex(row["right"]), dtype=np.uint8) for row in rows]
-    right = 100.0 * np.stack([np.unpackbits(bits)[: 3 * SCENES].reshape(SCENES, 3) for bits in packed])
-    return np.stack([right[..., :2].mean(-1), right[..., 2]], axis=-1)
-
-
-def interval(scores: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % of the means of `scores` (seeds, scenes) when seeds and scenes are drawn again."""
-    g = np.random.default_rng(0)
-    seeds, scenes = scores.shape
-    means = [
-        scores[g.integers(0, seeds, seeds)][:, g.integers(0, scenes, scenes)].mean() for _ in range(draws)
-    ]  # fmt: skip
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def markdown(model: str, rows: list[dict[str, str]]) -> str:
+def markdown(model: str, measured: list[rows.Row]) -> str:
     cells: dict[tuple[str, str], np.ndarray] = {}
-    for setting, recipe in dict.fromkeys((row["setting"], row["recipe"]) for row in rows):
-        cells[setting, recipe] = by_scene([r for r in rows if (r["setting"], r["recipe"]) == (setting, recipe)])
+    for setting, recipe in dict.fromkeys((row["setting"], row["recipe"]) for row in measured):
+        mine = [r for r in measured if (r["setting"], r["recipe"]) == (setting, recipe)]
+        cells[setting, recipe] = rows.by_scene(mine, SCENES)
     settings = [s for s in SETTINGS if any(s == setting for setting, _ in cells)]
     dense = cells["-", "dense"]
-    head = f"### {model}, dense {cell(dense, dense, None)}"
+    head = f"### {model}, dense {rows.cell(dense, dense, None)}"
     lines = [head, "", f"| recipe | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
     for recipe in RECIPES:
         found = [cells.get((s, recipe)) for s in settings]
-        shown = ["" if x is None else cell(x, dense, cells.get((s, "wanda"))) for s, x in zip(settings, found, strict=True)]
+        pairs = zip(settings, found, strict=True)
+        shown = ["" if x is None else rows.cell(x, dense, cells.get((s, "wanda"))) for s, x in pairs]
         if any(shown):
             lines.append(f"| {recipe} | {' | '.join(shown)} |")
     apart = [s for s in ("2:4", "70 %") if s in settings]
@@ -213,23 +174,10 @@ def markdown(model: str, rows: list[dict[str, str]]) -> str:
                 continue
             n = min(len(a), len(b))
             difference = (a[:n] - b[:n]).mean(-1)
-            low, high = interval(difference)
+            low, high = rows.interval(difference)
             shown.append(f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]")
         lines.append(f"| {one} over {other} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
-
-
-def cell(scores: np.ndarray, dense: np.ndarray, pruned: np.ndarray | None) -> str:
-    """Mean over seeds with its interval, and the fraction regained of the points that Wanda lost."""
-    mean = scores.mean()
-    low, high = interval(scores.mean(-1))
-    lost = 0.0 if pruned is None else dense.mean() - pruned.mean()
-    back = (
-        f" ({100 * (mean - pruned.mean()) / lost:.0f} %)"
-        if pruned is not None and lost >= 3 and mean != pruned.mean()
-        else ""
-    )
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]{back}"
 
 
 if __name__ == "__main__":
