@@ -2,7 +2,8 @@
 
 What lies outside the blocks (embeddings, norms, the head) stays; on a CPU, in the dtype of the files, it is mapped, so that
 only what is touched takes memory. A block is loaded by transformers' own conversion, from the tensors of the checkpoint that
-become its weights, and holds the same bits as in a model that is loaded whole.
+become its weights, and holds the same bits as in a model that is loaded whole. As long as no weight changes, blocks that are
+only mapped from the files stay where they are once they were brought: they take no memory that the system cannot take back.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsight.errors import Notice, SparsightError, first_line
-from sparsight.memory import give_back_memory, is_out_of_memory, main_device
+from sparsight.memory import can_map_all, give_back_memory, is_out_of_memory, main_device
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import load_model, quiet
@@ -33,6 +35,7 @@ else:
     LACKS = None
 
 OUTSIDE = ""  # the part of a model outside its blocks
+MOST_MAPPED = 30_000  # tensors; Linux allows a process 65,530 mappings
 Tensors = dict[str, torch.Tensor]
 
 
@@ -63,8 +66,11 @@ class Stream:
             self.model, self.shards = load_skeleton(path, dtype=dtype, device=device and str(self.device))
             self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
-        self.sources: dict[str, Callable[[], Tensors]] = {}
         self.keep: str | None = None
+        self._sources: dict[str, Callable[[], Tensors]] = {}
+        self._stored: dict[str, dict[str, str]] = {}  # by block and name: the tensor of the files that it is, as it is
+        self._standing: set[str] = set()  # blocks in their places, mapped and unchanged
+        self._is_unchanged = False
         self._modules = {block.name: block.module for block in self.anatomy.blocks}
 
     def _watch(self, whole: Anatomy) -> Anatomy:
@@ -122,15 +128,22 @@ class Stream:
 
         **Raises** `SparsightError` for files that have changed since they were opened.
         """
-        if part == self.here or part not in self._modules:
+        if part == self.here or part not in self._modules or (self._is_unchanged and part in self._standing):
             return
         self.drop()
         self._empty  # noqa: B018  made once, of the model without data
-        try:
-            self._load(part)
-        except Unfit as error:
-            raise SparsightError(f"{part}: its weights cannot be loaded any more ({error}); look at the files") from error
-        self.here = part
+        if part not in self._standing:
+            try:
+                self._load(part)
+            except Unfit as error:
+                raise SparsightError(
+                    f"{part}: its weights cannot be loaded any more ({error}); look at the files"
+                ) from error
+        if self._is_unchanged and self._is_mapped(part):
+            self._standing.add(part)
+        else:
+            self._standing.discard(part)
+            self.here = part
 
     def drop(self) -> None:
         """Let the block in memory go; what was changed in it is lost, but in `keep`."""
@@ -138,10 +151,40 @@ class Stream:
             return
         if self.here == self.keep:  # a forward may go back to earlier blocks, as for a second image
             kept = self.state(self.here, {*self._names[self.here]})
-            self.sources[self.here] = lambda: dict(kept)
+            self._sources[self.here] = lambda: dict(kept)
         self._put(self._empty[self.here])
         self.here = None
         give_back_memory()
+
+    def read_from(self, part: str, read: Callable[[], Tensors]) -> None:
+        """Load a block by `read` when it is next brought, and from then on, as one that is pruned already."""
+        self._sources[part] = read
+        self._release(part)
+
+    def _release(self, part: str) -> None:
+        if part in self._standing:
+            self._standing.discard(part)
+            self._put(self._empty[part])
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, no weight may change: blocks that are mapped from the files stay once they were brought.
+
+        After it, each is let go when it is next brought and the one after it comes.
+        """
+        before, self._is_unchanged = self._is_unchanged, True
+        try:
+            yield
+        finally:
+            self._is_unchanged = before
+
+    def _is_mapped(self, part: str) -> bool:
+        """Whether a block, as it is loaded from the model's files, takes no memory of its own."""
+        keys = self._stored.get(part)
+        if keys is None or part in self._sources or self.device.type != "cpu":
+            return False
+        few = len(keys) + sum(len(self._stored[each]) for each in self._standing) <= MOST_MAPPED
+        return few and can_map_all() and self.shards.are_mapped(keys.values())
 
     def bring_outside(self) -> None:
         """Load what lies outside the blocks, for good. **Raises** `Unfit` where a block cannot be loaded alone."""
@@ -154,13 +197,20 @@ class Stream:
         for part, names in self._names.items():
             empty = {key: without_data(self._forms[key]) for key in self._keys[part]}
             left = self._convert(empty, META) & {*names} - {*self.model.all_tied_weights_keys}
+            if part != OUTSIDE and (same := _same_tensors(self._tensors(names), empty)) is not None:
+                self._stored[part] = same
             self._put(self._empty[part])
             if left:
                 raise Unfit(f"{min(left)} is made of tensors of several blocks")
 
     def _load(self, part: str) -> set[str]:
-        read = self.sources.get(part)
-        return self._convert(self.shards.read_all(self._keys[part]) if read is None else read(), self.device)
+        read = self._sources.get(part)
+        tensors = self.shards.read_all(self._keys[part]) if read is None else read()
+        keys = self._stored.get(part, {})
+        if not keys or not {*keys.values()} <= tensors.keys():
+            return self._convert(tensors, self.device)
+        self._put({name: _like(self._empty[part][name], tensors[key].to(self.device)) for name, key in keys.items()})
+        return set()
 
     def _convert(self, tensors: Tensors, device: torch.device) -> set[str]:
         """Put the tensors of a checkpoint into the model; the names that did not come."""
@@ -202,6 +252,8 @@ class Stream:
             for hook in hooks:
                 hook.remove()
             self.drop()
+            for name in [*self._standing]:
+                self._release(name)
 
     @property
     def parts(self) -> list[str]:
@@ -227,11 +279,27 @@ class Stream:
         return dict(revert_weight_conversion(self.model, dict(state)))
 
 
+def _same_tensors(placed: Tensors, stored: Tensors) -> dict[str, str] | None:
+    """For every tensor of a part the one of the files that it is, with no conversion; None where any is another."""
+
+    def form(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.untyped_storage()._cdata, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    keys = {form(tensor): key for key, tensor in stored.items()}
+    found = {name: keys.get(form(tensor)) for name, tensor in placed.items()}
+    return {name: key for name, key in found.items() if key is not None} if all(found.values()) else None
+
+
+def _like(empty: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as what stands in its place without data: a parameter or a buffer."""
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if isinstance(empty, nn.Parameter) else tensor
+
+
 @contextlib.contextmanager
 def runnable(
     path: str | Path, family: Family | None = None, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
 ) -> Iterator[tuple[Any, Anatomy]]:
-    """A model that can run inside, with one block in memory or, where it cannot be in parts, whole; and its anatomy.
+    """A model that can run inside, unchanged, block by block or, where it cannot be in parts, whole; and its anatomy.
 
     **Raises** `SparsightError` as `load_model` and `anatomy` do.
     """
@@ -243,7 +311,7 @@ def runnable(
         warnings.warn(f"{path}: was loaded as a whole, since it cannot be block by block: {why}", Notice, stacklevel=2)
         yield model, anatomy(model, family)
         return
-    with stream.run() as model:
+    with stream.unchanged(), stream.run() as model:
         yield model, stream.anatomy
 
 
