@@ -98,7 +98,7 @@ def zeros_of(body: Any, names: Iterable[str]) -> dict[str, float]:
     for name in names:
         layer = body[name]
         zeros, parameters = counts.get(layer.component, (0, 0))
-        counts[layer.component] = (zeros + int((layer.weight == 0).count_nonzero()), parameters + layer.weight.numel())
+        counts[layer.component] = (zeros + layer.zeros, parameters + layer.weight.numel())
     values: dict[str, float] = {}
     for component, (zeros, parameters) in counts.items():
         values |= {f"zeros/{component}": zeros, f"sparsity/{component}": zeros / parameters}

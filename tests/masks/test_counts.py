@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsight import Pattern
-from sparsight.masks.counts import count_zeros, is_finite
+from sparsight.masks.counts import are_same, count_zeros, is_finite, kept_of_rows, mask_of, most_of_groups
 from sparsight.restoring.refit import FixedPattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,6 +35,49 @@ def test_nothing_is_finite():
 def test_zeros_are_counted_with_those_below_zero(dtype):
     W = torch.tensor([[0.0, -0.0, 1.0], [-1.0, 0.0, torch.finfo(dtype).tiny]], dtype=dtype)
     assert count_zeros(W) == count_zeros(W.T) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mask_of_every_value(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    assert torch.equal(mask_of(every), every != 0)
+    assert count_zeros(every) == 2
+    assert torch.equal(mask_of(every.view(256, 256).T), every.view(256, 256).T != 0)
+    wide = torch.tensor([0.0, -0.0, 1e-45, -1e-45, float("nan"), float("inf")])
+    assert mask_of(wide).tolist() == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("columns", [1, 5, 63, 64, 192, 16_384])
+def test_what_is_kept_of_rows(columns):
+    torch.manual_seed(0)
+    keep = torch.rand(7, columns) < 0.7
+    keep[3] = True
+    assert kept_of_rows(keep).tolist() == keep.long().sum(1).tolist()
+    assert kept_of_rows(keep.T.contiguous().T).tolist() == keep.long().sum(1).tolist()
+    assert kept_of_rows(keep[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 16, 32])
+def test_the_most_that_is_kept_of_a_group(m):
+    torch.manual_seed(0)
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        keep = torch.rand(9, 96) < share
+        most = int(keep.view(-1, m).long().sum(1).max())
+        assert most_of_groups(keep, m) == most_of_groups(keep.T.contiguous().T, m) == most
+    assert most_of_groups(keep[:0], m) == 0
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+def test_bits_that_differ_where_something_is_kept(dtype):
+    torch.manual_seed(0)
+    W = torch.randn(9, 33).to(dtype)
+    where = torch.rand(9, 33) < 0.5
+    pruned = W.float().mul(where).to(dtype)
+    assert are_same(pruned, W, where)
+    assert are_same(pruned.T, W.T, where.T)
+    pruned[where.nonzero().unbind(1)[0][-1], where.nonzero().unbind(1)[1][-1]] = 3
+    assert not are_same(pruned, W, where)
+    assert not are_same(pruned.T, W.T, where.T)
 
 
 @pytest.mark.parametrize("pattern", [Pattern.row(0.5), Pattern.tensor(0.5), Pattern.nm(2, 4), Pattern.nm(4, 512)])

@@ -20,6 +20,7 @@ from sparsight.checkpoint.unfinished import unfinished
 from sparsight.errors import Notice, SparsightError, first_line
 from sparsight.files import check_output, read_json, replace_file, without_home, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
+from sparsight.masks.counts import count_zeros
 from sparsight.model.files import check_files
 from sparsight.packing.headers import header_entry, header_text, in_order
 from sparsight.packing.shards import (
@@ -135,7 +136,7 @@ def _packing(
             squeezed = squeeze(W) if spec.squeeze else None
             return ({name: W}, None, {}) if squeezed is None else ({name: squeezed}, [list(W.shape), None], {})
         facts: dict[str, Any] = {"dense": W.nbytes, "dtype": str(W.dtype).removeprefix("torch.")}
-        if minus := int((packed.values == 0).sum()):
+        if minus := count_zeros(packed.values):
             facts["minus_zeros"] = minus
         if (layer := hashes.get(weight_hash(W))) is not None:
             facts["layer"] = layer
@@ -145,7 +146,7 @@ def _packing(
             except SparsightError as error:
                 raise SparsightError(f"{where}: {name} {error}; use `values=kept`") from error
             rounded = packed.expand(W.dtype)
-            facts |= {"error": output_error(W, packed), "zeros": int((rounded == 0).sum())}
+            facts |= {"error": output_error(W, packed), "zeros": count_zeros(rounded)}
             facts |= {"mask": mask_hash(rounded), "weight": weight_hash(rounded)}
         stored = {name + part: tensor for part, tensor in packed.tensors().items()}
         if spec.squeeze and (squeezed := squeeze(packed.values)) is not None:

@@ -13,7 +13,7 @@ from sparsight.checkpoint.folder import Record, family_of, read_plan, read_recor
 from sparsight.checkpoint.pack import StoredLayer, stored_layers
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.counts import count_zeros, mask_of
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Layer, anatomy
 from sparsight.model.source import check_model
@@ -38,7 +38,7 @@ class Zeros:
         taken = family_of(record, family)
         body = open_anatomy(model, taken) if named else anatomy(model, taken)
         layers = [layer for layer in body.layers if layer.sparse or (record and layer.name in record["layers"])]
-        masks = {layer.name: (pack(layer.weight == 0), layer.shape) for layer in layers if (layer.weight == 0).any()}
+        masks = {layer.name: (pack(~mask_of(layer.weight)), layer.shape) for layer in layers if layer.zeros}
         if not masks:
             raise SparsightError(f"{_name(model)}: holds no zeros to compare with; give a pruned folder to `against`")
         return cls(name or _name(model), masks)
@@ -157,5 +157,5 @@ def _of_weight(W: torch.Tensor, entry: Mapping[str, Any], pattern: Pattern) -> l
 def _lost(W: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> list[str]:
     if tuple(W.shape) != tuple(shape):
         return [f"shape is {list(W.shape)}, the other's is {list(shape)}"]
-    lost = int((unpack(packed, shape) & (W != 0)).sum())
+    lost = int((unpack(packed, shape) & mask_of(W)).count_nonzero())
     return [f"{lost} zeros lost"] if lost else []

@@ -16,7 +16,6 @@ from sparsight.checkpoint.folder import read_record
 from sparsight.errors import quote
 from sparsight.evaluation.evaluate import headline
 from sparsight.evaluation.metrics import title_of
-from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy
 from sparsight.model.families import COMPONENTS
@@ -48,7 +47,7 @@ def zeros_of(body: Anatomy, model: str, count: bool) -> dict[str, int] | None:
         return {name: entry["zeros"] for name, entry in record["layers"].items()}
     if not count and body.parameters > COUNTED:
         return None
-    return {layer.name: count_zeros(layer.weight) for layer in body.layers}
+    return {layer.name: layer.zeros for layer in body.layers}
 
 
 def anatomy_facts(body: Anatomy, zeros: Mapping[str, int] | None) -> dict[str, Any]:

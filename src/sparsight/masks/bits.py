@@ -10,6 +10,7 @@ import hashlib
 import torch
 
 from sparsight import kernels
+from sparsight.masks.counts import mask_of
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -36,7 +37,7 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.T
 
 def mask_hash(weight: torch.Tensor) -> str:
     """Hash the positions of a weight's non-zeros."""
-    return packed_hash(pack(weight != 0))
+    return packed_hash(pack(mask_of(weight)))
 
 
 def packed_hash(packed: torch.Tensor) -> str:

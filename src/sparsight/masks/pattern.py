@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 
 from sparsight import kernels
 from sparsight.errors import SparsightError
+from sparsight.masks.counts import kept_of_rows, mask_of, most_of_groups
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,14 @@ class Pattern:
 
     def surplus(self, weight: torch.Tensor) -> int | None:
         """How many zeros `weight` (out, in) has beyond the pattern's; None where it does not hold the pattern."""
-        zero = weight == 0
+        keep = mask_of(weight)
         rows, columns = weight.shape
         if self.kind == "row":
-            enough = (zero.sum(1, dtype=torch.int32) >= _nearest(self.sparsity * columns)).all()
-        elif self.kind == "n:m":
-            counted = torch.uint8 if self.m < 256 else torch.int32
-            groups = zero.view(torch.uint8).to(counted).view(rows, -1, self.m).unbind(2)
-            enough = (reduce(torch.add, groups) >= self.m - self.n).all()
+            enough = bool((kept_of_rows(keep) <= columns - _nearest(self.sparsity * columns)).all())
         else:
-            enough = torch.ones(())
-        surplus = int(zero.count_nonzero()) - self.zeros((rows, columns))
-        return surplus if surplus >= 0 and bool(enough) else None
+            enough = self.kind == "tensor" or most_of_groups(keep, self.m) <= self.n
+        surplus = keep.numel() - int(keep.count_nonzero()) - self.zeros((rows, columns))
+        return surplus if surplus >= 0 and enough else None
 
 
 def check_sparsity(value: float, field: str = "`sparsity`") -> float:

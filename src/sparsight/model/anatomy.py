@@ -78,8 +78,12 @@ class Layer:
     @property
     def sparse(self) -> bool:
         """Whether at least 1 % of the weights are zero; a dense layer may hold a few zeros, too."""
-        size = self.weight.numel()
-        return count_zeros(self.weight) >= SPARSE_FROM * size
+        return self.zeros >= SPARSE_FROM * self.weight.numel()
+
+    @property
+    def zeros(self) -> int:
+        """The number of weights that are zero."""
+        return count_zeros(self.weight)
 
     def write(self, weight: torch.Tensor) -> None:
         """Copy `weight` (out, in) into the layer, in place, in the layer's own dtype and storage."""

@@ -14,6 +14,7 @@ from sparsight.calibration.moments import Moments
 from sparsight.calibration.tokens import TokenRule, find_tokens
 from sparsight.checks import check_name, current_name, name_of
 from sparsight.errors import SparsightError
+from sparsight.masks.counts import mask_of
 from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods import PRESETS, Method, Refine, Update, find_method, find_refine, find_update
 from sparsight.pruning.methods.dense_target import dense_target
@@ -76,7 +77,7 @@ class Composition:
         pruned = self.method.prune((goal if self.method.solves else W).clone(), moments, pattern, generator=generator)
         if (self.refine is None and self.update is None) or moments is None:
             return pruned
-        keep = pruned != 0
+        keep = mask_of(pruned)
         if self.refine is not None:
             start = keep
             keep = self.refine.refine(W.clone(), start.clone(), moments, pattern)

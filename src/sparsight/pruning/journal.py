@@ -19,6 +19,7 @@ from sparsight import distributed
 from sparsight.errors import SparsightError, first_line
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import pack, unpack
+from sparsight.masks.counts import mask_of
 from sparsight.model.anatomy import Layer
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Journal:
         """
         if not distributed.is_main():
             return
-        tensors = {x.name: pack(x.weight != 0) if self.mask_only else x.weight.clone() for x in layers}
+        tensors = {x.name: pack(mask_of(x.weight)) if self.mask_only else x.weight.clone() for x in layers}
         if not self.mask_only:  # a permutation reorders biases, too
             tensors |= {f"{x.name}.bias": _bias(x).clone() for x in layers if _bias(x) is not None}
         path = self._path(block)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sparsight.calibration.lockstep import Call
+from sparsight.masks.counts import mask_of
 from sparsight.model.anatomy import Layer
 
 RATE = 0.02  # Adam's step, in units of the root mean square of a layer's kept weights
@@ -106,7 +107,7 @@ class _MaskedAdam:
     def __init__(self, layers: Sequence[Layer], start: Sequence[torch.Tensor], steps: int) -> None:
         self.layers, self.start, self.steps, self.count = layers, start, steps, 0
         self.weights = [W.float().clone() for W in start]
-        self.rates = [RATE * float(W[W != 0].square().mean().sqrt()) if bool(W.any()) else 0.0 for W in self.weights]
+        self.rates = [RATE * float(W[mask_of(W)].square().mean().sqrt()) if bool(W.any()) else 0.0 for W in self.weights]
         self.adam = torch.optim.Adam([{"params": [W]} for W in self.weights], betas=(0.9, 0.95))
 
     def step(self, grads: dict[int, Any]) -> None:
@@ -116,7 +117,7 @@ class _MaskedAdam:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * cosine
         for layer, W, start in zip(self.layers, self.weights, self.start, strict=True):
-            keep = start != 0
+            keep = mask_of(start)
             own = id(layer.parameter)
             grad = grads.pop(own) if last[own] is layer else grads[own]
             W.grad = _own(grad, layer).float().mul_(keep)

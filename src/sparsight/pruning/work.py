@@ -13,7 +13,7 @@ from sparsight.allocation.plan import Plan
 from sparsight.calibration.moments import Moments
 from sparsight.calibration.observe import Watch
 from sparsight.errors import SparsightError
-from sparsight.masks.counts import is_finite
+from sparsight.masks.counts import are_same, is_finite, mask_of
 from sparsight.model.anatomy import Anatomy, Block, Layer
 from sparsight.model.load import overflow_advice
 from sparsight.model.stream import Stream
@@ -155,11 +155,8 @@ class Work:
                 f"{layer.name}: the method gave no finite {tuple(W.shape)} matrix of {W.dtype} that holds the pattern "
                 f"{pattern}; put zeros where `pattern.keep(score)` is False"
             )
-        if (
-            self.composition.method.mask_only
-            and not self.composition.update
-            and not (pruned == W).logical_or_(pruned == 0).all()
-        ):
+        changes = not self.composition.method.mask_only or self.composition.update
+        if not changes and not are_same(pruned, W, mask_of(pruned)):
             raise SparsightError(f"{layer.name}: the method changed kept weights; declare it with mask_only=False")
         return surplus
 

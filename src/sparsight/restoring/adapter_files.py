@@ -15,6 +15,7 @@ import torch
 from sparsight.errors import SparsightError, quote
 from sparsight.files import read_json
 from sparsight.masks.bits import mask_hash, pack, packed_hash
+from sparsight.masks.counts import mask_of
 from sparsight.model.anatomy import Anatomy
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import factor_tensors, load_factor_tensors, read_factors, save_factors
@@ -79,7 +80,7 @@ def load_adapter(model: Any, anatomy: Anatomy, folder: str | Path) -> Any:
         kind = OLD_KINDS.get(form, form)
         if kind != "lora" and kind not in ADAPTERS:
             raise SparsightError(f"{path}: {name} has an adapter {quote(form)}, which this version does not know")
-        targets.append(AdapterTarget(layers[name], rank, pack(W != 0) if masked else None, kind))
+        targets.append(AdapterTarget(layers[name], rank, pack(mask_of(W)) if masked else None, kind))
     tensors = read_factors(Path(folder))  # before the model is changed
     wrapped = add_adapters(model, targets, alpha=alpha)
     load_factor_tensors(wrapped, tensors)

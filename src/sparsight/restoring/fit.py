@@ -34,6 +34,7 @@ from sparsight.checkpoint.unfinished import check_unfinished, unfinished
 from sparsight.data import read_with
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import pack
+from sparsight.masks.counts import mask_of
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import Anatomy
@@ -143,7 +144,7 @@ def _check_alike(model: Any, dense: Any, name: str, teacher: str) -> None:
 def _pruned_too(sparse: Anatomy, dense: Anatomy, plan: Mapping[str, Pattern]) -> bool:
     """Whether most weights that are zero in the first model are zero in the second, too; one block of each in memory."""
     for block in sparse.blocks_with(set(plan)):
-        masks = {x.name: pack(x.weight != 0) for x in sparse.layers if x.block == block.name and x.name in plan}
+        masks = {x.name: pack(mask_of(x.weight)) for x in sparse.layers if x.block == block.name and x.name in plan}
         if not pruned_too(dense, masks):
             return False
     return True

@@ -208,7 +208,7 @@ def inspect_sparse(
     family = family_of(record, spec.family)
     body = anatomy(model, family)
     masks = read_masks(body, record["layers"] if record else ())
-    if not any((body[name].weight == 0).any() for name in masks):
+    if not any(body[name].zeros for name in masks):
         raise SparsightError(f"{source.name}: holds no zeros, so there is nothing to restore; give a pruned folder")
     _check_ranks(parse_ranks(spec.rank), spec.tune, body, masks)
     encoder: Any = own or Encoder(processor, model, max_length=spec.max_length, skip_bad=spec.skip_bad)
@@ -268,7 +268,7 @@ def choose_mode(mode: str, modes: Mapping[str, Any], sparse: str, teacher: str) 
 def remaining_zeros(body: Anatomy, masks: Masks) -> dict[str, Pattern]:
     """The zeros that the pruned layers still hold; plain LoRA, merged, leaves about none."""
     layers = [layer for layer in body.layers if layer.name in masks]
-    return {layer.name: Pattern("tensor", int((layer.weight == 0).sum()) / layer.weight.numel()) for layer in layers}
+    return {layer.name: Pattern("tensor", layer.zeros / layer.weight.numel()) for layer in layers}
 
 
 def adapter_targets(body: Anatomy, masks: Masks, spec: RestoreSpec, *, shared: bool = False) -> list[AdapterTarget]:

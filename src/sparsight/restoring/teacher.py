@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparsight.masks.bits import pack, unpack, weight_hash
+from sparsight.masks.counts import mask_of
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.restoring.head import Head
 from sparsight.restoring.peft_layers import adapted_modules
@@ -60,7 +61,7 @@ def live_teacher(model: nn.Module, head: Head) -> Teacher:
 @torch.no_grad()
 def read_masks(anatomy: Anatomy, recorded: Container[str] = ()) -> Masks:
     """Return the packed masks of all sparse layers and of those in `recorded`, by name, read from the zeros."""
-    return {layer.name: pack(layer.weight != 0) for layer in anatomy.layers if layer.sparse or layer.name in recorded}
+    return {layer.name: pack(mask_of(layer.weight)) for layer in anatomy.layers if layer.sparse or layer.name in recorded}
 
 
 @torch.no_grad()
@@ -69,8 +70,8 @@ def pruned_too(dense: Anatomy, masks: Masks) -> bool:
     gone = zero = 0
     for layer, packed in _masked(dense, masks):
         out = ~unpack(packed, layer.shape)
-        gone += int(out.sum())
-        zero += int((layer.weight[out] == 0).sum())
+        gone += int(out.count_nonzero())
+        zero += int((out & ~mask_of(layer.weight)).count_nonzero())
     return zero > gone / 2
 
 

@@ -247,7 +247,7 @@ class Workbench:
         costs = {**costs, "evaluate": self._cost(began)}
         body = self.body if model is None else anatomy(model, self.family)
         layers = {
-            name: {"component": x.component, "block": x.block, "got": float((x.weight == 0).float().mean())}
+            name: {"component": x.component, "block": x.block, "got": x.zeros / x.weight.numel()}
             | {"error": (errors or {}).get(name)}
             for name in plan or ()
             if (x := body[name])
