@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import yaml
 
 import sparsight
 from sparsight import SparsightError, anatomy, api, load
+from sparsight.errors import Notice
 
 import zoo
 
@@ -85,6 +87,7 @@ def test_what_is_not_there_is_said_before_torch_is_imported(words, line, tmp_pat
     (tmp_path / "full" / "x").touch()
     script = """
 import sys
+import warnings
 from sparsight.cli.app import main
 try:
     main()
@@ -101,6 +104,7 @@ def test_prune_imports_no_trainer(zoo_folder, tmp_path):
     """Nor does plan; together they are half a second that only trackers and restoration need."""
     script = """
 import sys
+import warnings
 import sparsight
 sparsight.plan(sys.argv[1], sparsity=0.5)
 sparsight.prune(sys.argv[1], sys.argv[2], method="magnitude", sparsity=0.5)
@@ -140,6 +144,19 @@ def test_plan_changes_nothing(run, zoo_folder, tmp_path):
     assert set(facts["layers"].values()) == {"2:4"}
     assert {p: p.stat().st_mtime_ns for p in zoo_folder("llava").iterdir()} == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_says_that_zeros_stay(run, zoo_folder):
+    """A plan of fewer zeros than there are on record ends with those, and the user hears of it before pruning."""
+    assert run("prune", zoo_folder("llava"), "sparse", "--method", "magnitude", "--sparsity", "language=0.6")[0] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        code, _, err = run("plan", "sparse", "--sparsity", "0.4")
+    assert code == 0
+    assert "sparse: is sparse already, and zeros stay zeros: " in err
+    assert "planned at 40.0%, layers: 21; plan more, or the dense original" in err
+    for fine in ("0.6", "vision=0.3", "language=0.7"):
+        assert run("plan", "sparse", "--sparsity", fine)[0] == 0  # without a notice
 
 
 def test_every_verb_on_the_command_line(run, zoo_folder, scenes, tmp_path):

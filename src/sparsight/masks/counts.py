@@ -27,7 +27,9 @@ def kept_of_rows(keep: torch.Tensor) -> torch.Tensor:
     rows, columns = keep.shape
     bytes_ = keep.contiguous().view(torch.uint8)
     if columns and columns % LANES == 0:
-        bytes_ = bytes_.view(torch.int64).view(rows, columns // LANES, LANES // 8).sum(-1).view(torch.uint8)  # a byte holds up to 255
+        bytes_ = (
+            bytes_.view(torch.int64).view(rows, columns // LANES, LANES // 8).sum(-1).view(torch.uint8)
+        )  # a byte holds up to 255
     return bytes_.sum(1, dtype=torch.int32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +30,7 @@ from sparsight.checkpoint.unfinished import check_unfinished, unfinished
 from sparsight.checks import name_of, whole_name
 from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
-from sparsight.errors import SparsightError
+from sparsight.errors import Notice, SparsightError
 from sparsight.files import check_output
 from sparsight.masks.counts import count_zeros
 from sparsight.masks.pattern import Pattern
@@ -44,6 +45,7 @@ from sparsight.pruning.compose import Composition, check_processes, compose_spec
 from sparsight.pruning.loop import check_finite, check_walk, prune
 from sparsight.pruning.record import PruneRecord
 from sparsight.pruning.way import open_way
+from sparsight.pruning.work import SPARSER
 from sparsight.specs import PlanSpec, PruneSpec
 
 
@@ -70,7 +72,8 @@ def plan_model(
     policy = "uniform" if spec.policy is None else spec.policy
     rule = find_policy(policy, data=data is not None)
     planned_budget(spec.pattern, spec.sparsity, policy)
-    family = family_of(read_record(model) if isinstance(model, str | Path) else None, spec.family)
+    record = read_record(model) if isinstance(model, str | Path) else None
+    family = family_of(record, spec.family)
     with enough_memory(spec), ExitStack() as stack:
         if not isinstance(model, str | Path):
             network, _, ready, _ = with_batches(model, data, spec, processor)
@@ -88,7 +91,22 @@ def plan_model(
             ready, _ = encode(samples, way.processor, network, spec)
         if rule.labels:
             check_labels(ready, "policy", name_of(policy))
-        return PlannedModel(body, plan_by(spec, policy, network, body, ready, progress))
+        plan = plan_by(spec, policy, network, body, ready, progress)
+        _warn_of_zeros(model, record, plan)
+        return PlannedModel(body, plan)
+
+
+def _warn_of_zeros(model: Any, record: Mapping[str, Any] | None, plan: Plan) -> None:
+    """Say it where a model has more zeros on record than a plan asks for."""
+    got = {name: entry["got"] for name, entry in (record or {"layers": {}})["layers"].items() if name in plan}
+    if sparser := {name: had for name, had in got.items() if had > plan[name].sparsity + SPARSER}:
+        most = max(sparser, key=lambda name: sparser[name])
+        warnings.warn(
+            f"{model}: is sparse already, and zeros stay zeros: {most} has {sparser[most]:.1%} and is planned at "
+            f"{plan[most].sparsity:.1%}, layers: {len(sparser)}; plan more, or the dense original",
+            Notice,
+            stacklevel=3,
+        )
 
 
 def prune_model(
