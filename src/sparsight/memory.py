@@ -77,18 +77,6 @@ def _groups_free() -> Iterator[int]:
                     yield int((group / limit).read_text(encoding="ascii")) - int(facts[used])
 
 
-def can_map_all() -> bool:
-    """Whether files of any size may be mapped: where nothing but what is touched of them counts against a limit."""
-    try:
-        import resource
-    except ImportError:  # Windows, where a mapping that may be written to counts as a whole
-        return False
-    with contextlib.suppress(OSError):
-        if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
-            return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
-
-
 def give_back_memory() -> None:
     """Return freed memory to the system, which glibc keeps between what lives; does nothing elsewhere."""
     with contextlib.suppress(OSError, AttributeError):

@@ -32,7 +32,7 @@ class Layer:
 
     A fused tensor of experts is one layer per expert: `expert` is the tensor's name in `module` and the expert's index, and
     `name` ends in both. `transposed`: the parameter holds (in, out). `bring(block)` loads the block of a model that is in
-    memory block by block; it is called where the layer's weight is asked for.
+    memory block by block; it is called where the layer's weight is asked for and has no data.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Layer:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the weights: a matrix, or one per expert."""
-        if self.bring is not None:
+        if self.bring is not None and self._parameter.is_meta:
             self.bring(self.block)
         return self._parameter
 

@@ -2,8 +2,8 @@
 
 What lies outside the blocks (embeddings, norms, the head) stays; on a CPU, in the dtype of the files, it is mapped, so that
 only what is touched takes memory. A block is loaded by transformers' own conversion, from the tensors of the checkpoint that
-become its weights, and holds the same bits as in a model that is loaded whole. As long as no weight changes, blocks that are
-only mapped from the files stay where they are once they were brought: they take no memory that the system cannot take back.
+become its weights, and holds the same bits as in a model that is loaded whole; a block that is stored as it is needs no
+conversion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsight.errors import Notice, SparsightError, first_line
-from sparsight.memory import can_map_all, give_back_memory, is_out_of_memory, main_device
+from sparsight.memory import give_back_memory, is_out_of_memory, main_device
 from sparsight.model.anatomy import Anatomy, Layer, anatomy
 from sparsight.model.families import Family
 from sparsight.model.load import load_model, quiet
@@ -35,7 +35,6 @@ else:
     LACKS = None
 
 OUTSIDE = ""  # the part of a model outside its blocks
-MOST_MAPPED = 30_000  # tensors; Linux allows a process 65,530 mappings
 Tensors = dict[str, torch.Tensor]
 
 
@@ -66,11 +65,9 @@ class Stream:
             self.model, self.shards = load_skeleton(path, dtype=dtype, device=device and str(self.device))
             self.anatomy = self._watch(anatomy(self.model, family))
         self.here: str | None = None
+        self.sources: dict[str, Callable[[], Tensors]] = {}
         self.keep: str | None = None
-        self._sources: dict[str, Callable[[], Tensors]] = {}
         self._stored: dict[str, dict[str, str]] = {}  # by block and name: the tensor of the files that it is, as it is
-        self._standing: set[str] = set()  # blocks in their places, mapped and unchanged
-        self._is_unchanged = False
         self._modules = {block.name: block.module for block in self.anatomy.blocks}
 
     def _watch(self, whole: Anatomy) -> Anatomy:
@@ -128,22 +125,15 @@ class Stream:
 
         **Raises** `SparsightError` for files that have changed since they were opened.
         """
-        if part == self.here or part not in self._modules or (self._is_unchanged and part in self._standing):
+        if part == self.here or part not in self._modules:
             return
         self.drop()
         self._empty  # noqa: B018  made once, of the model without data
-        if part not in self._standing:
-            try:
-                self._load(part)
-            except Unfit as error:
-                raise SparsightError(
-                    f"{part}: its weights cannot be loaded any more ({error}); look at the files"
-                ) from error
-        if self._is_unchanged and self._is_mapped(part):
-            self._standing.add(part)
-        else:
-            self._standing.discard(part)
-            self.here = part
+        try:
+            self._load(part)
+        except Unfit as error:
+            raise SparsightError(f"{part}: its weights cannot be loaded any more ({error}); look at the files") from error
+        self.here = part
 
     def drop(self) -> None:
         """Let the block in memory go; what was changed in it is lost, but in `keep`."""
@@ -151,40 +141,10 @@ class Stream:
             return
         if self.here == self.keep:  # a forward may go back to earlier blocks, as for a second image
             kept = self.state(self.here, {*self._names[self.here]})
-            self._sources[self.here] = lambda: dict(kept)
+            self.sources[self.here] = lambda: dict(kept)
         self._put(self._empty[self.here])
         self.here = None
         give_back_memory()
-
-    def read_from(self, part: str, read: Callable[[], Tensors]) -> None:
-        """Load a block by `read` when it is next brought, and from then on, as one that is pruned already."""
-        self._sources[part] = read
-        self._release(part)
-
-    def _release(self, part: str) -> None:
-        if part in self._standing:
-            self._standing.discard(part)
-            self._put(self._empty[part])
-
-    @contextlib.contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Inside, no weight may change: blocks that are mapped from the files stay once they were brought.
-
-        After it, each is let go when it is next brought and the one after it comes.
-        """
-        before, self._is_unchanged = self._is_unchanged, True
-        try:
-            yield
-        finally:
-            self._is_unchanged = before
-
-    def _is_mapped(self, part: str) -> bool:
-        """Whether a block, as it is loaded from the model's files, takes no memory of its own."""
-        keys = self._stored.get(part)
-        if keys is None or part in self._sources or self.device.type != "cpu":
-            return False
-        few = len(keys) + sum(len(self._stored[each]) for each in self._standing) <= MOST_MAPPED
-        return few and can_map_all() and self.shards.are_mapped(keys.values())
 
     def bring_outside(self) -> None:
         """Load what lies outside the blocks, for good. **Raises** `Unfit` where a block cannot be loaded alone."""
@@ -204,13 +164,13 @@ class Stream:
                 raise Unfit(f"{min(left)} is made of tensors of several blocks")
 
     def _load(self, part: str) -> set[str]:
-        read = self._sources.get(part)
+        read = self.sources.get(part)
         tensors = self.shards.read_all(self._keys[part]) if read is None else read()
-        keys = self._stored.get(part, {})
-        if not keys or not {*keys.values()} <= tensors.keys():
-            return self._convert(tensors, self.device)
-        self._put({name: _like(self._empty[part][name], tensors[key].to(self.device)) for name, key in keys.items()})
-        return set()
+        keys, empty = self._stored.get(part, {}), self._empty[part]
+        if keys and all(_fits(tensors.get(key), empty[name]) for name, key in keys.items()):
+            self._put({name: _like(empty[name], tensors[key].to(self.device)) for name, key in keys.items()})
+            return set()
+        return self._convert(tensors, self.device)
 
     def _convert(self, tensors: Tensors, device: torch.device) -> set[str]:
         """Put the tensors of a checkpoint into the model; the names that did not come."""
@@ -252,8 +212,6 @@ class Stream:
             for hook in hooks:
                 hook.remove()
             self.drop()
-            for name in [*self._standing]:
-                self._release(name)
 
     @property
     def parts(self) -> list[str]:
@@ -290,6 +248,10 @@ def _same_tensors(placed: Tensors, stored: Tensors) -> dict[str, str] | None:
     return {name: key for name, key in found.items() if key is not None} if all(found.values()) else None
 
 
+def _fits(tensor: torch.Tensor | None, empty: torch.Tensor) -> bool:
+    return tensor is not None and (tensor.dtype, tensor.shape) == (empty.dtype, empty.shape)
+
+
 def _like(empty: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as what stands in its place without data: a parameter or a buffer."""
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if isinstance(empty, nn.Parameter) else tensor
@@ -299,7 +261,7 @@ def _like(empty: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def runnable(
     path: str | Path, family: Family | None = None, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
 ) -> Iterator[tuple[Any, Anatomy]]:
-    """A model that can run inside, unchanged, block by block or, where it cannot be in parts, whole; and its anatomy.
+    """A model that can run inside, with one block in memory or, where it cannot be in parts, whole; and its anatomy.
 
     **Raises** `SparsightError` as `load_model` and `anatomy` do.
     """
@@ -311,7 +273,7 @@ def runnable(
         warnings.warn(f"{path}: was loaded as a whole, since it cannot be block by block: {why}", Notice, stacklevel=2)
         yield model, anatomy(model, family)
         return
-    with stream.unchanged(), stream.run() as model:
+    with stream.run() as model:
         yield model, stream.anatomy
 
 

@@ -40,10 +40,6 @@ class Header:
         entry = self.entries[name]
         return DTYPES[entry["dtype"]], tuple(entry["shape"])
 
-    def is_aligned(self, name: str) -> bool:
-        """Whether a tensor begins at a multiple of the size of its entries."""
-        return (self.start + self.entries[name]["data_offsets"][0]) % DTYPES[self.entries[name]["dtype"]].itemsize == 0
-
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; one that was read before is not read again while the file is the same.
@@ -87,7 +83,7 @@ def map_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
                 continue
             area = mmap.mmap(file.fileno(), end - base, access=mmap.ACCESS_COPY, offset=base)
             data = torch.frombuffer(area, dtype=torch.uint8, count=end - begin, offset=begin - base)
-            aligned = data if header.is_aligned(name) else data.clone()
+            aligned = data if (begin - base) % dtype.itemsize == 0 else data.clone()
             tensors[name] = aligned.view(dtype).reshape(shape)
     return tensors
 

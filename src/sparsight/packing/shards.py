@@ -127,14 +127,6 @@ class Shards:
             tensors |= {name: shard.read(name) for name in wanted if name in self.layers}
         return tensors
 
-    def are_mapped(self, names: Iterable[str]) -> bool:
-        """Whether `read_all` gives these tensors without a copy of any."""
-        return all(
-            name not in self.layers and read_header(self.folder / file).is_aligned(name)
-            for file, wanted in self._by_file(names).items()
-            for name in wanted
-        )
-
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
         if self._places is None:
             self._places = self.names()

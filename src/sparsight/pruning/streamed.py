@@ -61,8 +61,7 @@ class StreamJournal:
 
     def _read_done(self) -> None:
         self.stream.drop()
-        for block in self.done:
-            self.stream.read_from(block, partial(self.files.read, block))
+        self.stream.sources |= {block: partial(self.files.read, block) for block in self.done}
 
     def recall(self, stop: str, layers: Sequence[Layer]) -> dict | None:
         """The measurements of a stop whose block the files hold pruned, which the walk then goes through; None otherwise."""
@@ -89,7 +88,7 @@ class StreamJournal:
         distributed.on_main(partial(self._write, block))
         self.done.add(block)
         if not self.dense:
-            self.stream.read_from(block, partial(self.files.read, block))
+            self.stream.sources[block] = partial(self.files.read, block)
 
     def _write(self, block: str) -> None:
         self.files.write(block)

@@ -87,7 +87,6 @@ def plan_model(
             assert samples is not None
             way = open_way(model, family, dtype=spec.dtype, device=spec.device, whole=rule.whole)
             network, body = stack.enter_context(way.run()) or way.model, way.anatomy
-            stack.enter_context(way.unchanged())
             ready, _ = encode(samples, way.processor, network, spec)
         if rule.labels:
             check_labels(ready, "policy", name_of(policy))
@@ -171,14 +170,13 @@ def prune_folder(
         skipped, park = 0, None
         settings = {**spec.facts(), "policy": name_of(policy), "data": None if data is None else str(data)}
         settings |= {"whole": True} if way.files is None else {}
-        with way.unchanged():
-            if samples is not None:
-                park = Park(target.parent, spec.park, -(-len(samples) // spec.batch_size))
-                ready, skipped = encode(samples, processor, network, spec, park)
-                settings["fingerprint"] = samples.fingerprint
-            check_walk(network, body, ready, park)
-            plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
-            before = survey(body, plan, read_plan(earlier))
+        if samples is not None:
+            park = Park(target.parent, spec.park, -(-len(samples) // spec.batch_size))
+            ready, skipped = encode(samples, processor, network, spec, park)
+            settings["fingerprint"] = samples.fingerprint
+        check_walk(network, body, ready, park)
+        plan = distributed.on_main(lambda: plan_by(spec, policy, network, body, ready, progress))
+        before = survey(body, plan, read_plan(earlier))
         ours = unfinished(target, {**settings, "files": source_of(model)}, resume=resume, overwrite=overwrite)
         folder = distributed.on_main(lambda: stack.enter_context(ours))
         stack.enter_context(enough_memory(spec))  # unfinished work says how to go on

@@ -36,10 +36,6 @@ class Way:
         """A context in which the model can run."""
         return contextlib.nullcontext() if self.files is None else self.files.stream.run()
 
-    def unchanged(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which no weight changes."""
-        return contextlib.nullcontext() if self.files is None else self.files.stream.unchanged()
-
     def journal(self, folder: Path, composition: Composition) -> Journal | StreamJournal:
         """Where pruned blocks are kept until all are done."""
         if self.files is None:

@@ -83,16 +83,14 @@ def fit_folder(
         _check_alike(student.model, dense.model, str(sparse), teacher)
         stack.enter_context(student.run())
         stack.enter_context(dense.run())
-        stack.enter_context(dense.unchanged())
         park = Park(out.parent, "auto", -(-len(samples) // spec.rows))
-        with student.unchanged():
-            ready, skipped = encode(samples, student.processor, student.model, spec, park)
-            check_walk(student.model, student.anatomy, ready, park)
-            plan = _plan(student.anatomy, read_plan(earlier))
-            if not plan:
-                raise SparsightError(f"{sparse}: holds no zeros to keep; prune it first")
-            if _pruned_too(student.anatomy, dense.anatomy, plan):
-                raise SparsightError(f"`teacher`: {teacher} is itself pruned where {sparse} is; give its dense original")
+        ready, skipped = encode(samples, student.processor, student.model, spec, park)
+        check_walk(student.model, student.anatomy, ready, park)
+        plan = _plan(student.anatomy, read_plan(earlier))
+        if not plan:
+            raise SparsightError(f"{sparse}: holds no zeros to keep; prune it first")
+        if _pruned_too(student.anatomy, dense.anatomy, plan):
+            raise SparsightError(f"`teacher`: {teacher} is itself pruned where {sparse} is; give its dense original")
         settings = spec.same_work | {"sparse": str(sparse), "data": str(data), "teacher": teacher}
         settings |= {"fingerprint": samples.fingerprint, "files": [source_of(sparse), source_of(teacher)]}
         folder = stack.enter_context(unfinished(out, settings, resume=resume, overwrite=overwrite))

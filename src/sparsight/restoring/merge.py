@@ -42,7 +42,7 @@ def write_merged(wrapped: Any, source: str | Path, folder: Path, family: Family 
     for part in stream.parts:
         stream.put(part, {**{name: own[name] for name in stream.names(part)}, **_merged(adapted, stream.names(part))})
         files.write(part)
-        stream.read_from(part, partial(files.read, part))
+        stream.sources[part] = partial(files.read, part)
         stream.put(part, None)
     return files
 
