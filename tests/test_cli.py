@@ -87,7 +87,6 @@ def test_what_is_not_there_is_said_before_torch_is_imported(words, line, tmp_pat
     (tmp_path / "full" / "x").touch()
     script = """
 import sys
-import warnings
 from sparsight.cli.app import main
 try:
     main()
@@ -104,7 +103,6 @@ def test_prune_imports_no_trainer(zoo_folder, tmp_path):
     """Nor does plan; together they are half a second that only trackers and restoration need."""
     script = """
 import sys
-import warnings
 import sparsight
 sparsight.plan(sys.argv[1], sparsity=0.5)
 sparsight.prune(sys.argv[1], sys.argv[2], method="magnitude", sparsity=0.5)
@@ -154,7 +152,7 @@ def test_plan_says_that_zeros_stay(run, zoo_folder):
         code, _, err = run("plan", "sparse", "--sparsity", "0.4")
     assert code == 0
     assert "sparse: is sparse already, and zeros stay zeros: " in err
-    assert "planned at 40.0%, layers: 21; plan more, or the dense original" in err
+    assert "planned at 40.0%, 21 layers in all; ask for more zeros, or start from the dense original" in err
     for fine in ("0.6", "vision=0.3", "language=0.7"):
         assert run("plan", "sparse", "--sparsity", fine)[0] == 0  # without a notice
 

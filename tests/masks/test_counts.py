@@ -54,7 +54,9 @@ def test_what_is_kept_of_rows(columns):
     keep[3] = True
     assert kept_of_rows(keep).tolist() == keep.long().sum(1).tolist()
     assert kept_of_rows(keep.T.contiguous().T).tolist() == keep.long().sum(1).tolist()
-    assert kept_of_rows(keep[:0]).tolist() == []
+    assert kept_of_rows(keep[:0]).tolist() == kept_of_rows(keep[:0, ::2]).tolist() == []
+    beside = torch.cat([keep.new_zeros(3), keep.flatten()])[3:].view(keep.shape)  # begins in the middle of a word
+    assert kept_of_rows(beside).tolist() == keep.long().sum(1).tolist()
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 16, 32])
@@ -64,6 +66,8 @@ def test_the_most_that_is_kept_of_a_group(m):
         keep = torch.rand(9, 96) < share
         most = int(keep.view(-1, m).long().sum(1).max())
         assert most_of_groups(keep, m) == most_of_groups(keep.T.contiguous().T, m) == most
+        beside = torch.cat([keep.new_zeros(3), keep.flatten()])[3:].view(keep.shape)  # begins in the middle of a word
+        assert most_of_groups(beside, m) == most
     assert most_of_groups(keep[:0], m) == 0
 
 

@@ -25,12 +25,10 @@ def count_zeros(W: torch.Tensor) -> int:
 def kept_of_rows(keep: torch.Tensor) -> torch.Tensor:
     """How many entries of every row of a mask (rows, columns) are True: (rows,) int32."""
     rows, columns = keep.shape
-    bytes_ = keep.contiguous().view(torch.uint8)
-    if columns and columns % LANES == 0:
-        bytes_ = (
-            bytes_.view(torch.int64).view(rows, columns // LANES, LANES // 8).sum(-1).view(torch.uint8)
-        )  # a byte holds up to 255
-    return bytes_.sum(1, dtype=torch.int32)
+    if not keep.numel() or columns % LANES:
+        return keep.view(torch.uint8).sum(1, dtype=torch.int32)
+    words = _aligned(keep).view(torch.int64).view(rows, columns // LANES, LANES // 8)
+    return words.sum(-1).view(torch.uint8).sum(1, dtype=torch.int32)  # no byte of a word overflows: it sums eight ones
 
 
 def most_of_groups(keep: torch.Tensor, m: int) -> int:
@@ -40,8 +38,14 @@ def most_of_groups(keep: torch.Tensor, m: int) -> int:
     if m not in WORDS:
         return int(keep.reshape(-1, m).sum(1, dtype=torch.int32).amax())
     ones = int.from_bytes(b"\x01" * m, "little")
-    sums = keep.contiguous().view(WORDS[m]) * ones  # of the bytes of a word, in its highest byte
+    sums = _aligned(keep).view(WORDS[m]) * ones  # of the bytes of a word, in its highest byte
     return int(sums.amax()) >> 8 * (m - 1)
+
+
+def _aligned(keep: torch.Tensor) -> torch.Tensor:
+    """A mask whose bytes may be taken as words: row after row, from a multiple of eight on."""
+    keep = keep.contiguous()
+    return keep.clone() if keep.storage_offset() % 8 else keep
 
 
 def are_same(W: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> bool:

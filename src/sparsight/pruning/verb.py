@@ -102,9 +102,9 @@ def _warn_of_zeros(model: Any, record: Mapping[str, Any] | None, plan: Plan) -> 
         most = max(sparser, key=lambda name: sparser[name])
         warnings.warn(
             f"{model}: is sparse already, and zeros stay zeros: {most} has {sparser[most]:.1%} and is planned at "
-            f"{plan[most].sparsity:.1%}, layers: {len(sparser)}; plan more, or the dense original",
+            f"{plan[most].sparsity:.1%}, {len(sparser)} layers in all; ask for more zeros, or start from the dense original",
             Notice,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
