@@ -20,6 +20,7 @@ from torch import nn
 
 from sparsight.calibration.lockstep import Call
 from sparsight.masks.counts import mask_of
+from sparsight.memory import give_back_memory
 from sparsight.model.anatomy import Layer
 
 RATE = 0.02  # Adam's step, in units of the root mean square of a layer's kept weights
@@ -61,6 +62,7 @@ def reconstruct(
                     grads = dict(
                         zip(map(id, parameters), torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
                     )
+                del loss
                 adam.step(grads)
     after = _error(calls, wish, real, scale)
     if not after < before:
@@ -106,7 +108,7 @@ class _MaskedAdam:
 
     def __init__(self, layers: Sequence[Layer], start: Sequence[torch.Tensor], steps: int) -> None:
         self.layers, self.start, self.steps, self.count = layers, start, steps, 0
-        self.weights = [W.float().clone() for W in start]
+        self.weights = [W.to(torch.float32, copy=True) for W in start]
         self.rates = [RATE * float(W[mask_of(W)].square().mean().sqrt()) if bool(W.any()) else 0.0 for W in self.weights]
         self.adam = torch.optim.Adam([{"params": [W]} for W in self.weights], betas=(0.9, 0.95))
 
@@ -117,6 +119,7 @@ class _MaskedAdam:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * cosine
         for layer, W, start in zip(self.layers, self.weights, self.start, strict=True):
+            give_back_memory()  # activations, and what the layer before took: both are freed among what lives
             keep = mask_of(start)
             own = id(layer.parameter)
             grad = grads.pop(own) if last[own] is layer else grads[own]
@@ -124,7 +127,7 @@ class _MaskedAdam:
             del grad
             self.adam.step()  # of this layer: the others have no gradient
             W.grad = None
-            layer.write(W * keep)
+            layer.write(W.mul_(keep))
         self.count += 1
 
 
