@@ -24,6 +24,7 @@ from sparsight.memory import give_back_memory
 from sparsight.model.anatomy import Layer
 
 RATE = 0.02  # Adam's step, in units of the root mean square of a layer's kept weights
+LARGE = 2**22  # bytes of a layer in float32, from which on freed memory is given back in front of its step
 Real = Callable[[int, torch.Tensor], torch.Tensor]  # (batch, (..., d)) -> (tokens, d) without padding
 
 
@@ -119,7 +120,8 @@ class _MaskedAdam:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * cosine
         for layer, W, start in zip(self.layers, self.weights, self.start, strict=True):
-            give_back_memory()  # activations, and what the layer before took: both are freed among what lives
+            if W.nbytes >= LARGE:
+                give_back_memory()  # activations, and what the layer before took: both are freed among what lives
             keep = mask_of(start)
             own = id(layer.parameter)
             grad = grads.pop(own) if last[own] is layer else grads[own]
