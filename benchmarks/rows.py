@@ -44,7 +44,10 @@ def stored(file: Path) -> list[Row]:
     if not file.is_file():
         return []
     with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+        found = list(csv.DictReader(lines))
+    if not all("right" in row and "seed" in row for row in found):
+        raise SystemExit(f"{file}: was written by an earlier version of the benchmark; move it away and measure again")
+    return found
 
 
 def keep(row: Row, file: Path, columns: Sequence[str], key: Sequence[str]) -> None:
