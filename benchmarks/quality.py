@@ -124,7 +124,7 @@ class Bench:
         record = prune(self.model, self.anatomy, plan, self.calibration, seed=self.seed, **how)
         seconds = time.perf_counter() - began
         error = sum(record.layer_errors.values()) / max(1, len(record.layer_errors))
-        zeros = sum(int((self.anatomy[n].weight == 0).sum()) for n in plan)
+        zeros = sum(self.anatomy[n].zeros for n in plan)
         layers = [x for c in ("vision", "language") for x in self.anatomy.component(c)]
         size = sum(x.weight.numel() for x in layers)
         return {**self.score(), "error": f"{error:.4f}", "zeros": f"{zeros / size:.4f}", "s": f"{seconds:.1f}"}

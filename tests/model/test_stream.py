@@ -121,7 +121,7 @@ def test_blocks_that_are_stored_as_they_are_need_no_conversion(name, zoo_folder,
     assert len(converted) == len(stream.parts) + 1
 
 
-def test_blocks_of_another_dtype_or_other_names_are_converted(zoo_folder):
+def test_blocks_of_another_dtype_are_converted(zoo_folder):
     stream = Stream(zoo_folder("llava"), dtype="float16")
     stream.bring_outside()
     layer = stream.anatomy.layers[0]
