@@ -20,6 +20,7 @@ from sparsight.pruning.loop import collect_moments, prune
 from sparsight.pruning.permute import best_order
 from sparsight.pruning.reconstruct import first
 from sparsight.pruning.walks import LayerWalk
+from sparsight.pruning.work import output_error
 
 import zoo
 from layers import case
@@ -533,3 +534,17 @@ def test_every_way_on_a_gpu_prunes_as_on_a_cpu(how):
     agree = [float(((body[n].weight.cpu() != 0) == (expected[n].weight != 0)).float().mean()) for n in plan]
     assert all(pattern.holds(body[name].weight) for name, pattern in plan.items())
     assert mean(agree) > 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.99])
+def test_a_layers_error_is_that_of_its_outputs_in_any_dtype(dtype, sparsity):
+    W, X = torch.randn(64, 512).to(dtype), torch.randn(128, 512).to(dtype)
+    X[:, 3] *= 300  # an outlier channel
+    for change in (0, 0.01):
+        pruned = (W.double() * (torch.rand(W.shape) >= sparsity) * (1 + change * torch.randn(W.shape))).to(dtype)
+        x, w, p = X.double(), W.double(), pruned.double()
+        exact = float(torch.linalg.norm(x @ (p - w).T) / torch.linalg.norm(x @ w.T))
+        assert output_error(X, W, pruned) == pytest.approx(exact, rel=1e-3)
+    assert output_error(X, W, W) == 0
+    assert output_error(torch.zeros(0, 512, dtype=dtype), W, pruned) == 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsight.masks.counts import is_finite
+from sparsight.masks.matrix import is_finite
 
 WORST_DAMPING = 10.0
 OUTLIER = 10.0  # medians: what a column counts at most in the mean diagonal

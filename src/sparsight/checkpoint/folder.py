@@ -27,7 +27,7 @@ from sparsight.checkpoint.unfinished import parents
 from sparsight.errors import NotWritten, SparsightError, first_line
 from sparsight.files import check_output, make_beside, read_json, set_modes, with_home, without_home
 from sparsight.masks.bits import mask_hash, weight_hash
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy
 from sparsight.model.families import Family

@@ -20,7 +20,7 @@ from sparsight.checkpoint.unfinished import unfinished
 from sparsight.errors import Notice, SparsightError, first_line
 from sparsight.files import check_output, read_json, replace_file, without_home, write_json
 from sparsight.masks.bits import mask_hash, weight_hash
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.model.files import check_files
 from sparsight.packing.headers import header_entry, header_text, in_order
 from sparsight.packing.shards import (

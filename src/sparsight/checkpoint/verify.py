@@ -13,7 +13,7 @@ from sparsight.checkpoint.folder import Record, family_of, read_plan, read_recor
 from sparsight.checkpoint.pack import StoredLayer, stored_layers
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import mask_hash, pack, unpack, weight_hash
-from sparsight.masks.counts import count_zeros, mask_of
+from sparsight.masks.matrix import count_zeros, mask_of
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Layer, anatomy
 from sparsight.model.source import check_model

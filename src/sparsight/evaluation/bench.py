@@ -21,7 +21,7 @@ from sparsight.data.sample import Sample, Turn
 from sparsight.errors import Notice, SparsightError
 from sparsight.evaluation.record import check_recordable
 from sparsight.files import read_json, write_json
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.model.anatomy import anatomy
 from sparsight.model.load import load, load_model
 from sparsight.packing.linear import SMALL, DenseLinear, SparseLinear

@@ -24,7 +24,7 @@ from sparsight.data.sources import Samples
 from sparsight.errors import NotWritten, SparsightError
 from sparsight.evaluation.evaluate import Result
 from sparsight.files import read_json, with_home, without_home, write_json
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy
 from sparsight.specs import EvaluateSpec

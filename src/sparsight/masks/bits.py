@@ -10,7 +10,7 @@ import hashlib
 import torch
 
 from sparsight import kernels
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import mask_of
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 

@@ -14,7 +14,7 @@ import torch
 
 from sparsight import kernels
 from sparsight.errors import SparsightError
-from sparsight.masks.counts import kept_of_rows, mask_of, most_of_groups
+from sparsight.masks.matrix import has_nan, kept_of_rows, mask_of, most_of_groups
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Pattern:
 
         The highest scores stay. **Raises** `ValueError` on NaN, for which no order exists.
         """
-        if torch.isnan(score).any():
+        if has_nan(score):
             raise ValueError("the score holds NaN")
         rows, columns = score.shape
         if self.kind == "row":

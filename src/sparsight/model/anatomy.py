@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsight.errors import SparsightError
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.model.discover import Discovery, Mark, discover
 from sparsight.model.families import COMPONENTS, FAMILIES, Family
 from sparsight.model.matrices import is_linear, output_head, read_elsewhere, stack_of

@@ -108,6 +108,12 @@ class Stream:
         """The state of the whole model without data."""
         return self._tensors(name for names in self._names.values() for name in names)
 
+    @cached_property
+    def _places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module of every tensor, and the tensor's name in it."""
+        paths = {name: name.rpartition(".") for names in self._names.values() for name in names}
+        return {name: (self.model.get_submodule(path), leaf) for name, (path, _, leaf) in paths.items()}
+
     def _tensors(self, names: Any) -> Tensors:
         return {name: self.model.get_parameter_or_buffer(name) for name in names}
 
@@ -143,8 +149,9 @@ class Stream:
             kept = self.state(self.here, {*self._names[self.here]})
             self.sources[self.here] = lambda: dict(kept)
         self._put(self._empty[self.here])
-        self.here = None
-        give_back_memory()
+        mapped, self.here = self.here in self._stored, None
+        if not mapped:  # its pages go with the mapping
+            give_back_memory()
 
     def bring_outside(self) -> None:
         """Load what lies outside the blocks, for good. **Raises** `Unfit` where a block cannot be loaded alone."""
@@ -193,8 +200,7 @@ class Stream:
 
     def _put(self, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
+            module, leaf = self._places[name]
             table = module._buffers if leaf in module._buffers else module._parameters
             table[leaf] = tensor
 

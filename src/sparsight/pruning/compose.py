@@ -14,7 +14,7 @@ from sparsight.calibration.moments import Moments
 from sparsight.calibration.tokens import TokenRule, find_tokens
 from sparsight.checks import check_name, current_name, name_of
 from sparsight.errors import SparsightError
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import keep_only, mask_of
 from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods import PRESETS, Method, Refine, Update, find_method, find_refine, find_update
 from sparsight.pruning.methods.dense_target import dense_target
@@ -83,12 +83,13 @@ class Composition:
             keep = self.refine.refine(W.clone(), start.clone(), moments, pattern)
             if not isinstance(keep, torch.Tensor) or (keep.shape, keep.dtype) != (W.shape, torch.bool):
                 raise ValueError(f"the refinement gave no boolean mask of shape {tuple(W.shape)}")
-            if int(keep.sum()) != int(start.sum()) or not pattern.holds(keep):
-                raise ValueError(f"the refinement keeps {int(keep.sum())} weights, not {int(start.sum())} in {pattern}")
+            kept, due = int(keep.count_nonzero()), int(start.count_nonzero())
+            if kept != due or not pattern.holds(keep):
+                raise ValueError(f"the refinement keeps {kept} weights, not {due} in {pattern}")
         if self.update is None:
-            return W.masked_fill(~keep, 0)
+            return keep_only(W, keep)
         updated = self.update.update(goal.clone(), keep.clone(), moments)
-        if not isinstance(updated, torch.Tensor) or updated.shape != W.shape or bool(updated[~keep].any()):
+        if not isinstance(updated, torch.Tensor) or updated.shape != W.shape or bool((mask_of(updated) & ~keep).any()):
             raise ValueError(f"the update gave no {tuple(W.shape)} matrix that is zero outside the mask")
         return updated
 

@@ -19,7 +19,7 @@ from sparsight import distributed
 from sparsight.errors import SparsightError, first_line
 from sparsight.files import read_json, replace_file, write_json
 from sparsight.masks.bits import pack, unpack
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import keep_only, mask_of
 from sparsight.model.anatomy import Layer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Journal:
         tensors, facts = entry
         for layer in layers:
             W, stored = layer.weight, tensors[layer.name]
-            layer.write(W.masked_fill(~unpack(stored, W.shape), 0) if self.mask_only else stored)
+            layer.write(keep_only(W, unpack(stored, W.shape)) if self.mask_only else stored)
             if (bias := _bias(layer)) is not None and f"{layer.name}.bias" in tensors:
                 bias.copy_(tensors[f"{layer.name}.bias"])
         return facts

@@ -27,7 +27,7 @@ from sparsight.calibration.lockstep import lockstep
 from sparsight.calibration.moment_cache import MomentCache
 from sparsight.calibration.park import Park
 from sparsight.errors import Notice, SparsightError
-from sparsight.masks.counts import is_finite
+from sparsight.masks.matrix import is_finite
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import peak_memory
 from sparsight.model.anatomy import Anatomy

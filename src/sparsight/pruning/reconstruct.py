@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sparsight.calibration.lockstep import Call
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import mask_of
 from sparsight.memory import give_back_memory
 from sparsight.model.anatomy import Layer
 

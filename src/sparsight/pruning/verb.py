@@ -32,7 +32,7 @@ from sparsight.data import Batch, Encoder, Samples, batches, read_with
 from sparsight.data.own_batches import as_batches, as_samples, check_labels, check_unused
 from sparsight.errors import Notice, SparsightError
 from sparsight.files import check_output
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import SPARSE_FROM, Anatomy, anatomy

@@ -13,7 +13,7 @@ from sparsight.allocation.plan import Plan
 from sparsight.calibration.moments import Moments
 from sparsight.calibration.observe import Watch
 from sparsight.errors import SparsightError
-from sparsight.masks.counts import are_same, is_finite, mask_of
+from sparsight.masks.matrix import are_same, is_finite, mask_of
 from sparsight.model.anatomy import Anatomy, Block, Layer
 from sparsight.model.load import overflow_advice
 from sparsight.model.stream import Stream
@@ -115,11 +115,8 @@ class Work:
         except ValueError as error:  # a score or a factor that cannot be
             raise SparsightError(f"{layer.name}: {error}; nothing was saved") from error
         surplus = self.check_kept(layer, pruned)
-        X = moments.sample().float()  # (k, in)
-        difference = torch.linalg.norm(X @ (pruned.float() - W.float()).T)
-        reference = torch.linalg.norm(X @ W.float().T)
+        facts: dict[str, Any] = {"layer_errors": {layer.name: output_error(moments.sample(), W, pruned)}}
         layer.write(pruned)
-        facts: dict[str, Any] = {"layer_errors": {layer.name: ratio(difference, reference)}}
         if moments.damping > 0.01:
             facts["damping"] = {layer.name: moments.damping}
         if moments.sensitivity is not None and not moments.sensitivity.square.any():
@@ -163,6 +160,18 @@ class Work:
     def generator(self, name: str) -> torch.Generator:
         """Random numbers that depend on the seed and the name only."""
         return torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
+
+
+def output_error(X: torch.Tensor, W: torch.Tensor, pruned: torch.Tensor) -> float:
+    """||X (pruned - W)^T|| / ||X W^T|| for inputs X (k, in) and weights (out, in).
+
+    Products are float32, or bfloat16 where all three are, as the layer itself computes: a tenth of the time on a CPU with
+    matrix tiles; the ratio changes in the fourth digit or later.
+    """
+    if not X.dtype == W.dtype == pruned.dtype == torch.bfloat16:
+        X, W, pruned = X.float(), W.float(), pruned.float()
+    difference, reference = ((X @ change.T).float() for change in (pruned - W, W))
+    return ratio(torch.linalg.norm(difference), torch.linalg.norm(reference))
 
 
 def ratio(difference: torch.Tensor, reference: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ import torch
 from sparsight.errors import SparsightError, quote
 from sparsight.files import read_json
 from sparsight.masks.bits import mask_hash, pack, packed_hash
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import mask_of
 from sparsight.model.anatomy import Anatomy
 from sparsight.restoring.adapters import ADAPTERS
 from sparsight.restoring.checkpoints import factor_tensors, load_factor_tensors, read_factors, save_factors

@@ -34,7 +34,7 @@ from sparsight.checkpoint.unfinished import check_unfinished, unfinished
 from sparsight.data import read_with
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import pack
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import mask_of
 from sparsight.masks.pattern import Pattern
 from sparsight.memory import enough_memory
 from sparsight.model.anatomy import Anatomy

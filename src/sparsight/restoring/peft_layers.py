@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsight.errors import SparsightError
 from sparsight.masks.bits import pack
-from sparsight.masks.counts import is_finite
+from sparsight.masks.matrix import is_finite
 from sparsight.model.anatomy import Layer
 from sparsight.model.matrices import stack_of
 from sparsight.restoring.adapters import ADAPTERS, Factors, effective, project

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsight import distributed
-from sparsight.masks.counts import count_zeros
+from sparsight.masks.matrix import count_zeros
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Anatomy
 from sparsight.progress import Progress

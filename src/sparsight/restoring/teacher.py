@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sparsight.masks.bits import pack, unpack, weight_hash
-from sparsight.masks.counts import mask_of
+from sparsight.masks.matrix import mask_of
 from sparsight.model.anatomy import Anatomy, Layer
 from sparsight.restoring.head import Head
 from sparsight.restoring.peft_layers import adapted_modules

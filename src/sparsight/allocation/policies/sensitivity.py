@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsight.allocation.policy import CAP, by, ceiling, size
+from sparsight.masks.matrix import keep_only
 from sparsight.masks.pattern import Pattern
 from sparsight.model.anatomy import Layer
 
@@ -60,6 +61,5 @@ def wanda_at(layers: Sequence[Layer], sparsity: float, probe: Probe) -> dict[str
     """Return copies of these layers' weights with Wanda's zeros in every row, by name."""
     norms, pattern = probe.norms(layers), Pattern.row(sparsity)
     return {
-        layer.name: layer.weight.masked_fill(~pattern.keep(layer.weight.abs().float() * norms[layer.name]), 0)
-        for layer in layers
+        layer.name: keep_only(layer.weight, pattern.keep(layer.weight.abs().float() * norms[layer.name])) for layer in layers
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from sparsight.calibration.moments import Moments
+from sparsight.masks.matrix import keep_only
 from sparsight.masks.pattern import Pattern
 from sparsight.pruning.methods.wanda import wanda_score
 
@@ -22,11 +23,11 @@ def snip(W: torch.Tensor, moments: Moments, pattern: Pattern, generator: torch.G
     """Return a copy of W (out, in) with zeros at the smallest |W_ij mean(g_ij)|, g = dL/dW in `moments.sensitivity`."""
     score = (W.float() * moments.sensitivity.mean).abs()  # (out, in)
     score = score if bool(score.any()) else wanda_score(W, moments)
-    return W.masked_fill(~pattern.keep(score), 0)
+    return keep_only(W, pattern.keep(score))
 
 
 def fisher(W: torch.Tensor, moments: Moments, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
     """Return a copy of W (out, in) with zeros at the smallest W_ij^2 mean(g_ij^2), g = dL/dW in `moments.sensitivity`."""
     score = W.float().square() * moments.sensitivity.square  # (out, in)
     score = score if bool(score.any()) else wanda_score(W, moments)
-    return W.masked_fill(~pattern.keep(score), 0)
+    return keep_only(W, pattern.keep(score))

@@ -7,9 +7,10 @@ from __future__ import annotations
 import torch
 
 from sparsight.calibration.moments import Moments
+from sparsight.masks.matrix import keep_only
 from sparsight.masks.pattern import Pattern
 
 
 def magnitude(W: torch.Tensor, moments: Moments | None, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
     """Return a copy of W (out, in) with zeros at the smallest |W_ij|; `moments` and `generator` are not used."""
-    return W.masked_fill(~pattern.keep(W.abs()), 0)
+    return keep_only(W, pattern.keep(W.abs()))

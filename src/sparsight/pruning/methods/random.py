@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from sparsight.calibration.moments import Moments
+from sparsight.masks.matrix import keep_only
 from sparsight.masks.pattern import Pattern
 
 
 def random(W: torch.Tensor, moments: Moments | None, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
     """Return a copy of W (out, in) with zeros at random places, the same on any device; `moments` are not used."""
     score = torch.rand(W.shape, generator=generator).to(W.device)  # (out, in)
-    return W.masked_fill(~pattern.keep(score), 0)
+    return keep_only(W, pattern.keep(score))

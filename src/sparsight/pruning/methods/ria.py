@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparsight.calibration.moments import Moments
+from sparsight.masks.matrix import keep_only
 from sparsight.masks.pattern import Pattern
 
 POWER = 0.5
@@ -25,4 +26,4 @@ def ria_score(W: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 def ria(W: torch.Tensor, moments: Moments, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
     """Return a copy of W (out, in) with zeros at the smallest `ria_score`; the kept weights do not change."""
-    return W.masked_fill(~pattern.keep(ria_score(W, moments)), 0)
+    return keep_only(W, pattern.keep(ria_score(W, moments)))

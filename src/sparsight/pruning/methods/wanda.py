@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 
 from sparsight.calibration.moments import Moments
+from sparsight.masks.matrix import keep_only
 from sparsight.masks.pattern import Pattern
 
 
 def wanda_score(W: torch.Tensor, moments: Moments) -> torch.Tensor:
     """Return S_ij = |W_ij| ||x_j||_2, float32 (out, in)."""
-    return W.abs().float() * moments.norm  # (out, in) * (in,)
+    return W.abs().float().mul_(moments.norm)  # (out, in) * (in,)
 
 
 def wanda(W: torch.Tensor, moments: Moments, pattern: Pattern, generator: torch.Generator) -> torch.Tensor:
     """Return a copy of W (out, in) with zeros at the smallest |W_ij| ||x_j||_2; the kept weights do not change."""
-    return W.masked_fill(~pattern.keep(wanda_score(W, moments)), 0)
+    return keep_only(W, pattern.keep(wanda_score(W, moments)))

@@ -1,20 +1,28 @@
-"""What is counted of a whole matrix, in as few passes as torch allows.
+"""What is counted and masked of a whole matrix, in as few passes as torch allows.
 
-`isfinite().all()`, `count_nonzero` and comparisons with zero of floats, and sums of booleans take five to thirty times as
-long on a CPU: they make copies, or are not vectorized.
+`isfinite().all()`, `isnan().any()`, `masked_fill`, `count_nonzero` and comparisons with zero of floats, and sums of booleans
+take five to thirty times as long on a CPU: they make copies, or are not vectorized.
 """
 
 from __future__ import annotations
 
 import torch
 
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 LANES = 64  # entries of a row that are summed eight at a time
 
 
 def mask_of(W: torch.Tensor) -> torch.Tensor:
     """True where a weight is not zero, like W; -0.0 is zero, NaN is not."""
     return W.bool()
+
+
+def keep_only(W: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """A copy of W with zeros, above zero, wherever a mask of its shape is False; kept weights have the same bits."""
+    word = WORDS.get(W.element_size())
+    if word is None or W.is_complex():
+        return W.detach().masked_fill(~keep, 0)
+    return keep.to(word).neg_().bitwise_and_(W.detach().view(word)).view(W.dtype)
 
 
 def count_zeros(W: torch.Tensor) -> int:
@@ -35,7 +43,7 @@ def most_of_groups(keep: torch.Tensor, m: int) -> int:
     """The most entries that are True of any m in a row of a mask (rows, columns), whose columns m divides."""
     if not keep.numel():
         return 0
-    if m not in WORDS:
+    if m not in WORDS or m == 1:
         return int(keep.reshape(-1, m).sum(1, dtype=torch.int32).amax())
     ones = int.from_bytes(b"\x01" * m, "little")
     sums = _aligned(keep).view(WORDS[m]) * ones  # of the bytes of a word, in its highest byte
@@ -53,6 +61,11 @@ def are_same(W: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> bool:
     word = WORDS.get(W.element_size())
     differ = other != W if word is None else (W.view(word) ^ other.view(word)).bool()
     return not bool(differ.view(torch.uint8).bitwise_and_(where.view(torch.uint8)).any())
+
+
+def has_nan(W: torch.Tensor) -> bool:
+    """Whether an entry is NaN: the largest is, then."""
+    return bool(W.numel() and W.detach().amax().isnan())
 
 
 def is_finite(W: torch.Tensor) -> bool:

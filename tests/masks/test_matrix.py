@@ -1,12 +1,22 @@
-"""Zeros and finiteness of whole matrices, against torch's own slow ways."""
+"""Zeros, masks and finiteness of whole matrices, against torch's own slow ways."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from sparsight import Pattern
-from sparsight.masks.counts import are_same, count_zeros, is_finite, kept_of_rows, mask_of, most_of_groups
+from sparsight.masks.matrix import (
+    are_same,
+    count_zeros,
+    has_nan,
+    is_finite,
+    keep_only,
+    kept_of_rows,
+    mask_of,
+    most_of_groups,
+)
 from sparsight.restoring.refit import FixedPattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +34,36 @@ def test_one_entry_that_is_not_finite_is_found_wherever_it_is(dtype, shape, bad)
         broken.view(-1)[place] = bad
         assert not is_finite(broken)
         assert not is_finite(broken.T)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+def test_only_what_a_mask_keeps_is_left_whatever_stood_elsewhere(dtype):
+    W = torch.randn(17, 24).to(dtype)
+    W[0, :4] = torch.tensor([float("nan"), -0.0, -1.0, 2.0]).to(dtype)
+    keep = torch.rand(17, 24) < 0.5
+    keep[0, :4] = torch.tensor([False, False, False, True])
+    before = W.clone()
+    for weight, mask in ((W, keep), (W.T, keep.T), (W[1:, 2:], keep[1:, 2:]), (nn.Parameter(W), keep)):
+        left = keep_only(weight, mask)
+        assert (left.dtype, left.shape, left.requires_grad) == (dtype, weight.shape, False)
+        expected = torch.where(mask, weight.detach().double(), torch.zeros(())).to(dtype)
+        assert torch.equal(left.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    assert torch.equal(W.view(torch.uint8), before.view(torch.uint8))
+    assert not keep_only(W, torch.zeros_like(keep)).view(torch.uint8).any()  # +0.0, not -0.0
+    assert keep_only(torch.zeros(0, 4, dtype=dtype), torch.zeros(0, 4, dtype=torch.bool)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_is_found_among_infinities(dtype):
+    W = torch.randn(33, 65).to(dtype)
+    W[3, 4], W[5, 6] = float("inf"), -float("inf")
+    assert not has_nan(W)
+    for place in (0, 700, W.numel() - 1):
+        broken = W.clone()
+        broken.view(-1)[place] = float("nan")
+        assert has_nan(broken)
+        assert has_nan(broken.T)
+    assert not has_nan(torch.zeros(0, 4, dtype=dtype))
 
 
 def test_nothing_is_finite():
