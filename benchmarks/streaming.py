@@ -5,6 +5,10 @@ work in a process of its own, on one thread; memory is the largest anonymous mem
 once it has imported the library. The blocks that it is counted in are those of the language model, the largest. With
 `--verbs prune verify reconstruct` the pruned folder is verified and then fitted to the dense model, block by block.
 
+Times of runs one after the other differ by a fifth on a shared machine, and a run that follows one whose gigabyte is still
+being written to the disk is slower than the one before it. With `--together` the ways run at the same time, pinned to one
+core, which gives its time to them in turn: whatever disturbs it disturbs both. Each wall time is then that of all.
+
     python benchmarks/streaming.py model FOLDER [--blocks 32] [--width 2560]
     python benchmarks/streaming.py run FOLDER [--ways stream memory] [--samples 8] [--park never] ...
 """
@@ -30,7 +34,7 @@ import torch
 TABLE = Path(__file__).with_suffix(".csv")
 COLUMNS = (
     "date", "torch", "model", "MB of a block", "verb", "way", "samples", "batch", "park", "anonymous MB", "blocks",
-    "CPU s", "wall s", "digest",
+    "CPU s", "wall s", "runs", "digest",
 )  # fmt: skip
 
 
@@ -149,14 +153,12 @@ def child(verb: str, way: str, model: Path, out: Path, data: Path, settings: dic
     return {"anonymous": peak - base, "cpu": cpu, "wall": wall}
 
 
-def measure(asked: argparse.Namespace, verb: str, way: str) -> list[Any]:
-    """One row, from a process of its own."""
-    from sparsight.model.stream import Stream
-
+def start(asked: argparse.Namespace, verb: str, way: str) -> subprocess.Popen[str]:
+    """A run in a process of its own."""
     settings = {"samples": asked.samples, "batch_size": asked.batch, "park": asked.park} | dict(
         word.split("=", 1) for word in asked.settings
     )
-    out, data = asked.folder.with_name(f"{asked.folder.name}-{way}"), asked.folder.with_name("data")
+    out, data = output(asked, way), asked.folder.with_name("data")
     if not data.is_dir():
         from sparsight.demo.scenes import write
 
@@ -168,10 +170,25 @@ def measure(asked: argparse.Namespace, verb: str, way: str) -> list[Any]:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(out.name + ".unfinished"), ignore_errors=True)
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, words)], env=quiet, stdout=subprocess.PIPE, text=True, check=True
-    )
-    got = json.loads(done.stdout.strip().splitlines()[-1])
+    run = subprocess.Popen([sys.executable, __file__, *map(str, words)], env=quiet, stdout=subprocess.PIPE, text=True)
+    if asked.together:
+        os.sched_setaffinity(run.pid, {max(os.sched_getaffinity(0))})
+    return run
+
+
+def output(asked: argparse.Namespace, way: str) -> Path:
+    """The folder that a way writes."""
+    return asked.folder.with_name(f"{asked.folder.name}-{way}")
+
+
+def row_of(asked: argparse.Namespace, verb: str, way: str, run: subprocess.Popen[str]) -> list[Any]:
+    """What a run measured, when it has ended."""
+    from sparsight.model.stream import Stream
+
+    said, _ = run.communicate()
+    if run.returncode:
+        raise SystemExit(f"{verb}, {way}: ended with {run.returncode}")
+    got, out = json.loads(said.strip().splitlines()[-1]), output(asked, way)
     stream = Stream(asked.folder)
     sizes = [sum(p.nbytes for p in block.module.parameters()) for block in stream.anatomy.blocks]
     name = f"LLaVA {stream.anatomy.parameters / 1e9:.2f} B, {len(sizes)} blocks"
@@ -180,8 +197,8 @@ def measure(asked: argparse.Namespace, verb: str, way: str) -> list[Any]:
     files = subprocess.run(digest, capture_output=True, text=True).stdout[:12]
     row = [
         datetime.date.today(), torch.__version__, name, f"{max(sizes) / 1e6:.0f}", verb, way, asked.samples, asked.batch,
-        asked.park, f"{got['anonymous'] / 1e6:.0f}", f"{got['anonymous'] / max(sizes):.1f}", f"{got['cpu']:.0f}",
-        f"{got['wall']:.0f}", files,
+        asked.park, f"{got['anonymous'] / 1e6:.0f}", f"{got['anonymous'] / max(sizes):.1f}", f"{got['cpu']:.1f}",
+        f"{got['wall']:.1f}", "together" if asked.together else "", files,
     ]  # fmt: skip
     print(*row, sep=", ", flush=True)
     return row
@@ -206,13 +223,20 @@ def main() -> None:
     ran.add_argument("--samples", type=int, default=8)
     ran.add_argument("--batch", type=int, default=2)
     ran.add_argument("--park", default="never")
+    ran.add_argument("--together", action="store_true", help="the ways at the same time on one core")
+    ran.add_argument("--rounds", type=int, default=1)
     ran.add_argument("--settings", nargs="*", default=[], metavar="FIELD=VALUE")
     asked = parser.parse_args()
     if asked.command == "model":
         make_model(asked.folder, asked.blocks, asked.width, asked.pixels)
         return
     rows = [list(COLUMNS)] if not TABLE.is_file() else []
-    rows += [measure(asked, verb, way) for verb in asked.verbs for way in asked.ways]
+    for verb in asked.verbs * asked.rounds:
+        if asked.together:
+            runs = [start(asked, verb, way) for way in asked.ways]
+            rows += [row_of(asked, verb, *run) for run in zip(asked.ways, runs, strict=True)]
+        else:
+            rows += [row_of(asked, verb, way, start(asked, verb, way)) for way in asked.ways]
     with TABLE.open("a", newline="") as file:
         csv.writer(file).writerows(rows)
 
