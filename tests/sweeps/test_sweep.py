@@ -25,8 +25,10 @@ from sparsight.sweeps.grid import cells
 from sparsight.sweeps.sweep import EXTRA
 from sparsight.sweeps.workbench import Workbench
 
+import zoo
+
 RECIPE = {
-    "model": "demo:llava", "data": "train", "held_out": "test", "dtype": "float32",
+    "model": "model", "data": "train", "held_out": "test", "dtype": "float32",
     "evaluate": {"max_new_tokens": 8, "samples": 6}, "prune": {"samples": 8},
 }  # fmt: skip
 COMMAND = [sys.executable, "-m", "sparsight"]
@@ -35,12 +37,15 @@ COMMAND = [sys.executable, "-m", "sparsight"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
+    zoo.folder("llava", folder / "model")
     write(folder / "train", "train", 16, seed=0, questions_per_scene=1)
     write(folder / "test", "test", 6, seed=0)
     return folder
 
 
 def recipe(home: Path, name: str, **more) -> Path:
+    """A recipe on a tiny model. One whose work is compared with another process's takes the demo model, whose pictures need
+    no resizing: `zoo` brings torchvision into this process, which resizes with other last bits."""
     path = home / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, **more}))
     return path
@@ -60,7 +65,7 @@ def test_a_sweep_finds_what_prune_restore_and_eval_find(home, tmp_path):
         {"sparsity": [0.6, "vision=0.7"], "method": ["wanda", "sparsegpt"], "policy": ["uniform", "owl"]},
         {"pattern": ["2:4"], "propagate": ["block"], "restore": [None, {"steps": 2, "batch_size": 4, "lr": 1e-3}]},
     ]
-    records = api.sweep(recipe(home, "same", grid=grid), tmp_path / "out")
+    records = api.sweep(recipe(home, "same", model="demo:llava", grid=grid), tmp_path / "out")
     assert [r["label"] for r in records].count("dense") == 1
     assert len(records) == len(scores(tmp_path / "out")) == 11
     picked = {r["label"]: r for r in records}
@@ -94,7 +99,7 @@ def test_a_sweep_finds_what_prune_restore_and_eval_find(home, tmp_path):
 
 
 def test_two_processes_find_the_same_and_nothing_is_left_of_the_work(home, tmp_path):
-    path = recipe(home, "jobs", grid={"sparsity": [0.5]}, seeds=[0, 1])
+    path = recipe(home, "jobs", model="demo:llava", grid={"sparsity": [0.5]}, seeds=[0, 1])
     seen = []
     api.sweep(path, tmp_path / "one", progress=lambda note, done, total: seen.append((done, total)))
     assert seen[-1] == (3, 3)
@@ -109,7 +114,7 @@ def test_two_processes_find_the_same_and_nothing_is_left_of_the_work(home, tmp_p
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_no_finished_cell_runs_twice(jobs, home, tmp_path):
-    path = recipe(home, f"killed-{jobs}", grid={"sparsity": [0.4, 0.5, 0.6]})
+    path = recipe(home, f"killed-{jobs}", model="demo:llava", grid={"sparsity": [0.4, 0.5, 0.6]})
     api.sweep(path, tmp_path / "whole")
     out = tmp_path / "out"
     run = [*map(str, [*COMMAND, "sweep", path, out, "--quiet", "--jobs", jobs])]
@@ -214,7 +219,7 @@ def test_a_folder_of_something_else_is_left_alone(home, tmp_path):
 
 
 def test_another_processor_is_another_model(home, tmp_path):
-    model = shutil.copytree(MODELS["llava"], tmp_path / "model")
+    model = shutil.copytree(home / "model", tmp_path / "model")
     path = recipe(home, "processor", model=str(model), grid={"sparsity": [0.5]})
     api.sweep(path, tmp_path / "out")
     config = next(p for p in (model / "processor_config.json", model / "preprocessor_config.json") if p.is_file())
@@ -224,7 +229,7 @@ def test_another_processor_is_another_model(home, tmp_path):
 
 def test_a_pruned_model_and_a_place_that_cannot_be_are_refused(home, tmp_path):
     path = recipe(home, "sparse", grid={"sparsity": [0.5]})
-    api.prune(MODELS["llava"], tmp_path / "sparse", method="magnitude", sparsity=0.5)
+    api.prune(home / "model", tmp_path / "sparse", method="magnitude", sparsity=0.5)
     assert "is pruned already" in refused(path, tmp_path / "out", f"model={tmp_path / 'sparse'}")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
