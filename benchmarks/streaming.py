@@ -7,7 +7,8 @@ once it has imported the library. The blocks that it is counted in are those of 
 
 Times of runs one after the other differ by a fifth on a shared machine, and a run that follows one whose gigabyte is still
 being written to the disk is slower than the one before it. With `--together` the ways run at the same time, pinned to one
-core, which gives its time to them in turn: whatever disturbs it disturbs both. Each wall time is then that of all.
+core, which gives its time to them in turn: whatever disturbs it disturbs both, and their CPU times can be compared. Their
+wall times cannot: each is about that of all. What a way waits for, as for the disk, is wall less CPU of a run alone.
 
     python benchmarks/streaming.py model FOLDER [--blocks 32] [--width 2560]
     python benchmarks/streaming.py run FOLDER [--ways stream memory] [--samples 8] [--park never] ...
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +183,10 @@ def output(asked: argparse.Namespace, way: str) -> Path:
     return asked.folder.with_name(f"{asked.folder.name}-{way}")
 
 
-def row_of(asked: argparse.Namespace, verb: str, way: str, run: subprocess.Popen[str]) -> list[Any]:
-    """What a run measured, when it has ended."""
+def row_of(asked: argparse.Namespace, verb: str, way: str, said: str) -> list[Any]:
+    """What a run measured, by its last line."""
     from sparsight.model.stream import Stream
 
-    said, _ = run.communicate()
-    if run.returncode:
-        raise SystemExit(f"{verb}, {way}: ended with {run.returncode}")
     got, out = json.loads(said.strip().splitlines()[-1]), output(asked, way)
     stream = Stream(asked.folder)
     sizes = [sum(p.nbytes for p in block.module.parameters()) for block in stream.anatomy.blocks]
@@ -230,15 +229,26 @@ def main() -> None:
     if asked.command == "model":
         make_model(asked.folder, asked.blocks, asked.width, asked.pixels)
         return
-    rows = [list(COLUMNS)] if not TABLE.is_file() else []
+    if not TABLE.is_file():
+        keep(COLUMNS)
     for verb in asked.verbs * asked.rounds:
-        if asked.together:
-            runs = [start(asked, verb, way) for way in asked.ways]
-            rows += [row_of(asked, verb, *run) for run in zip(asked.ways, runs, strict=True)]
-        else:
-            rows += [row_of(asked, verb, way, start(asked, verb, way)) for way in asked.ways]
+        for ways in [asked.ways] if asked.together else [[way] for way in asked.ways]:
+            runs = [start(asked, verb, way) for way in ways]
+            try:
+                said = [run.communicate()[0] for run in runs]
+                for way, run, text in zip(ways, runs, said, strict=True):
+                    if run.returncode:
+                        raise SystemExit(f"{verb}, {way}: ended with {run.returncode}")
+                    keep(row_of(asked, verb, way, text))
+            finally:
+                for run in runs:
+                    run.kill()
+
+
+def keep(row: Sequence[Any]) -> None:
+    """Add a row to the table."""
     with TABLE.open("a", newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerow(row)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,17 @@ def test_one_entry_that_is_not_finite_is_found_wherever_it_is(dtype, shape, bad)
 def test_only_what_a_mask_keeps_is_left_whatever_stood_elsewhere(dtype):
     W = torch.randn(17, 24).to(dtype)
     W[0, :4] = torch.tensor([float("nan"), -0.0, -1.0, 2.0]).to(dtype)
+    W[1, :4] = torch.tensor([float("nan"), -0.0, float("inf"), -float("inf")]).to(dtype)
     keep = torch.rand(17, 24) < 0.5
     keep[0, :4] = torch.tensor([False, False, False, True])
+    keep[1, :4] = True
     before = W.clone()
     for weight, mask in ((W, keep), (W.T, keep.T), (W[1:, 2:], keep[1:, 2:]), (nn.Parameter(W), keep)):
         left = keep_only(weight, mask)
         assert (left.dtype, left.shape, left.requires_grad) == (dtype, weight.shape, False)
-        expected = torch.where(mask, weight.detach().double(), torch.zeros(())).to(dtype)
-        assert torch.equal(left.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        bits, kept = left.contiguous().view(torch.uint8), mask.contiguous().repeat_interleave(dtype.itemsize, 1)
+        assert torch.equal(bits[kept], weight.detach().contiguous().view(torch.uint8)[kept])
+        assert not bits[~kept].any()
     assert torch.equal(W.view(torch.uint8), before.view(torch.uint8))
     assert not keep_only(W, torch.zeros_like(keep)).view(torch.uint8).any()  # +0.0, not -0.0
     assert keep_only(torch.zeros(0, 4, dtype=dtype), torch.zeros(0, 4, dtype=torch.bool)).shape == (0, 4)

@@ -93,6 +93,25 @@ def test_a_packed_folder_is_streamed(name, squeeze, zoo_folder, tmp_path):
         assert torch.equal(mine.weight, theirs.weight)
 
 
+@pytest.mark.parametrize(("form", "times"), [("dense", 0), ("packed", 1), ("other dtype", 1)])
+def test_memory_is_given_back_after_blocks_that_are_not_mapped(form, times, zoo_folder, tmp_path, monkeypatch):
+    folder = zoo_folder("llava")
+    if form == "packed":
+        layers = sparsight.prune(folder, tmp_path / "sparse", method="magnitude", sparsity=0.6).sparsity["layers"]
+        sparsight.pack(tmp_path / "sparse", tmp_path / "packed")
+        folder = tmp_path / "packed"
+    given = []
+    monkeypatch.setattr("sparsight.model.stream.give_back_memory", lambda: given.append(1))
+    stream = Stream(folder, dtype="bfloat16" if form == "other dtype" else "auto")
+    stream.bring_outside()
+    blocks = {layer["block"] for layer in layers.values()} if form == "packed" else {b.name for b in stream.anatomy.blocks}
+    for block in blocks:
+        stream.bring(block)
+        before = len(given)
+        stream.drop()
+        assert len(given) == before + times
+
+
 def test_a_change_to_a_streamed_block_stays_in_memory(zoo_folder, tmp_path):
     stream = Stream(zoo_folder("llava"))
     first, last = stream.anatomy.layers[0], stream.anatomy.layers[-1]

@@ -18,7 +18,7 @@ def mask_of(W: torch.Tensor) -> torch.Tensor:
 
 
 def keep_only(W: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """A copy of W with zeros, above zero, wherever a mask of its shape is False; kept weights have the same bits."""
+    """A detached copy of W with +0.0 wherever a mask of its shape is False; kept weights have the same bits."""
     word = WORDS.get(W.element_size())
     if word is None or W.is_complex():
         return W.detach().masked_fill(~keep, 0)

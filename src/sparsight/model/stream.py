@@ -67,6 +67,7 @@ class Stream:
         self.here: str | None = None
         self.sources: dict[str, Callable[[], Tensors]] = {}
         self.keep: str | None = None
+        self._mapped = False  # whether the block in memory is mapped from its files as it is: its pages go with the mapping
         self._stored: dict[str, dict[str, str]] = {}  # by block and name: the tensor of the files that it is, as it is
         self._modules = {block.name: block.module for block in self.anatomy.blocks}
 
@@ -149,8 +150,8 @@ class Stream:
             kept = self.state(self.here, {*self._names[self.here]})
             self.sources[self.here] = lambda: dict(kept)
         self._put(self._empty[self.here])
-        mapped, self.here = self.here in self._stored, None
-        if not mapped:  # its pages go with the mapping
+        self.here = None
+        if not self._mapped:
             give_back_memory()
 
     def bring_outside(self) -> None:
@@ -174,7 +175,9 @@ class Stream:
         read = self.sources.get(part)
         tensors = self.shards.read_all(self._keys[part]) if read is None else read()
         keys, empty = self._stored.get(part, {}), self._empty[part]
-        if keys and all(_fits(tensors.get(key), empty[name]) for name, key in keys.items()):
+        as_stored = bool(keys) and all(_fits(tensors.get(key), empty[name]) for name, key in keys.items())
+        self._mapped = as_stored and read is None and self.shards.layers.keys().isdisjoint(keys.values())  # of packed ones
+        if as_stored:
             self._put({name: _like(empty[name], tensors[key].to(self.device)) for name, key in keys.items()})
             return set()
         return self._convert(tensors, self.device)
@@ -201,7 +204,7 @@ class Stream:
     def _put(self, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
             module, leaf = self._places[name]
-            table = module._buffers if leaf in module._buffers else module._parameters
+            table: Any = module._buffers if leaf in module._buffers else module._parameters
             table[leaf] = tensor
 
     @contextlib.contextmanager
