@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in a script's background; commands under test inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; commands under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # until the tests are found: what imports make stays, and looking for garbage in it takes seconds
