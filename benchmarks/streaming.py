@@ -5,10 +5,10 @@ work in a process of its own, on one thread; memory is the largest anonymous mem
 once it has imported the library. The blocks that it is counted in are those of the language model, the largest. With
 `--verbs prune verify reconstruct` the pruned folder is verified and then fitted to the dense model, block by block.
 
-Times of runs one after the other differ by a fifth on a shared machine, and a run that follows one whose gigabyte is still
-being written to the disk is slower than the one before it. With `--together` the ways run at the same time, pinned to one
-core, which gives its time to them in turn: whatever disturbs it disturbs both, and their CPU times can be compared. Their
-wall times cannot: each is about that of all. What a way waits for, as for the disk, is wall less CPU of a run alone.
+Times of runs one after the other differ by a fifth on a shared machine, more than what is sought. With `--together` the
+ways run at the same time, pinned to one core, which gives its time to them in turn: whatever disturbs it disturbs both, and
+their CPU times can be compared. Their wall times cannot: each is about that of all. What a way waits for, as for the disk,
+is wall less CPU of a run alone.
 
     python benchmarks/streaming.py model FOLDER [--blocks 32] [--width 2560]
     python benchmarks/streaming.py run FOLDER [--ways stream memory] [--samples 8] [--park never] ...

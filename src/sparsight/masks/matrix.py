@@ -43,7 +43,7 @@ def most_of_groups(keep: torch.Tensor, m: int) -> int:
     """The most entries that are True of any m in a row of a mask (rows, columns), whose columns m divides."""
     if not keep.numel():
         return 0
-    if m not in WORDS or m == 1:
+    if m not in WORDS:
         return int(keep.reshape(-1, m).sum(1, dtype=torch.int32).amax())
     ones = int.from_bytes(b"\x01" * m, "little")
     sums = _aligned(keep).view(WORDS[m]) * ones  # of the bytes of a word, in its highest byte
